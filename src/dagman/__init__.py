@@ -1,0 +1,1 @@
+"""DAGMaN: self-supervised pretraining for CT, and what the encoder is for."""

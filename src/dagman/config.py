@@ -1,0 +1,169 @@
+"""Frozen dataclasses to and from nested dictionaries, YAML and dotted flags, with errors that name the field.
+
+A config is a frozen, keyword-only dataclass whose fields are scalars, tuples of scalars, `Literal`s, optional values or
+other configs. Impossible combinations raise `DagmanError` in `__post_init__`.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from dagman.errors import DagmanError
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionary of plain values (tuples become lists), ready for YAML and JSON."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def from_dict(kind: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
+    """Build a config from a nested mapping; fields that are absent keep their defaults.
+
+    Raises:
+        DagmanError: `E-CONFIG` for an unknown field (with the nearest name) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        path = f"{where}{name}"
+        if name not in hints:
+            raise unknown("CONFIG", path, [f"{where}{known}" for known in hints])
+        arguments[name] = _convert(hints[name], value, path)
+    return kind(**arguments)
+
+
+def unknown(code: str, word: str, known: list[str]) -> DagmanError:
+    """The error for a word that is not one of `known`, with the nearest one."""
+    near = difflib.get_close_matches(word, known, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+    return DagmanError(code, word, "is not known", advice)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None or str(value).lower() in ("none", "null"):
+            return None
+        return _convert(next(argument for argument in arguments if argument is not type(None)), value, path)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(typing.cast(type[Any], hint), value, f"{path}.")
+    if typing.get_origin(hint) is tuple:
+        converted = _items(arguments, value, path)
+    elif typing.get_origin(hint) is Literal:
+        converted = next((choice for choice in arguments if str(choice) == str(value)), None)
+        hint = f"one of {', '.join(map(str, arguments))}"
+    else:
+        converted = _scalar(hint, value)
+    if converted is None:
+        raise DagmanError("CONFIG", path, f"cannot be {value!r}", f"give {getattr(hint, '__name__', hint)}")
+    return converted
+
+
+def _items(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...] | None:
+    """`value` as a tuple (a list, or text such as `2,2,8,2`); None where the length is wrong or it is no sequence."""
+    items = value.strip("[]() ").split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        return None
+    if kinds[1:] == (...,):
+        kinds = kinds[:1] * len(items)
+    if len(kinds) != len(items):
+        return None
+    return tuple(_convert(kind, item, path) for kind, item in zip(kinds, items, strict=True))
+
+
+def _scalar(kind: Any, value: Any) -> Any:
+    """`value` as bool, int, float or str; None where it is none of that kind."""
+    if kind is bool:
+        words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+        return words.get(str(value).lower())
+    if kind is str:
+        return value if isinstance(value, str) else None
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    if kind is int:
+        return int(number) if number.is_integer() else None
+    return number if kind is float else None
+
+
+def override(config: Config, values: Mapping[str, Any], where: str = "") -> Config:
+    """A copy of `config` with fields replaced, by nested mapping or dotted names (`{"method.losses.ampd": 0}`).
+
+    Raises:
+        DagmanError: `E-CONFIG` as in `from_dict`.
+    """
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        head, _, rest = str(name).replace("-", "_").partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        elif isinstance(value, Mapping):
+            nested.setdefault(head, {}).update(value)
+        else:
+            nested[head] = value
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for name, value in nested.items():
+        path = f"{where}{name}"
+        if name not in hints:
+            raise unknown("CONFIG", path, [f"{where}{known}" for known in hints])
+        current = getattr(config, name)
+        if dataclasses.is_dataclass(current) and isinstance(value, Mapping):
+            changes[name] = override(current, value, f"{path}.")
+        else:
+            changes[name] = _convert(hints[name], value, path)
+    return dataclasses.replace(typing.cast(Any, config), **changes) if changes else config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        DagmanError: `E-CONFIG` when the file is missing or no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DagmanError(
+            "CONFIG", path, f"cannot be read ({type(error).__name__})", "give a YAML file of settings"
+        ) from None
+    if not isinstance(values, dict):
+        raise DagmanError("CONFIG", path, "holds no settings", "write lines such as `optimisation: {steps: 1000}`")
+    return values
+
+
+def to_yaml(config: Any) -> str:
+    """The config as YAML text, fields in the order they are declared."""
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False)
+    return text
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Lines `field: old -> new` for every value that differs between two nested dictionaries."""
+    lines = []
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += difference(before, after, f"{where}{name}.")
+        elif before != after:
+            lines.append(f"{where}{name}: {before} -> {after}")
+    return lines

@@ -1,0 +1,1 @@
+"""Files from hospitals to arrays. No networks."""

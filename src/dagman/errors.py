@@ -1,0 +1,59 @@
+"""Errors a person can act on: one line that names the thing, what is wrong with it, and the way out."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit status of every `dagman` verb."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    REJECTED = 3
+    """Finished, but some inputs were rejected."""
+    REFUSED = 4
+    """Refused to do something unsafe: leakage, a changed config, a lock held, disagreeing geometry."""
+    NOTHING_USABLE = 5
+    RESOURCES = 6
+    """Disk full, read-only, out of memory."""
+    UNHEALTHY = 7
+    """Training diverged or collapsed."""
+    STOPPED = 75
+    """Stopped cleanly; the same command continues."""
+
+
+def printable(text: object) -> str:
+    """Escape control characters, so that a hostile file name stays on one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+
+
+class DagmanError(Exception):
+    """A coded error for people, printed as `E-CODE subject: problem; advice`.
+
+    Args:
+        code: Short upper-case word, such as `GZIP`, listed in `docs/errors.md`.
+        subject: The file, case or setting at fault.
+        problem: What is wrong, with numbers.
+        advice: What to do, an imperative sentence.
+        exit_code: What the command returns when this error ends it.
+    """
+
+    def __init__(
+        self, code: str, subject: object, problem: str, advice: str, *, exit_code: ExitCode = ExitCode.USAGE
+    ) -> None:
+        super().__init__(code, subject, problem, advice)
+        self.code = code
+        self.subject = printable(subject)
+        self.problem = printable(problem)
+        self.advice = printable(advice)
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return f"E-{self.code} {self.subject}: {self.problem}; {self.advice}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (self.code, self.subject, self.problem, self.advice, self.exit_code)
+
+
+def _rebuild(code: str, subject: str, problem: str, advice: str, exit_code: ExitCode) -> DagmanError:
+    return DagmanError(code, subject, problem, advice, exit_code=exit_code)

@@ -1,0 +1,1 @@
+"""Arrays to pictures; the only importer of matplotlib."""

@@ -1,0 +1,1 @@
+"""Tensors to `Features`. No images, no losses."""

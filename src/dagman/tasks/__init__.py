@@ -1,0 +1,1 @@
+"""What pretrained features are for."""

@@ -1,0 +1,87 @@
+"""The nouns that travel between parts.
+
+Conventions: arrays are x, y, z in RAS+ (indices grow towards the patient's right, front and head, as in nibabel);
+spacing is (x, y, z) in mm; `hidden` is boolean, True where a network cannot see a patch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """One row of the scan table: where a CT lies and whose it is. Nothing is read yet."""
+
+    case_id: str
+    """Name of the case in every output: letters, digits, `-`, `_`, `.` only."""
+    files: tuple[Path, ...]
+    """One file (NIfTI, NRRD, MHA, multi-frame DICOM) or the slices of one DICOM series."""
+    kind: str
+    """`nifti`, `nrrd`, `mha` or `dicom`."""
+    patient: str | None = None
+    """Whose scan: the CSV's value, or a keyed hash of the DICOM PatientID."""
+    label: str | None = None
+    mask: Path | None = None
+    split: str | None = None
+
+    @property
+    def source(self) -> Path:
+        """The file, or the folder that holds the series."""
+        return self.files[0] if len(self.files) == 1 else self.files[0].parent
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Volume:
+    """One CT in memory, oriented to RAS+."""
+
+    hu: np.ndarray
+    """Hounsfield units, (x, y, z); int16 or float32."""
+    affine: np.ndarray
+    """(4, 4), voxel index to RAS+ world in mm."""
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size (x, y, z) in mm."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+
+class Views(NamedTuple):
+    """Two overlapping crops of each volume of a batch, intensities in [0, 1]."""
+
+    u: Float[Tensor, "batch 1 x y z"]
+    v: Float[Tensor, "batch 1 x y z"]
+    rows: Int[Tensor, " batch"]
+    """Row of the prepared store each pair was cut from."""
+    padding: Float[Tensor, " batch"]
+    """Share of the pair's voxels that lie outside the stored volume."""
+
+
+class Features(NamedTuple):
+    """What every encoder returns. Cells are in C order of their (x, y, z) grid."""
+
+    tokens: Float[Tensor, "batch cells width"]
+    """Normalised cell tokens (semantic attention's, or the grid of stage 3 without it)."""
+    cls: Float[Tensor, "batch width"] | None
+    """Normalised [CLS] token; None for an encoder without one."""
+    attention: Float[Tensor, "batch cells"] | None
+    """Equation 1: mean over heads of the [CLS] row over the cells, summing to 1."""
+    pooled: Float[Tensor, "batch final_width"]
+    """Mean over the normalised final tokens."""
+    pyramid: tuple[Float[Tensor, "batch level_width level_x level_y level_z"], ...]
+    """Normalised feature maps, finest first; the last is the final map."""
+
+
+class Losses(NamedTuple):
+    """The four losses of section 3.2 under the paper's names, and their weighted sum (equations 2-5)."""
+
+    total: Float[Tensor, ""]
+    amip: Float[Tensor, ""]
+    ampd: Float[Tensor, ""]
+    aitd: Float[Tensor, ""]
+    gitd: Float[Tensor, ""]
