@@ -51,6 +51,18 @@ class Volume:
         return float(x), float(y), float(z)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What an encoder saw in pretraining, and so what it must be shown: travels with its weights."""
+
+    spacing_mm: float = 2.0
+    orientation: str = "RAS"
+    window_hu: tuple[float, float] = (-175.0, 250.0)
+    """Mapped to [0, 1] and clipped."""
+    crop: tuple[int, int, int] = (128, 128, 128)
+    """Voxels (x, y, z)."""
+
+
 class Views(NamedTuple):
     """Two overlapping crops of each volume of a batch, intensities in [0, 1]."""
 
