@@ -1,0 +1,47 @@
+# Every target makes what it needs on a fresh machine.
+#
+# PYTHON            interpreter for the virtual environment (>= 3.11)
+# TORCH_INDEX_URL   package index to take torch from (unset: the configured index); point it at PyTorch's CPU builds
+#                   on machines without a GPU, or at the build for your CUDA version
+# DATA              folder of your own CTs for `make demo`
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/cpu-py311.txt
+TORCH := $(shell sed -n 's/^torch==/torch==/p' $(CONSTRAINTS))
+READY := $(VENV)/.ready
+DEMO ?= demo
+
+.PHONY: setup check test demo bench docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "E-PYTHON $(PYTHON): is older than 3.11; run make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	@touch $(READY)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: setup
+	$(BIN)/dagman demo --output $(DEMO) $(if $(DATA),--data $(DATA))
+
+bench: setup
+	$(BIN)/python benchmarks/store.py --json benchmarks/results/store.json
+
+docs: setup
+	$(BIN)/python docs/tables.py
+
+clean:
+	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,90 @@
+"""Atomic writes, logs, locks and coded errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dagman import files
+from dagman.errors import DagmanError, ExitCode
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": 1})
+    monkeypatch.setenv("DAGMAN_FAULT", "file.before_replace:1:enospc")
+    monkeypatch.setattr(files, "_faults_seen", {})
+    with pytest.raises(DagmanError, match="E-DISK") as caught:
+        files.write_json(path, {"a": 2})
+    assert caught.value.exit_code is ExitCode.RESOURCES
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+@pytest.mark.parametrize("point", ["file.before_fsync", "file.before_replace", "file.after_replace"])
+def test_a_kill_at_any_point_of_a_write_leaves_a_whole_file(tmp_path: Path, point: str) -> None:
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": 1})
+    script = f"from dagman import files; from pathlib import Path; files.write_json(Path({str(path)!r}), {{'a': 2}})"
+    environment = os.environ | {"DAGMAN_FAULT": f"{point}:1:kill"}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
+    assert json.loads(path.read_text()) == ({"a": 2} if point == "file.after_replace" else {"a": 1})
+
+
+def test_nan_is_never_written_as_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "x.json", {"a": float("nan")})
+
+
+def test_a_torn_last_line_is_ignored_and_then_cut(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    files.append_line(log, {"step": 1})
+    with log.open("a") as stream:
+        stream.write('{"step": 2')
+    assert files.read_lines(log) == [{"step": 1}]
+    files.repair_log(log)
+    files.append_line(log, {"step": 2})
+    assert files.read_lines(log) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1]", '{"other": 1}'])
+def test_a_damaged_line_is_named_by_number(tmp_path: Path, line: str) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(DagmanError, match=r"E-MANIFEST .*log\.jsonl:2"):
+        files.read_lines(log, required=["step"])
+
+
+def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'\xef\xbb\xbf{"step": 1}\r\n{"step": 2}\r\n')
+    assert files.read_lines(log) == [{"step": 1}, {"step": 2}]
+
+
+def test_the_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+    script = (
+        f"from dagman import files; from pathlib import Path\nwith files.folder_lock(Path({str(tmp_path)!r})): pass"
+    )
+    with files.folder_lock(tmp_path):
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert f"is in use by process {os.getpid()}" in result.stderr
+    with files.folder_lock(tmp_path):
+        pass
+
+
+def test_an_error_is_one_line_even_for_a_hostile_name() -> None:
+    error = DagmanError("GZIP", "a\nb\x1b[31m.nii.gz", "ends early", "copy it again")
+    assert "\n" not in str(error)
+    assert "\x1b" not in str(error)
+
+
+def test_an_error_survives_a_process_boundary() -> None:
+    import pickle
+
+    error = DagmanError("GZIP", "a.nii.gz", "ends early", "copy it again", exit_code=ExitCode.REFUSED)
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error)
+    assert copy.exit_code is ExitCode.REFUSED
