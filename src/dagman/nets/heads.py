@@ -1,0 +1,79 @@
+"""Projection heads for distillation and the head that predicts voxels (paper, section 3.2)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dagman.errors import DagmanError
+
+
+class ProjectionHead(nn.Module):
+    """Three linear layers to a unit vector (the bottleneck), then similarities to `num_prototypes` unit vectors.
+
+    Args:
+        in_width: Width of the features.
+        num_prototypes: K, the number of outputs (paper: 8192).
+        hidden_width: Width between the layers (iBOT's).
+        bottleneck_width: Width of the unit vector (iBOT's).
+
+    Reference: section 3.2; the last layer is weight-normalised with its gain fixed at 1.
+    """
+
+    def __init__(
+        self, in_width: int, *, num_prototypes: int, hidden_width: int = 2048, bottleneck_width: int = 256
+    ) -> None:
+        super().__init__()
+        if num_prototypes < 2:
+            raise DagmanError("CONFIG", "num_prototypes", f"cannot be {num_prototypes}", "give at least 2")
+        self.layers = nn.Sequential(
+            nn.Linear(in_width, hidden_width),
+            nn.GELU(),
+            nn.Linear(hidden_width, hidden_width),
+            nn.GELU(),
+            nn.Linear(hidden_width, bottleneck_width),
+        )
+        self.prototypes = nn.Parameter(torch.zeros(num_prototypes, bottleneck_width))
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+
+    def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape bottleneck"]:
+        """The bottleneck: vectors of length 1."""
+        return functional.normalize(self.layers(features), dim=-1)
+
+    def logits(self, bottleneck: Float[Tensor, "*shape bottleneck"]) -> Float[Tensor, "*shape prototypes"]:
+        """Cosines with the prototypes: linear in the bottleneck, so the mean's logits are the mean logits."""
+        return functional.linear(bottleneck, functional.normalize(self.prototypes, dim=-1))
+
+    def forward(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape prototypes"]:
+        """Features to logits."""
+        return self.logits(self.project(features))
+
+
+class VoxelHead(nn.Module):
+    """One linear layer from a final token to the voxels it stands for.
+
+    Args:
+        in_width: Width of the final tokens.
+        cell_side: Voxels a side of a final token.
+        mean_intensity: Of the training data; the prediction before training.
+
+    Reference: section 3.2, AMIP.
+    """
+
+    def __init__(self, in_width: int, *, cell_side: int = 32, mean_intensity: float) -> None:
+        super().__init__()
+        self.cell_side = cell_side
+        self.linear = nn.Linear(in_width, cell_side**3)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.constant_(self.linear.bias, mean_intensity)
+
+    def forward(self, final: Float[Tensor, "batch in_width gx gy gz"]) -> Float[Tensor, "batch 1 x y z"]:
+        """Predict a crop from the final map, `Features.pyramid[-1]`."""
+        batch, _, gx, gy, gz = final.shape
+        side = self.cell_side
+        voxels: Tensor = self.linear(final.movedim(1, -1)).view(batch, gx, gy, gz, side, side, side)
+        return voxels.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, 1, gx * side, gy * side, gz * side)

@@ -1,0 +1,440 @@
+"""The 3D Swin transformer with semantic attention (paper, section 3.1), weight-compatible with MONAI's Swin."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dagman.errors import DagmanError
+from dagman.nets.window import Size, WindowAttention
+from dagman.types import Features
+
+PATCH_SIDE = 2
+CROP_MULTIPLE = 32
+"""Four mergings of patches of two voxels."""
+SMALLEST_NUMBER_OF_CELLS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Semantic attention: transformer blocks over all cells of a crop and a [CLS] token."""
+
+    stage: int = 3
+    """Acts on the output of this stage, 1 to 4 (paper: 3)."""
+    placement: Literal["series", "branch"] = "series"
+    """`series`: its tokens go on into the next stage; `branch`: it stands beside the trunk."""
+    num_blocks: int = 2
+    num_heads: int = 8
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLPs over the token's width."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stage <= 4:
+            raise DagmanError("CONFIG", "attention.stage", f"cannot be {self.stage}", "choose 1, 2, 3 or 4")
+        if self.num_blocks < 1:
+            raise DagmanError(
+                "CONFIG",
+                "attention.num_blocks",
+                f"cannot be {self.num_blocks}",
+                "give at least 1, or `attention: none` for a Swin without semantic attention",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinConfig:
+    """Sizes of the encoder; the defaults are the paper's."""
+
+    embed_dim: int = 48
+    """Width of a patch token; doubles at each stage. A multiple of 12."""
+    depths: tuple[int, int, int, int] = (2, 2, 8, 2)
+    """Blocks of each stage."""
+    num_heads: tuple[int, int, int, int] = (4, 4, 8, 16)
+    window: int = 4
+    """Side of an attention window in tokens."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLPs over the token's width."""
+    patch_norm: bool = False
+    """LayerNorm after the patch embedding."""
+    drop_path: float = 0.1
+    """Chance to skip the last block in training; falls linearly to 0 at the first."""
+    hidden_token: Literal["learned", "zero"] = "learned"  # noqa: S105
+    """What stands for a hidden patch."""
+    attention: AttentionConfig | None = AttentionConfig()
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 12 or self.embed_dim % 12:
+            near = max(12, round(self.embed_dim / 12) * 12)
+            raise DagmanError(
+                "CONFIG", "embed_dim", f"{self.embed_dim} is no multiple of 12", f"choose for example {near}"
+            )
+        if min(self.depths) < 1:
+            raise DagmanError("CONFIG", "depths", f"cannot be {self.depths}", "give every stage at least one block")
+        if self.window < 2:
+            raise DagmanError("CONFIG", "window", f"cannot be {self.window}", "give at least 2 tokens (paper: 4)")
+        if not 0 <= self.drop_path < 1:
+            raise DagmanError("CONFIG", "drop_path", f"cannot be {self.drop_path}", "choose 0 <= drop_path < 1")
+        for stage, heads in enumerate(self.num_heads):
+            _check_heads(f"num_heads of stage {stage + 1}", heads, self.embed_dim << stage)
+        if self.attention:
+            _check_heads("attention.num_heads", self.attention.num_heads, self.cell_width)
+
+    @property
+    def cell_stage(self) -> int:
+        """The stage whose output tokens are the cells: semantic attention's, 3 without it."""
+        return self.attention.stage if self.attention else 3
+
+    @property
+    def cell_side(self) -> int:
+        """Side of a cell in voxels."""
+        return PATCH_SIDE << self.cell_stage
+
+    @property
+    def cell_width(self) -> int:
+        """Width of `Features.tokens` and `Features.cls`."""
+        return self.embed_dim << self.cell_stage
+
+    @property
+    def final_width(self) -> int:
+        """Width of `Features.pooled`."""
+        return self.embed_dim * 16
+
+    def grid(self, crop: Size) -> Size:
+        """Cells (x, y, z) of a crop.
+
+        Args:
+            crop: Sides in voxels (x, y, z).
+
+        Raises:
+            DagmanError: `E-CROP` where a side is no multiple of 32 or the crop has fewer than 8 cells.
+        """
+        sizes = "x".join(map(str, crop))
+        if any(side < CROP_MULTIPLE or side % CROP_MULTIPLE for side in crop):
+            near = "x".join(str(max(1, math.ceil(side / CROP_MULTIPLE)) * CROP_MULTIPLE) for side in crop)
+            raise DagmanError(
+                "CROP", f"crop {sizes}", f"sides must be multiples of {CROP_MULTIPLE} voxels", f"choose {near}"
+            )
+        x, y, z = (side // self.cell_side for side in crop)
+        if x * y * z < SMALLEST_NUMBER_OF_CELLS:
+            raise DagmanError(
+                "CROP",
+                f"crop {sizes}",
+                f"has {x * y * z} cells of {self.cell_side} voxels, fewer than {SMALLEST_NUMBER_OF_CELLS}",
+                "choose a larger crop or semantic attention at an earlier stage",
+            )
+        return x, y, z
+
+
+def _check_heads(name: str, heads: int, width: int) -> None:
+    if heads < 1 or width % heads:
+        raise DagmanError("CONFIG", name, f"{heads} does not divide the width {width}", "choose a divisor of it")
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden_width)
+        self.linear2 = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        """Apply to each token."""
+        mixed: Tensor = self.linear2(functional.gelu(self.linear1(x)))
+        return mixed
+
+
+class DropPath(nn.Module):
+    """In training, leave a residual out for whole batch items, and scale the others up to keep the mean."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def forward(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        """Drop with the module's chance; the identity in eval mode."""
+        if not self.training or self.chance == 0:
+            return x
+        keep = 1 - self.chance
+        kept = torch.empty(x.shape[0], *(1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+        return x * kept.div_(keep)
+
+
+class WindowBlock(nn.Module):
+    """A pre-norm transformer block whose attention stays within (shifted) windows."""
+
+    def __init__(
+        self, width: int, *, num_heads: int, window: int, shift: int, mlp_ratio: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = WindowAttention(width, num_heads=num_heads, window=window, shift=shift)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x y z width"]:
+        """Two residual steps."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return out
+
+
+class PatchMerging(nn.Module):
+    """Joins 2x2x2 tokens into one of twice the width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8 * width)
+        self.reduction = nn.Linear(8 * width, 2 * width, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
+        """Octants in the order of MONAI's `merging`: 000, 100, 010, 001, 110, 101, 011, 111."""
+        octants = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
+        merged: Tensor = self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in octants], dim=-1)))
+        return merged
+
+
+class Stage(nn.Module):
+    """Blocks with windows in place and shifted in turn, then merging."""
+
+    def __init__(self, config: SwinConfig, stage: int, drop_paths: list[float]) -> None:
+        super().__init__()
+        width = config.embed_dim << stage
+        self.blocks = nn.ModuleList(
+            WindowBlock(
+                width,
+                num_heads=config.num_heads[stage],
+                window=config.window,
+                shift=config.window // 2 if block % 2 else 0,
+                mlp_ratio=config.mlp_ratio,
+                drop_path=drop_path,
+            )
+            for block, drop_path in enumerate(drop_paths)
+        )
+        self.downsample = PatchMerging(width)
+
+    def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
+        """From one level of the pyramid to the next."""
+        for block in self.blocks:
+            x = block(x)
+        merged: Tensor = self.downsample(x)
+        return merged
+
+
+class PatchEmbedding(nn.Module):
+    """Patches of 2x2x2 voxels to tokens."""
+
+    def __init__(self, width: int, *, norm: bool) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(1, width, kernel_size=PATCH_SIDE, stride=PATCH_SIDE)
+        self.norm = nn.LayerNorm(width) if norm else None
+
+    def forward(self, images: Float[Tensor, "batch 1 x y z"]) -> Float[Tensor, "batch x/2 y/2 z/2 width"]:
+        """Embed each patch."""
+        x: Tensor = self.proj(images).movedim(1, -1).contiguous()
+        return self.norm(x) if self.norm else x
+
+
+@functools.lru_cache(maxsize=64)
+def sine_cosine_position(grid: Size, width: int, device: torch.device) -> Float[Tensor, "cells width"]:
+    """Fixed position code: a third of the width for each axis, half sines, half cosines, wavelengths 2 pi to 2e4 pi.
+
+    Args:
+        grid: Cells (x, y, z).
+        width: Width of a token, a multiple of 6.
+        device: Where the code shall live.
+    """
+    frequencies = 10000.0 ** -(np.arange(width // 6) / (width // 6))
+    angles = np.indices(grid).reshape(3, -1)[:, :, None] * frequencies
+    code = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    flat = code.transpose(1, 0, 2).reshape(-1, width).astype(np.float32)
+    with torch.inference_mode(False):
+        return torch.from_numpy(flat).to(device)
+
+
+class GlobalBlock(nn.Module):
+    """A pre-norm transformer block whose attention spans all tokens."""
+
+    def __init__(self, width: int, *, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Two residual steps."""
+        query, key, value = self.heads(x)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+    def heads(self, x: Float[Tensor, "batch tokens width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (batch, heads, tokens, head width)."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+    @torch.no_grad()
+    def attention_of_first(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch others"]:
+        """How the first token attends to the others: mean over heads, rescaled to sum 1, in float32.
+
+        Args:
+            x: What enters the block. No gradient flows to it.
+
+        Reference: equation 1; only this one row of the attention matrix is computed.
+        """
+        query, key, _ = self.heads(x)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = query[:, :, :1].float() @ key.float().transpose(-2, -1) * query.shape[-1] ** -0.5
+            row = logits.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+            renormalised: Tensor = row / row.sum(dim=-1, keepdim=True)
+        return renormalised
+
+
+class SemanticTokens(NamedTuple):
+    """What semantic attention makes of the cells of a crop."""
+
+    residual: Float[Tensor, "batch cells width"]
+    """Before the last norm: what goes on into the next stage."""
+    tokens: Float[Tensor, "batch cells width"]
+    cls: Float[Tensor, "batch width"]
+    attention: Float[Tensor, "batch cells"]
+
+
+class SemanticAttention(nn.Module):
+    """Transformer blocks over all cells and a [CLS] token that learns which cells matter.
+
+    Args:
+        width: Width of a cell's token.
+        config: Number of blocks, heads.
+
+    Reference: section 3.1, equation 1.
+    """
+
+    def __init__(self, width: int, config: AttentionConfig) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(width))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.blocks = nn.ModuleList(
+            GlobalBlock(width, num_heads=config.num_heads, mlp_ratio=config.mlp_ratio) for _ in range(config.num_blocks)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, cells: Float[Tensor, "batch x y z width"]) -> SemanticTokens:
+        """Attend over the cells."""
+        batch, *grid, width = cells.shape
+        position = sine_cosine_position((grid[0], grid[1], grid[2]), width, cells.device)
+        x = torch.cat([self.cls_token.expand(batch, 1, width), cells.flatten(1, 3) + position], dim=1)
+        for block in self.blocks:
+            entering = x
+            x = block(x)
+        normalised = self.norm(x)
+        last = self.blocks[-1]
+        assert isinstance(last, GlobalBlock)  # noqa: S101
+        return SemanticTokens(x[:, 1:], normalised[:, 1:], normalised[:, 0], last.attention_of_first(entering))
+
+
+class SwinEncoder(nn.Module):
+    """A crop to `Features`.
+
+    Reference: section 3.1, figure 1.
+    """
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbedding(config.embed_dim, norm=config.patch_norm)
+        if config.hidden_token == "learned":  # noqa: S105
+            self.hidden_token = nn.Parameter(torch.zeros(config.embed_dim))
+            nn.init.trunc_normal_(self.hidden_token, std=0.02)
+        drop_paths = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        ends = np.cumsum(config.depths).tolist()
+        self.stages = nn.ModuleList(
+            Stage(config, stage, drop_paths[end - config.depths[stage] : end]) for stage, end in enumerate(ends)
+        )
+        if config.attention:
+            self.semantic_attention = SemanticAttention(config.cell_width, config.attention)
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch 1 x y z"],
+        hidden: Bool[Tensor, "batch cells"] | None = None,
+        dropped: Bool[Tensor, "batch cells"] | None = None,
+    ) -> Features:
+        """Encode crops.
+
+        Args:
+            images: Intensities in [0, 1]; sides are multiples of 32.
+            hidden: Cells whose patches the network sees as the hidden token.
+            dropped: Cells whose patches become zero after the embedding (the noisy teacher).
+
+        Raises:
+            DagmanError: `E-CROP` for sides that the network cannot divide or too few cells.
+        """
+        levels, semantic = self.trunk(images, hidden, dropped)
+        pyramid = tuple(functional.layer_norm(level, level.shape[-1:]) for level in levels)
+        return Features(
+            tokens=semantic.tokens if semantic else pyramid[self.config.cell_stage].flatten(1, 3),
+            cls=semantic.cls if semantic else None,
+            attention=semantic.attention if semantic else None,
+            pooled=pyramid[-1].mean(dim=(1, 2, 3)),
+            pyramid=tuple(level.movedim(-1, 1) for level in pyramid),
+        )
+
+    def trunk(
+        self,
+        images: Float[Tensor, "batch 1 x y z"],
+        hidden: Bool[Tensor, "batch cells"] | None = None,
+        dropped: Bool[Tensor, "batch cells"] | None = None,
+    ) -> tuple[list[Float[Tensor, "batch _ _ _ _"]], SemanticTokens | None]:
+        """The five raw levels, channels last, and what semantic attention made of its level.
+
+        A level is taken before semantic attention; in series at stage 4, where no stage follows, the last one after.
+        """
+        x = self.embed(images, hidden, dropped)
+        levels, semantic = [x], None
+        for number, stage in enumerate(self.stages, 1):
+            x = stage(x)
+            levels.append(x)
+            if self.config.attention and number == self.config.attention.stage:
+                semantic = self.semantic_attention(x)
+                if self.config.attention.placement == "series":
+                    x = semantic.residual.view(x.shape)
+        levels[-1] = x
+        return levels, semantic
+
+    def embed(
+        self,
+        images: Float[Tensor, "batch 1 x y z"],
+        hidden: Bool[Tensor, "batch cells"] | None = None,
+        dropped: Bool[Tensor, "batch cells"] | None = None,
+    ) -> Float[Tensor, "batch x/2 y/2 z/2 width"]:
+        """Patch tokens, those of hidden and dropped cells replaced."""
+        grid = self.config.grid((images.shape[2], images.shape[3], images.shape[4]))
+        x: Tensor = self.patch_embed(images)
+        if hidden is not None:
+            learned = self.config.hidden_token == "learned"  # noqa: S105
+            x = _replace(x, hidden, grid, self.hidden_token.to(x.dtype) if learned else x.new_zeros(()))
+        if dropped is not None:
+            x = _replace(x, dropped, grid, x.new_zeros(()))
+        return x
+
+
+def _replace(x: Tensor, cells: Tensor, grid: Size, token: Tensor) -> Tensor:
+    """Put `token` in place of every patch of the marked cells."""
+    batch, *patches, width = x.shape
+    side = patches[0] // grid[0]
+    split = x.view(batch, grid[0], side, grid[1], side, grid[2], side, width)
+    marked = cells.view(batch, grid[0], 1, grid[1], 1, grid[2], 1, 1)
+    return torch.where(marked, token, split).view(x.shape)

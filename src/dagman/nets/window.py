@@ -1,0 +1,222 @@
+"""Attention within 3D windows, shifted every second block, in numbers equal to MONAI's Swin.
+
+Tokens reach their windows by one cached gather that shifts and partitions at once. Windows lie first and the batch
+second, so that all windows which need the same shift mask stand together: a mask is then one small matrix for a
+range of rows instead of one matrix for every window.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+Size = tuple[int, int, int]
+
+FORBIDDEN = -1e4
+"""Added where a shifted window joins two far sides of the map. exp(-100) would be a float32 denormal, which is slow."""
+
+
+class WindowLayout(NamedTuple):
+    """Where each token of a (padded) batch of maps goes, and which pairs of tokens must not meet."""
+
+    order: Int[Tensor, " rows"]
+    """For each row (window, batch item, token in window), its token in (batch item, x, y, z) order."""
+    inverse: Int[Tensor, " rows"]
+    """The way back."""
+    padded: Size
+    """Sides of the map, each a multiple of the window's."""
+    tokens: int
+    """Tokens in a window."""
+    masks: tuple[tuple[int, int, Float[Tensor, "tokens tokens"]], ...]
+    """Ranges [start, stop) of (window, batch item) pairs with what is added to their logits."""
+
+
+def effective_window(grid: Size, window: int, shift: int) -> tuple[Size, Size]:
+    """Window and shift on a map: an axis no longer than the window becomes one window and loses its shift."""
+    fits = [side <= window for side in grid]
+    x, y, z = (side if fit else window for side, fit in zip(grid, fits, strict=True))
+    i, j, k = (0 if fit else shift for fit in fits)
+    return (x, y, z), (i, j, k)
+
+
+@functools.lru_cache(maxsize=64)
+def window_layout(batch: int, grid: Size, window: int, shift: int, device: torch.device) -> WindowLayout:
+    """The layout of `batch` maps of `grid` tokens in windows of `window`, moved by `shift`.
+
+    Args:
+        batch: Number of maps.
+        grid: Tokens (x, y, z).
+        window: Side of a window in tokens.
+        shift: Tokens by which windows are moved, 0 for none.
+        device: Where the indices shall live.
+    """
+    sides, shifts = effective_window(grid, window, shift)
+    padded = tuple(math.ceil(side / step) * step for side, step in zip(grid, sides, strict=True))
+    count = [side // step for side, step in zip(padded, sides, strict=True)]
+    tokens = math.prod(sides)
+    # windows[w, t] is the raster index, in the padded map, of token t of window w
+    raster = np.arange(math.prod(padded)).reshape(padded)
+    raster = np.roll(raster, [-step for step in shifts], axis=(0, 1, 2))
+    split = raster.reshape(count[0], sides[0], count[1], sides[1], count[2], sides[2])
+    windows = split.transpose(0, 2, 4, 1, 3, 5).reshape(-1, tokens)
+    # a window is of kind b2 b1 b0 (binary) where it is the last along a shifted axis, and so joins two far sides
+    last = [(np.arange(n) == n - 1) & (step > 0) for n, step in zip(count, shifts, strict=True)]
+    kinds = (4 * last[0][:, None, None] + 2 * last[1][:, None] + last[2]).ravel()
+    by_kind = np.argsort(kinds, kind="stable")
+    order = windows[by_kind][:, None, :] + raster.size * np.arange(batch)[None, :, None]
+    inverse = np.argsort(order.ravel(), kind="stable")
+    masks, start = [], 0
+    for kind, number in zip(*np.unique(kinds, return_counts=True), strict=True):
+        stop = start + int(number) * batch
+        if kind:
+            masks.append((start, stop, _constant(_shift_mask(int(kind), sides, shifts), device)))
+        start = stop
+    x, y, z = padded
+    return WindowLayout(
+        order=_constant(order.ravel().astype(np.int32), device),
+        inverse=_constant(inverse.astype(np.int32), device),
+        padded=(x, y, z),
+        tokens=tokens,
+        masks=tuple(masks),
+    )
+
+
+def _shift_mask(kind: int, sides: Size, shifts: Size) -> np.ndarray:
+    """What is added to the logits of a window that joins far sides along the axes that `kind` names."""
+    region = np.zeros(sides, dtype=np.int64)
+    for axis in range(3):
+        if kind & (4 >> axis):
+            came_round = np.arange(sides[axis]) >= sides[axis] - shifts[axis]
+            region += (came_round << axis).reshape([-1 if i == axis else 1 for i in range(3)])
+    flat = region.ravel()
+    return np.where(flat[:, None] == flat, 0.0, FORBIDDEN).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def relative_position_index(window: int, device: torch.device) -> Int[Tensor, "tokens tokens"]:
+    """Row of the bias table for each pair of tokens of a window, as MONAI numbers them."""
+    axes = np.indices((window,) * 3).reshape(3, -1)
+    offsets = axes[:, :, None] - axes[:, None, :] + window - 1
+    side = 2 * window - 1
+    return _constant((offsets[0] * side + offsets[1]) * side + offsets[2], device)
+
+
+def _constant(values: np.ndarray, device: torch.device) -> Tensor:
+    """A cached tensor: never an inference tensor, which autograd could not save."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+
+class _Permute(torch.autograd.Function):
+    """Reorder the rows of a matrix; the gradient is reordered back by a gather, not a scatter."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
+        return _permute(gradient[0], inverse, order), None, None
+
+
+def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    permuted: Tensor = _Permute.apply(rows, order, inverse)  # type: ignore[no-untyped-call]
+    return permuted
+
+
+def partition(x: Float[Tensor, "batch x y z width"], layout: WindowLayout) -> Float[Tensor, "windows tokens width"]:
+    """Maps to windows: zeros are added behind each axis, then tokens are shifted and grouped."""
+    grid, width = x.shape[1:4], x.shape[4]
+    if tuple(grid) != layout.padded:
+        x = functional.pad(x, [0, 0, *(n for axis in (2, 1, 0) for n in (0, layout.padded[axis] - grid[axis]))])
+    return _permute(x.reshape(-1, width), layout.order, layout.inverse).view(-1, layout.tokens, width)
+
+
+def reverse(
+    windows: Float[Tensor, "windows tokens width"], layout: WindowLayout, grid: Size
+) -> Float[Tensor, "batch x y z width"]:
+    """Windows back to maps of `grid` tokens; what was added for padding is dropped."""
+    width = windows.shape[-1]
+    x = _permute(windows.reshape(-1, width), layout.inverse, layout.order).view(-1, *layout.padded, width)
+    return x if layout.padded == grid else x[:, : grid[0], : grid[1], : grid[2]]
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within windows, with a learned bias for each relative position.
+
+    Args:
+        width: Features of a token.
+        num_heads: Attention heads; divides `width`.
+        window: Side of a window in tokens.
+        shift: Tokens by which the windows are moved, 0 for none.
+    """
+
+    def __init__(self, width: int, *, num_heads: int, window: int, shift: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window = window
+        self.shift = shift
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 3, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x y z width"]:
+        """Attend within each window of each map."""
+        grid = (x.shape[1], x.shape[2], x.shape[3])
+        layout = window_layout(x.shape[0], grid, self.window, self.shift, x.device)
+        windows = partition(x, layout)
+        count, tokens, width = windows.shape
+        qkv = self.qkv(windows).view(count, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        bias = self.bias(tokens)
+        if torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad):
+            mixed = explicit_attention(query, key, value, bias, layout)
+        else:
+            mixed = fused_attention(query, key, value, bias, layout)
+        return reverse(self.proj(mixed.transpose(1, 2).reshape(count, tokens, width)), layout, grid)
+
+    def bias(self, tokens: int) -> Float[Tensor, "heads tokens tokens"]:
+        """The relative position bias; on a map smaller than a window its first `tokens` rows and columns, as MONAI."""
+        table = self.relative_position_bias_table
+        index = relative_position_index(self.window, table.device)[:tokens, :tokens]
+        return table[index.reshape(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
+
+
+Heads = Float[Tensor, "windows heads tokens head_width"]
+
+
+def explicit_attention(
+    query: Heads, key: Heads, value: Heads, bias: Float[Tensor, "heads tokens tokens"], layout: WindowLayout
+) -> Heads:
+    """Attention with its matrix written out, for training: the fused kernel has no fast gradient for the bias."""
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
+    # Adding a constant leaves the gradient as it is, so autograd need not know.
+    constant = logits.detach()
+    for start, stop, mask in layout.masks:
+        constant[start:stop].add_(mask)
+    mixed: Tensor = logits.softmax(dim=-1).to(value.dtype) @ value
+    return mixed
+
+
+def fused_attention(
+    query: Heads, key: Heads, value: Heads, bias: Float[Tensor, "heads tokens tokens"], layout: WindowLayout
+) -> Heads:
+    """The same by PyTorch's fused kernel, one call for each kind of window."""
+    free = layout.masks[0][0] if layout.masks else len(query)
+    ranges = [(0, free, bias.detach()), *((start, stop, bias.detach() + mask) for start, stop, mask in layout.masks)]
+    parts = [
+        functional.scaled_dot_product_attention(
+            query[start:stop], key[start:stop], value[start:stop], attn_mask=added.to(query.dtype)[None]
+        )
+        for start, stop, added in ranges
+        if stop > start
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
