@@ -120,10 +120,15 @@ def json_line(row: dict[str, Any]) -> str:
 
 def append_line(path: Path, row: dict[str, Any], *, durable: bool = True) -> None:
     """Append one JSON row to a log; with `durable`, it is on disk when this returns."""
+    append_text(path, json_line(row), durable=durable)
+
+
+def append_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Append text to a log in one write; with `durable`, the whole log is on disk when this returns."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, json_line(row).encode())
+            os.write(descriptor, text.encode())
             fault_point("log.before_fsync")
             if durable:
                 os.fsync(descriptor)
