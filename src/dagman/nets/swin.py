@@ -1,9 +1,8 @@
 """The 3D Swin transformer with semantic attention (paper, section 3.1), weight-compatible with MONAI's Swin."""
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
+from dagman.nets.transformer import MLP, DropPath, GlobalBlock, sine_cosine_position
 from dagman.nets.window import Size, WindowAttention
-from dagman.types import Features
+from dagman.types import Features, Preparation
+
+if TYPE_CHECKING:
+    from dagman.nets.weights import LoadReport
 
 PATCH_SIDE = 2
 CROP_MULTIPLE = 32
@@ -135,36 +138,6 @@ def _check_heads(name: str, heads: int, width: int) -> None:
         raise DagmanError("CONFIG", name, f"{heads} does not divide the width {width}", "choose a divisor of it")
 
 
-class MLP(nn.Module):
-    """Two linear layers with a GELU between."""
-
-    def __init__(self, width: int, hidden_width: int) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(width, hidden_width)
-        self.linear2 = nn.Linear(hidden_width, width)
-
-    def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
-        """Apply to each token."""
-        mixed: Tensor = self.linear2(functional.gelu(self.linear1(x)))
-        return mixed
-
-
-class DropPath(nn.Module):
-    """In training, leave a residual out for whole batch items, and scale the others up to keep the mean."""
-
-    def __init__(self, chance: float) -> None:
-        super().__init__()
-        self.chance = chance
-
-    def forward(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
-        """Drop with the module's chance; the identity in eval mode."""
-        if not self.training or self.chance == 0:
-            return x
-        keep = 1 - self.chance
-        kept = torch.empty(x.shape[0], *(1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
-        return x * kept.div_(keep)
-
-
 class WindowBlock(nn.Module):
     """A pre-norm transformer block whose attention stays within (shifted) windows."""
 
@@ -241,67 +214,6 @@ class PatchEmbedding(nn.Module):
         return self.norm(x) if self.norm else x
 
 
-@functools.lru_cache(maxsize=64)
-def sine_cosine_position(grid: Size, width: int, device: torch.device) -> Float[Tensor, "cells width"]:
-    """Fixed position code: a third of the width for each axis, half sines, half cosines, wavelengths 2 pi to 2e4 pi.
-
-    Args:
-        grid: Cells (x, y, z).
-        width: Width of a token, a multiple of 6.
-        device: Where the code shall live.
-    """
-    frequencies = 10000.0 ** -(np.arange(width // 6) / (width // 6))
-    angles = np.indices(grid).reshape(3, -1)[:, :, None] * frequencies
-    code = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
-    flat = code.transpose(1, 0, 2).reshape(-1, width).astype(np.float32)
-    with torch.inference_mode(False):
-        return torch.from_numpy(flat).to(device)
-
-
-class GlobalBlock(nn.Module):
-    """A pre-norm transformer block whose attention spans all tokens."""
-
-    def __init__(self, width: int, *, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, int(width * mlp_ratio))
-
-    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Two residual steps."""
-        query, key, value = self.heads(x)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
-
-    def heads(self, x: Float[Tensor, "batch tokens width"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (batch, heads, tokens, head width)."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        return query, key, value
-
-    @torch.no_grad()
-    def attention_of_first(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch others"]:
-        """How the first token attends to the others: mean over heads, rescaled to sum 1, in float32.
-
-        Args:
-            x: What enters the block. No gradient flows to it.
-
-        Reference: equation 1; only this one row of the attention matrix is computed.
-        """
-        query, key, _ = self.heads(x)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = query[:, :, :1].float() @ key.float().transpose(-2, -1) * query.shape[-1] ** -0.5
-            row = logits.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
-            renormalised: Tensor = row / row.sum(dim=-1, keepdim=True)
-        return renormalised
-
-
 class SemanticTokens(NamedTuple):
     """What semantic attention makes of the cells of a crop."""
 
@@ -350,6 +262,11 @@ class SwinEncoder(nn.Module):
 
     Reference: section 3.1, figure 1.
     """
+
+    preparation: Preparation = Preparation()
+    """What the images must be: set by whoever trains or loads the encoder, saved with it."""
+    report: "LoadReport | None" = None
+    """What was loaded, where the weights came from a file."""
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()

@@ -1,0 +1,100 @@
+"""Parts of transformers that do not know about windows."""
+
+import functools
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden_width)
+        self.linear2 = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        """Apply to each token."""
+        mixed: Tensor = self.linear2(functional.gelu(self.linear1(x)))
+        return mixed
+
+
+class DropPath(nn.Module):
+    """In training, leave a residual out for whole batch items, and scale the others up to keep the mean."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def forward(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        """Drop with the module's chance; the identity in eval mode."""
+        if not self.training or self.chance == 0:
+            return x
+        keep = 1 - self.chance
+        kept = torch.empty(x.shape[0], *(1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+        return x * kept.div_(keep)
+
+
+@functools.lru_cache(maxsize=64)
+def sine_cosine_position(grid: tuple[int, int, int], width: int, device: torch.device) -> Float[Tensor, "cells width"]:
+    """Fixed position code: a third of the width for each axis, half sines, half cosines, wavelengths 2 pi to 2e4 pi.
+
+    Args:
+        grid: Cells (x, y, z).
+        width: Width of a token, a multiple of 6.
+        device: Where the code shall live.
+    """
+    frequencies = 10000.0 ** -(np.arange(width // 6) / (width // 6))
+    angles = np.indices(grid).reshape(3, -1)[:, :, None] * frequencies
+    code = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    flat = code.transpose(1, 0, 2).reshape(-1, width).astype(np.float32)
+    with torch.inference_mode(False):
+        return torch.from_numpy(flat).to(device)
+
+
+class GlobalBlock(nn.Module):
+    """A pre-norm transformer block whose attention spans all tokens."""
+
+    def __init__(self, width: int, *, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Two residual steps."""
+        query, key, value = self.heads(x)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+    def heads(self, x: Float[Tensor, "batch tokens width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (batch, heads, tokens, head width)."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+    @torch.no_grad()
+    def attention_of_first(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch others"]:
+        """How the first token attends to the others: mean over heads, rescaled to sum 1, in float32.
+
+        Args:
+            x: What enters the block. No gradient flows to it.
+
+        Reference: equation 1; only this one row of the attention matrix is computed.
+        """
+        query, key, _ = self.heads(x)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = query[:, :, :1].float() @ key.float().transpose(-2, -1) * query.shape[-1] ** -0.5
+            row = logits.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+            renormalised: Tensor = row / row.sum(dim=-1, keepdim=True)
+        return renormalised
