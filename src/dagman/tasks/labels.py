@@ -1,0 +1,135 @@
+"""Labels as people write them, to two classes; anything doubtful is refused with counts and the first five cases."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool
+
+from dagman.errors import DagmanError
+from dagman.tasks.table import Table, read_rows
+
+MISSING = frozenset({"", "nan", "na", "n/a", "none", "null"})
+Unlabelled = Literal["refuse", "leave_out"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Classes:
+    """The two classes of a table."""
+
+    positive: Bool[np.ndarray, " cases"]
+    positive_word: str
+    negative_word: str
+
+
+def override(table: Table, path: Path, column: str = "label") -> Table:
+    """The table with labels (and patients, where it has that column) taken from a CSV with `case_id` and `column`.
+
+    Cases that the CSV does not name become unlabelled.
+
+    Raises:
+        DagmanError: `E-LABEL` when a column is absent, a case comes twice, or the CSV names cases without features.
+    """
+    rows = read_rows(path)
+    absent = [name for name in ("case_id", column) if rows and name not in rows[0]]
+    if absent or not rows:
+        found = ", ".join(rows[0]) if rows else "no rows"
+        raise DagmanError("LABEL", path, f"lacks {', '.join(absent) or 'rows'} (found: {found})", "name the columns")
+    _refuse_repeats(path, [row["case_id"] for row in rows])
+    by_case = {row["case_id"]: row for row in rows}
+    known = set(table.case_ids)
+    _refuse(path, "labels for cases without features", [case for case in by_case if case not in known])
+    found_rows = [by_case.get(case, {}) for case in table.case_ids]
+    patients = table.patients
+    if "patient" in rows[0]:
+        patients = tuple(row.get("patient") or None for row in found_rows)
+    return dataclasses.replace(table, labels=tuple(row.get(column) for row in found_rows), patients=patients)
+
+
+def labelled(table: Table, unlabelled: Unlabelled = "refuse") -> tuple[Table, int]:
+    """The rows that have a label, sorted by case, and how many had none.
+
+    Raises:
+        DagmanError: `E-LABEL` for cases that come twice, and for cases without a label unless they are to be left out.
+    """
+    _refuse_repeats("feature table", table.case_ids)
+    keep = {case: not _is_missing(label) for case, label in zip(table.case_ids, table.labels, strict=True)}
+    missing = [case for case, kept in keep.items() if not kept]
+    if unlabelled == "refuse":
+        _refuse("feature table", "cases without a label", missing, "label them, or leave them out explicitly")
+    rows = [index for _, index in sorted((case, index) for index, case in enumerate(table.case_ids) if keep[case])]
+    chosen = Table(
+        case_ids=tuple(table.case_ids[row] for row in rows),
+        patients=tuple(table.patients[row] for row in rows),
+        labels=tuple(table.labels[row] for row in rows),
+        features=table.features[rows],
+    )
+    return chosen, len(missing)
+
+
+def binary(labels: Sequence[str], positive: str | None = None) -> Classes:
+    """Two classes from words or numbers; of two numbers the larger is positive, of two words the caller says.
+
+    Args:
+        labels: One per case, none missing. `1`, `1.0` and ` 1 ` are the same number.
+        positive: The positive class; None where the labels are numbers.
+
+    Raises:
+        DagmanError: `E-LABEL` unless exactly two classes are there and it is clear which one is positive.
+    """
+    words = _same_spelling([label.strip() for label in labels])
+    counts = collections.Counter(words)
+    listed = ", ".join(f"{word}: {count}" for word, count in sorted(counts.items())[:5])
+    if len(counts) != 2:
+        raise DagmanError(
+            "LABEL",
+            "labels",
+            f"{len(counts)} classes over {len(words)} cases ({listed}{', ...' if len(counts) > 5 else ''})",
+            "give two classes",
+        )
+    if positive is not None:
+        positive = _same_spelling([*words, positive.strip()])[-1]
+    elif all(_number(word) is not None for word in counts):
+        positive = max(counts, key=float)
+    if positive is None or positive not in counts:
+        problem = f"two words ({listed})" if positive is None else f"no case is {positive} ({listed})"
+        raise DagmanError("LABEL", "labels", problem, f"name the positive class, such as {max(counts)}")
+    negative = next(word for word in counts if word != positive)
+    return Classes(
+        positive=np.array([word == positive for word in words]), positive_word=positive, negative_word=negative
+    )
+
+
+def _same_spelling(words: list[str]) -> list[str]:
+    """One spelling for each number, where all words are numbers."""
+    numbers = [_number(word) for word in words]
+    if any(number is None for number in numbers):
+        return words
+    return [f"{number:g}" for number in numbers]
+
+
+def _number(word: str) -> float | None:
+    try:
+        number = float(word)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_missing(label: str | None) -> bool:
+    return label is None or label.strip().lower() in MISSING
+
+
+def _refuse_repeats(subject: object, case_ids: Sequence[str]) -> None:
+    repeated = [case for case, count in collections.Counter(case_ids).items() if count > 1]
+    _refuse(subject, "cases in more than one row", repeated, "keep one row for each case")
+
+
+def _refuse(subject: object, what: str, cases: Sequence[str], advice: str = "make the two agree") -> None:
+    if cases:
+        first = ", ".join(cases[:5]) + (", ..." if len(cases) > 5 else "")
+        raise DagmanError("LABEL", subject, f"{len(cases)} {what} ({first})", advice)

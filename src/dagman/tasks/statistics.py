@@ -1,0 +1,144 @@
+"""Scores with intervals: every figure is a function of case weights, and patients, not cases, are drawn again.
+
+One vectorised function per score takes a matrix of weights, one row per resample; all ones give the score itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from dagman import randomness
+
+RESAMPLES = 2000
+Weights = Float[np.ndarray, "resamples cases"]
+Statistic = Callable[[np.ndarray], np.ndarray]
+_BLOCK = 2_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A score and its 95 % interval; what cannot be computed is None, and `why` says so."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"n/a ({self.why})"
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f} (interval n/a: {self.why})"
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def auc(
+    scores: Float[np.ndarray, " cases"],
+    positive: Bool[np.ndarray, " cases"],
+    weights: Weights,
+    strata: Int[np.ndarray, " cases"] | None = None,
+) -> Float[np.ndarray, " resamples"]:
+    """Weighted share of (positive, negative) pairs ranked rightly, ties counting half.
+
+    Args:
+        scores: Higher means more likely positive.
+        positive: True classes.
+        weights: How often each case counts, per resample.
+        strata: Only pairs within one stratum count (cross-validation folds, whose scores come from different models);
+            None pairs every case with every other.
+
+    Returns:
+        One value per resample, NaN where it holds no pair.
+    """
+    strata = np.zeros(len(scores), dtype=int) if strata is None else strata
+    order = np.lexsort((scores, strata))
+    scores, strata = scores[order], strata[order]
+    new_stratum = np.r_[True, strata[1:] != strata[:-1]]
+    starts = np.flatnonzero(new_stratum | np.r_[True, scores[1:] != scores[:-1]])
+    up = np.add.reduceat((weights * positive)[:, order], starts, axis=1)
+    down = np.add.reduceat((weights * ~positive)[:, order], starts, axis=1)
+    wins, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    firsts = np.searchsorted(starts, np.flatnonzero(new_stratum))
+    for first, last in zip(firsts, [*firsts[1:], len(starts)], strict=True):
+        ups, downs = up[:, first:last], down[:, first:last]
+        wins += (ups * (np.cumsum(downs, axis=1) - 0.5 * downs)).sum(axis=1)
+        pairs += ups.sum(axis=1) * downs.sum(axis=1)
+    return _ratio(wins, pairs)
+
+
+def share(
+    hits: Bool[np.ndarray, " cases"], among: Bool[np.ndarray, " cases"], weights: Weights
+) -> Float[np.ndarray, " resamples"]:
+    """Weighted share of the cases in `among` that are hits (sensitivity, specificity); NaN where there is none."""
+    return _ratio(weights @ (hits & among).astype(float), weights @ among.astype(float))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    quotient: np.ndarray = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+    return quotient
+
+
+def estimate(
+    statistic: Statistic,
+    groups: Shaped[np.ndarray, " cases"],
+    positive: Bool[np.ndarray, " cases"],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """A score with its 95 % bias-corrected and accelerated bootstrap interval, drawing whole patients.
+
+    Resamples in which the score does not exist (a class is absent) are left out. The same seed and patients give the
+    same resamples for every statistic, so differences between scores are paired.
+
+    Args:
+        statistic: Case weights (resamples, cases) to one value per resample.
+        groups: Patient of each case.
+        positive: Class of each case: below 2 patients in either class there is no interval.
+        seed: Of the resampling.
+        resamples: Number of draws.
+
+    Reference:
+        Efron, Better bootstrap confidence intervals, JASA 1987.
+    """
+    if len(positive) == 0:
+        return Estimate(value=None, why="no cases")
+    names, patient = np.unique(groups, return_inverse=True)
+    value = float(_values(statistic, np.ones((1, len(names))), patient)[0])
+    if np.isnan(value):
+        return Estimate(value=None, why="a class is absent")
+    per_class = [len(np.unique(patient[positive])), len(np.unique(patient[~positive]))]
+    if min(per_class) < 2:
+        return Estimate(value=value, why=f"{per_class[0]} patients are positive and {per_class[1]} negative, 2 needed")
+    draws = randomness.generator(seed, "bootstrap").multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=resamples
+    )
+    replicates = _values(statistic, draws, patient)
+    replicates = np.sort(replicates[~np.isnan(replicates)])
+    if len(replicates) < resamples / 2 or replicates[0] == replicates[-1]:
+        return Estimate(value=value, why="resampling the patients does not change it")
+    without_one = _values(statistic, 1 - np.eye(len(names)), patient)
+    low, high = _accelerated(value, replicates, without_one[~np.isnan(without_one)])
+    return Estimate(value=value, low=low, high=high)
+
+
+def _values(statistic: Statistic, draws: np.ndarray, patient: np.ndarray) -> np.ndarray:
+    """The statistic for each row of patient weights, in blocks that bound the memory."""
+    blocks = np.array_split(draws, max(1, draws.shape[0] * len(patient) // _BLOCK))
+    return np.concatenate([statistic(block[:, patient].astype(float)) for block in blocks])
+
+
+def _accelerated(value: float, replicates: np.ndarray, without_one: np.ndarray) -> tuple[float, float]:
+    """BCa end points from sorted bootstrap replicates and the leave-one-patient-out values."""
+    from scipy.special import ndtr, ndtri
+
+    below = (np.sum(replicates < value) + 0.5 * np.sum(replicates == value)) / len(replicates)
+    bias = ndtri(np.clip(below, 1 / len(replicates), 1 - 1 / len(replicates)))
+    influence = without_one.mean() - without_one
+    spread = np.sum(influence**2)
+    acceleration = np.sum(influence**3) / (6 * spread**1.5) if spread > 0 else 0.0
+    z = bias + ndtri(np.array([0.025, 0.975]))
+    low, high = np.quantile(replicates, ndtr(bias + z / (1 - acceleration * z)))
+    return float(low), float(high)

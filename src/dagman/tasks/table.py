@@ -1,0 +1,103 @@
+"""The feature table: one row per case, the interface between encoders and everything that scores them."""
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from dagman import files
+from dagman.errors import DagmanError
+
+_LEADING = ("case_id", "patient", "label")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table:
+    """Features of a set of cases."""
+
+    case_ids: tuple[str, ...]
+    patients: tuple[str | None, ...]
+    labels: tuple[str | None, ...]
+    """As the user wrote them; None where there is none."""
+    features: Float[np.ndarray, "cases width"]
+    """float32."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.case_ids), len(self.patients), len(self.labels), len(self.features)}
+        if len(lengths) != 1:
+            raise DagmanError("TABLE", "feature table", f"columns of {sorted(lengths)} rows", "give one row per case")
+
+
+def write_csv(table: Table, path: Path) -> None:
+    """Write `case_id, patient, label, f0, f1, ...`; numbers read back as the same float32."""
+    features = table.features.astype(np.float32)
+    rows = zip(table.case_ids, table.patients, table.labels, features, strict=True)
+    write_rows(
+        path,
+        (*_LEADING, *(f"f{index}" for index in range(features.shape[1]))),
+        ((case_id, patient or "", label or "", *values) for case_id, patient, label, values in rows),
+    )
+
+
+def write_rows(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file with a header; floats in the fewest digits that read back as the same number."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([str(cell) for cell in row] for row in rows)
+    files.write_text(path, text.getvalue())
+
+
+def read_csv(path: Path) -> Table:
+    """Read a feature table as `write_csv` writes it; `patient` and `label` may be absent.
+
+    Raises:
+        DagmanError: `E-TABLE` with the line and column at fault.
+    """
+    rows = read_rows(path)
+    header = list(rows[0]) if rows else []
+    names = [name for name in header if name not in _LEADING]
+    if "case_id" not in header or not names:
+        raise DagmanError("TABLE", path, f"holds {len(rows)} rows and no features", "give case_id,patient,label,f0,...")
+    features = np.empty((len(rows), len(names)), dtype=np.float32)
+    for line, row in enumerate(rows, 2):
+        try:
+            features[line - 2] = [float(row[name]) for name in names]
+        except ValueError as error:
+            raise DagmanError("TABLE", f"{path}:{line}", f"{error}", "give a number for every feature") from None
+    return Table(
+        case_ids=tuple(row["case_id"] for row in rows),
+        patients=tuple(row.get("patient") or None for row in rows),
+        labels=tuple(row.get("label") or None for row in rows),
+        features=features,
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header; cells are stripped of surrounding blanks.
+
+    Raises:
+        DagmanError: `E-TABLE` for an unreadable file, a repeated column, or a line of another length than the header.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        lines = [row for row in csv.reader(io.StringIO(text), strict=True) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DagmanError("TABLE", path, f"cannot be read ({error})", "give a CSV file in UTF-8") from None
+    header = [name.strip() for name in lines[0]] if lines else []
+    twice = {name for name in header if header.count(name) > 1}
+    if twice:
+        raise DagmanError("TABLE", path, f"repeats the columns {', '.join(sorted(twice))}", "name every column once")
+    for number, cells in enumerate(lines[1:], 2):
+        if len(cells) != len(header):
+            raise DagmanError(
+                "TABLE",
+                f"{path}:{number}",
+                f"holds {len(cells)} cells, the header {len(header)}",
+                "repair the line; a cell with a comma needs quotes",
+            )
+    return [dict(zip(header, map(str.strip, cells), strict=True)) for cells in lines[1:]]
