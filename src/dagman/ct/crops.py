@@ -1,0 +1,132 @@
+"""Where to cut a prepared volume, and how a crop becomes what a network sees."""
+
+import itertools
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int16, Num
+
+from dagman.ct.store import PreparedStore, Triple, padded_crop
+from dagman.errors import DagmanError
+
+LUNG_HU = -950
+"""Lung and everything denser is body, the air around the patient is not."""
+TRIES = 20
+"""Draws of a pair of views before the best one so far is taken."""
+
+
+def window(hu: Num[np.ndarray, "*shape"], window_hu: tuple[float, float]) -> Float32[np.ndarray, "*shape"]:
+    """Hounsfield units to [0, 1]: the window's lower edge is 0, its upper edge 1, clipped.
+
+    Args:
+        hu: Intensities, any shape.
+        window_hu: Lower and upper edge.
+    """
+    low, high = window_hu
+    scaled: np.ndarray = np.subtract(hu, np.float32(low), dtype=np.float32)
+    scaled *= np.float32(1 / (high - low))
+    np.clip(scaled, 0, 1, out=scaled)
+    return scaled
+
+
+def first_corners(num: int, side: int) -> tuple[int, int]:
+    """Lowest and highest first voxel of a crop along one axis; equal, and centred, where the volume is no longer."""
+    return (0, num - side) if num >= side else (-((side - num) // 2),) * 2
+
+
+def overlapping_corners(
+    shape: Triple, crop: Triple, overlap_ratio: float, generator: np.random.Generator
+) -> tuple[Triple, Triple]:
+    """Two random crops inside a volume that share at least `overlap_ratio` of their length along every axis.
+
+    The first is uniform; the second is uniform among those that overlap it enough.
+    """
+    u, v = [], []
+    for num, side in zip(shape, crop, strict=True):
+        low, high = first_corners(num, side)
+        reach = int(np.floor((1 - overlap_ratio) * side + 1e-9))
+        first = int(generator.integers(low, high + 1))
+        u.append(first)
+        v.append(int(generator.integers(max(low, first - reach), min(high, first + reach) + 1)))
+    return (u[0], u[1], u[2]), (v[0], v[1], v[2])
+
+
+class Pair(NamedTuple):
+    """Two overlapping crops of one volume."""
+
+    u: Int16[np.ndarray, "x y z"]
+    v: Int16[np.ndarray, "x y z"]
+    corners: tuple[Triple, Triple]
+
+
+def two_views(
+    store: PreparedStore,
+    row: int,
+    crop: Triple,
+    *,
+    overlap_ratio: float,
+    body_ratio: float,
+    generator: np.random.Generator,
+) -> Pair:
+    """Two random overlapping crops, drawn again until each holds enough body; after 20 draws, the best so far.
+
+    Args:
+        store: Where the volume lies.
+        row: Its row.
+        crop: Voxels (x, y, z).
+        overlap_ratio: Shared length along every axis at least.
+        body_ratio: Share at or above -950 HU (lung and denser), of a crop's voxels inside the volume, at least.
+        generator: Draws the corners; a keyed one gives the same crops every time.
+
+    Reference: section 3.1 ("two randomly cropped views"); the ratios are the defaults of `DataConfig`.
+    """
+    best, most = None, -1.0
+    inside = np.minimum(crop, store.shape(row)).prod()
+    for _ in range(TRIES):
+        corners = overlapping_corners(store.shape(row), crop, overlap_ratio, generator)
+        low = np.minimum(*corners)
+        x, y, z = (np.maximum(*corners) + crop - low).tolist()
+        both = store.hu(row, tuple(low.tolist()), (x, y, z))
+        u, v = (padded_crop(both, np.subtract(corner, low).tolist(), crop, 0) for corner in corners)
+        body = min(np.count_nonzero(view >= LUNG_HU) / inside for view in (u, v))
+        if body > most:
+            best, most = Pair(u, v, corners), body
+        if body >= body_ratio:
+            break
+    assert best is not None  # noqa: S101  (TRIES > 0)
+    return best
+
+
+def centred(store: PreparedStore, row: int, crop: Triple, on: Literal["mask", "centre"]) -> Int16[np.ndarray, "x y z"]:
+    """The crop in the middle of the box around a case's mask, or in the middle of the volume.
+
+    Raises:
+        DagmanError: `E-NOMASK` when the case has no mask, or an empty one.
+    """
+    low, high = np.zeros(3, int), np.array(store.shape(row))
+    if on == "mask":
+        mask = store.mask(row)
+        if mask is None or not mask.any():
+            case_id = store.rows[row]["case_id"]
+            raise DagmanError(
+                "NOMASK", case_id, "has no mask to centre a crop on", "name a mask in the CSV, or use centre"
+            )
+        lines = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+        low, high = np.array([line[0] for line in lines]), np.array([line[-1] + 1 for line in lines])
+    x, y, z = ((low + high - np.array(crop)) // 2).tolist()
+    return store.hu(row, (x, y, z), crop)
+
+
+def sliding(shape: Triple, crop: Triple, overlap_ratio: float = 0.5) -> list[Triple]:
+    """First voxels of evenly spread crops that cover a volume, neighbours sharing at least `overlap_ratio`.
+
+    An axis shorter than the crop gets one crop, centred, that reaches out on both sides.
+    """
+    axes = []
+    for num, side in zip(shape, crop, strict=True):
+        low, high = first_corners(num, side)
+        stride = max(1, int(np.floor((1 - overlap_ratio) * side + 1e-9)))
+        count = int(np.ceil((high - low) / stride)) + 1
+        axes.append([round(low + (high - low) * i / max(1, count - 1)) for i in range(count)])
+    x, y, z = axes
+    return list(itertools.product(x, y, z))

@@ -1,0 +1,228 @@
+"""Prepared volumes on disk, from which a crop is read in milliseconds.
+
+A store is a folder: `prepare.json` (settings and format), `manifest.jsonl` (one row a case, sorted by case),
+`rejected.jsonl`, and one array a case in `volumes/` (int16 HU) and, where there is one, in `masks/`. Arrays are blosc2
+`.b2nd`, or `.npy` for machines without blosc2. Nothing is trusted that the manifest does not list with its size and
+SHA-256. The HU window is applied when a crop is read, so that one store serves every window.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int16, Integer
+
+from dagman.errors import DagmanError, ExitCode
+from dagman.files import read_lines, sha256_file, write_atomic
+
+FORMAT = 1
+AIR_HU = -1024
+MANIFEST = "manifest.jsonl"
+SETTINGS = "prepare.json"
+SUFFIXES = {"blosc2": ".b2nd", "npy": ".npy"}
+Storage = Literal["blosc2", "npy"]
+Triple = tuple[int, int, int]
+
+
+def write_array(path: Path, array: Integer[np.ndarray, "x y z"]) -> None:
+    """Write an array atomically in the storage that the suffix of `path` names; equal arrays give equal bytes.
+
+    Raises:
+        DagmanError: `E-DISK`; `E-BLOSC2` where blosc2 is not installed.
+    """
+    if path.suffix == ".npy":
+        write_atomic(path, lambda temporary: np.save(temporary, array))
+        return
+    blosc2 = _blosc2(path)
+    settings = {
+        "chunks": tuple(min(64, side) for side in array.shape),
+        "blocks": tuple(min(32, side) for side in array.shape),
+        # lz4 after a bit shuffle: `benchmarks/store.py` compares.
+        "cparams": {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1},
+    }
+
+    def write(temporary: Path) -> None:
+        blosc2.asarray(np.ascontiguousarray(array), urlpath=str(temporary), mode="w", **settings)
+
+    write_atomic(path, write)
+
+
+def _open_array(path: Path) -> Any:
+    """An array on disk that reads what is sliced from it."""
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r")
+    return _blosc2(path).open(str(path), mode="r", dparams={"nthreads": 1})
+
+
+def _blosc2(path: Path) -> Any:
+    try:
+        import blosc2
+    except ImportError:
+        raise DagmanError(
+            "BLOSC2", path, "needs the package blosc2", "install blosc2, or prepare with storage npy"
+        ) from None
+    return blosc2
+
+
+class PreparedStore:
+    """A folder written by `prepare`, read by row number. Cheap to open and to send to worker processes.
+
+    Args:
+        folder: The output folder of `prepare`.
+
+    Raises:
+        DagmanError: `E-STORE` when the folder is no finished store; `E-MANIFEST` with the line that is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).is_file():
+            raise DagmanError(
+                "STORE", self.folder, f"holds no {MANIFEST}", "run `dagman prepare` with this output until it ends"
+            )
+        self.settings = _read_settings(self.folder / SETTINGS)
+        self.rows: list[dict[str, Any]] = read_lines(
+            self.folder / MANIFEST, required=("case_id", "shape", "affine", "bytes", "sha256", "mask")
+        )
+        _refuse_twice(self.folder / MANIFEST, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def store_id(self) -> str:
+        """16 hexadecimal digits that change with the settings, the cases, or any stored voxel."""
+        content = [self.settings] + [
+            [row["case_id"], row["sha256"], row["mask"] and row["mask"]["sha256"]] for row in self.rows
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def shape(self, row: int) -> Triple:
+        """Voxels (x, y, z) of a stored volume."""
+        x, y, z = self.rows[row]["shape"]
+        return int(x), int(y), int(z)
+
+    def path(self, row: int, kind: Literal["volumes", "masks"] = "volumes") -> Path:
+        """Where a row's volume or mask lies."""
+        return array_path(self.folder, kind, str(self.rows[row]["case_id"]), self.settings["storage"])
+
+    def hu(self, row: int, corner: Triple | None = None, size: Triple | None = None) -> Int16[np.ndarray, "x y z"]:
+        """A crop in Hounsfield units, padded with air (-1024) where it leaves the volume; the whole without `corner`.
+
+        Args:
+            row: Row of the manifest.
+            corner: First voxel (x, y, z); any integers.
+            size: Voxels (x, y, z).
+
+        Raises:
+            DagmanError: `E-CHECKSUM` naming the case, when the file is missing or damaged.
+        """
+        return self._crop(row, "volumes", corner, size, AIR_HU)
+
+    def mask(self, row: int, corner: Triple | None = None, size: Triple | None = None) -> np.ndarray | None:
+        """The same crop of the case's label map, padded with 0; None for a case without one."""
+        if self.rows[row]["mask"] is None:
+            return None
+        return self._crop(row, "masks", corner, size, 0)
+
+    def _crop(
+        self, row: int, kind: Literal["volumes", "masks"], corner: Triple | None, size: Triple | None, outside: int
+    ) -> np.ndarray:
+        path = self.path(row, kind)
+        recorded = self.rows[row] if kind == "volumes" else self.rows[row]["mask"]
+        try:
+            if path.stat().st_size != recorded["bytes"]:
+                raise _damaged(path, f"holds {path.stat().st_size} bytes, not {recorded['bytes']}")
+            return padded_crop(
+                _open_array(path), corner or (0, 0, 0), size if size is not None else self.shape(row), outside
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _damaged(path, f"cannot be read ({type(error).__name__})") from error
+
+    def verify(self, rows: Iterable[int] | None = None) -> None:
+        """Compare every stored file with the size and SHA-256 in the manifest.
+
+        Raises:
+            DagmanError: `E-CHECKSUM` naming the first damaged case and the number of damaged files.
+        """
+        damaged = [
+            path
+            for row in (range(len(self)) if rows is None else rows)
+            for path, recorded in self._files(row)
+            if not path.is_file() or path.stat().st_size != recorded["bytes"] or sha256_file(path) != recorded["sha256"]
+        ]
+        if damaged:
+            raise _damaged(damaged[0], f"is not what was written (so are {len(damaged) - 1} others)")
+
+    def _files(self, row: int) -> list[tuple[Path, dict[str, Any]]]:
+        mask = self.rows[row]["mask"]
+        return [(self.path(row), self.rows[row])] + ([(self.path(row, "masks"), mask)] if mask else [])
+
+
+def array_path(folder: Path, kind: Literal["volumes", "masks"], case_id: str, storage: Storage) -> Path:
+    """Where the array of a case lies in a store."""
+    return folder / kind / f"{case_id}{SUFFIXES[storage]}"
+
+
+def padded_crop(array: Any, corner: Sequence[int], size: Sequence[int], outside: int) -> np.ndarray:
+    """`array[corner : corner + size]`, with `outside` where that leaves the array.
+
+    Args:
+        array: Anything of three axes with `shape`, `dtype` and NumPy slicing.
+        corner: First voxel (x, y, z); may be negative or beyond the end.
+        size: Voxels (x, y, z).
+        outside: The value of voxels outside.
+    """
+    inside = [
+        (min(max(start, 0), num), min(max(start + side, 0), num))
+        for start, side, num in zip(corner, size, array.shape, strict=True)
+    ]
+    source = tuple(slice(low, high) for low, high in inside)
+    if all(high - low == side for (low, high), side in zip(inside, size, strict=True)):
+        return np.asarray(array[source])
+    result = np.full(tuple(size), outside, array.dtype)
+    if all(high > low for low, high in inside):
+        target = tuple(slice(low - start, high - start) for (low, high), start in zip(inside, corner, strict=True))
+        result[target] = array[source]
+    return result
+
+
+def _damaged(path: Path, problem: str) -> DagmanError:
+    return DagmanError(
+        "CHECKSUM",
+        path,
+        problem,
+        "delete this file and run the same `dagman prepare` again: it makes this case anew",
+        exit_code=ExitCode.REFUSED,
+    )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+        number, storage = settings["format"], settings["storage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DagmanError("STORE", path, "cannot be read", "prepare the scans into a new folder") from None
+    if number != FORMAT or storage not in SUFFIXES:
+        raise DagmanError(
+            "STORE",
+            path,
+            f"has format {number}, this version reads {FORMAT}",
+            "prepare the scans into a new folder, or use the version that wrote it",
+        )
+    return dict(settings)
+
+
+def _refuse_twice(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A case twice, or a case whose name leads out of the folder."""
+    seen: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        case_id = str(row["case_id"])
+        if case_id in seen or "/" in case_id or case_id in {"", ".", ".."}:
+            why = "is listed twice" if case_id in seen else "is no case name"
+            raise DagmanError("MANIFEST", f"{path}:{number}", f"{case_id} {why}", "run the same `dagman prepare` again")
+        seen.add(case_id)

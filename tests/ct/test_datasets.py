@@ -1,0 +1,139 @@
+"""Training samples: the same for any number of workers, and after a resume."""
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from test_store import make_store
+from torch.utils.data import DataLoader
+
+from dagman.ct.datasets import DataConfig, SampleOrder, ViewsDataset, collate, mean_intensity
+from dagman.errors import DagmanError
+from dagman.types import Views
+
+
+def body(shape, seed) -> np.ndarray:
+    return np.random.default_rng(seed).normal(20, 60, shape).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    shapes = [(64, 48, 40), (40, 40, 40), (30, 70, 33), (32, 32, 32), (20, 20, 60)]
+    return make_store(tmp_path_factory.mktemp("store"), {f"case{i}": body(s, i) for i, s in enumerate(shapes)})
+
+
+CROP = DataConfig(crop=(32, 32, 32))
+
+
+def batches(dataset, start, end, workers, batch=2, **options) -> list[str]:
+    loader = DataLoader(
+        dataset, batch_size=batch, sampler=SampleOrder(start, end), num_workers=workers, collate_fn=collate, **options
+    )
+    return [hashlib.sha256(b"".join(part.numpy().tobytes() for part in views)).hexdigest() for views in loader]
+
+
+def test_a_batch_is_views_in_0_to_1(store):
+    dataset = ViewsDataset(store, CROP, seed=0)
+    views = collate([dataset[i] for i in range(5)])
+    assert isinstance(views, Views)
+    assert views.u.shape == views.v.shape == (5, 1, 32, 32, 32)
+    assert views.u.dtype == torch.float32
+    assert views.u.min() >= 0
+    assert views.u.max() <= 1
+    assert sorted(views.rows.tolist()) == [0, 1, 2, 3, 4]
+    padding = dict(zip(views.rows.tolist(), views.padding.tolist(), strict=True))
+    assert padding[0] == padding[1] == padding[3] == 0
+    assert padding[2] == pytest.approx(2 / 32)
+    assert padding[4] == pytest.approx(1 - (20 / 32) ** 2)
+
+
+# Four workers on fewer cores make torch warn; that is the point here.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_20_batches_are_the_same_for_0_1_and_4_workers_and_any_prefetch(store):
+    dataset = ViewsDataset(store, DataConfig(crop=(32, 32, 32), flip_ratio=0.5, jitter_ratio=0.1), seed=3)
+    alone = batches(dataset, 0, 40, 0)
+    assert len(set(alone)) == 20
+    assert batches(dataset, 0, 40, 1, prefetch_factor=4) == alone
+    assert batches(dataset, 0, 40, 4) == alone
+
+
+def test_a_resumed_order_is_the_rest_of_the_whole_one(store):
+    dataset = ViewsDataset(store, CROP, seed=3)
+    whole = batches(dataset, 0, 24, 0)
+    for done in (1, 5, 11):
+        assert batches(ViewsDataset(store, CROP, seed=3), 2 * done, 24, 0) == whole[done:]
+
+
+def test_the_seed_and_nothing_global_decides(store):
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    first = batches(ViewsDataset(store, CROP, seed=3), 0, 10, 0)
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    assert batches(ViewsDataset(store, CROP, seed=3), 0, 10, 0) == first
+    assert batches(ViewsDataset(store, CROP, seed=4), 0, 10, 0) != first
+
+
+def test_every_epoch_is_another_permutation_of_the_rows(store):
+    dataset = ViewsDataset(store, CROP, seed=0, rows=[0, 2, 3, 4])
+    epochs = [[dataset.row(4 * epoch + i) for i in range(4)] for epoch in range(12)]
+    assert all(sorted(epoch) == [0, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 4
+    # Asking backwards or across epochs changes nothing.
+    assert [dataset.row(i) for i in reversed(range(48))] == [row for epoch in epochs for row in epoch][::-1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_are_disjoint_and_cover_the_samples(world):
+    parts = [list(SampleOrder(7, 40, rank, world)) for rank in range(world)]
+    assert sorted(itertools.chain(*parts)) == list(range(7, 40))
+    assert [len(SampleOrder(7, 40, rank, world)) for rank in range(world)] == [len(part) for part in parts]
+
+
+def test_augmentation_is_off_by_default_and_only_flips_and_jitters(store):
+    plain = ViewsDataset(store, CROP, seed=0)
+    flipped = ViewsDataset(store, DataConfig(crop=(32, 32, 32), flip_ratio=1.0), seed=0)
+    jittered = ViewsDataset(store, DataConfig(crop=(32, 32, 32), jitter_ratio=0.1), seed=0)
+    for sample in range(5):
+        (u, v, *rest), (fu, fv, *flipped_rest), (ju, jv, *jittered_rest) = (
+            plain[sample],
+            flipped[sample],
+            jittered[sample],
+        )
+        assert rest == flipped_rest == jittered_rest
+        assert torch.equal(fu, u.flip(1, 2, 3))
+        assert torch.equal(fv, v.flip(1, 2, 3))
+        assert 0 < (ju - u).abs().max() <= 0.2
+        assert 0 < (jv - v).abs().max() <= 0.2
+
+
+def test_mean_intensity_is_that_of_the_training_crops(store):
+    dataset = ViewsDataset(store, CROP, seed=5)
+    views = collate([dataset[i] for i in range(8)])
+    expected = torch.cat([views.u, views.v]).mean().item()
+    assert mean_intensity(store, CROP, seed=5, num_crops=16) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"crop": (32, 32, 40)}, "data.crop: cannot be (32, 32, 40); give multiples of 32"),
+        ({"crop": (0, 32, 32)}, "data.crop"),
+        ({"window_hu": (250.0, -175.0)}, "data.window_hu"),
+        ({"overlap_ratio": 1.5}, "data.overlap_ratio"),
+        ({"body_ratio": -0.1}, "data.body_ratio"),
+        ({"flip_ratio": 2.0}, "data.flip_ratio"),
+        ({"jitter_ratio": 1.0}, "data.jitter_ratio"),
+    ],
+)
+def test_impossible_settings_are_refused(values, said):
+    with pytest.raises(DagmanError) as caught:
+        DataConfig(**values)
+    assert said in str(caught.value)
+
+
+def test_a_store_without_volumes_is_refused(store):
+    with pytest.raises(DagmanError, match="E-NODATA"):
+        ViewsDataset(store, CROP, seed=0, rows=[])
