@@ -1,0 +1,290 @@
+"""Co-distillation with attention-guided hiding and a noisy teacher: `Views` in, `Losses` out (figure 1 of the paper).
+
+The methods it is compared with differ from it only in what is hidden from whom and in which losses count.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, distributed, nn
+
+from dagman.nets.heads import ProjectionHead, VoxelHead
+from dagman.nets.swin import CROP_MULTIPLE, SwinConfig, SwinEncoder
+from dagman.pretext import diagnostics, hiding, losses
+from dagman.pretext.method import MethodConfig, check_fit
+from dagman.types import Features, Losses, Views
+
+DISTILLED = ("aitd", "ampd", "gitd")
+"""The distillation losses; each has a head of its name on student and teacher."""
+
+
+class Knobs(NamedTuple):
+    """What the schedules give for one step."""
+
+    class_temperature: float
+    patch_temperature: float
+    attended: bool
+    """False before `hidden.start_step`: attended hiding is then random."""
+
+
+class Outcome(NamedTuple):
+    """What one forward pass returns."""
+
+    losses: Losses
+    means: dict[str, Tensor]
+    """Mean teacher logits over all tokens of this batch by head, for `move_centers` once the step is accepted."""
+    diagnostics: dict[str, Tensor]
+    """Detached scalars; the names are those of `diagnostics.MEANINGS`."""
+
+
+class Network(nn.Module):
+    """Student or teacher: an encoder and one projection head for each distillation loss that counts."""
+
+    def __init__(self, encoder: SwinConfig, method: MethodConfig) -> None:
+        super().__init__()
+        self.encoder = SwinEncoder(encoder)
+        widths = {"aitd": encoder.cell_width, "ampd": encoder.cell_width, "gitd": encoder.final_width}
+        sizes = method.heads
+        self.heads = nn.ModuleDict(
+            {
+                name: ProjectionHead(
+                    widths[name],
+                    num_prototypes=sizes.num_prototypes,
+                    hidden_width=sizes.hidden_width,
+                    bottleneck_width=sizes.bottleneck_width,
+                )
+                for name in DISTILLED
+                if getattr(method.losses, name)
+            }
+        )
+        self.voxel_head: VoxelHead | None = None
+
+    def head(self, name: str) -> ProjectionHead:
+        """The head of a distillation loss."""
+        head = self.heads[name]
+        assert isinstance(head, ProjectionHead)  # noqa: S101
+        return head
+
+    def logits(self, name: str, bottleneck: Float[Tensor, "*rows bottleneck"]) -> Float[Tensor, "*rows prototypes"]:
+        """Logits in float32, whatever the autocast: a temperature of 0.04 magnifies bfloat16's steps 25 times."""
+        with torch.autocast(bottleneck.device.type, enabled=False):
+            return self.head(name).logits(losses.at_least_single(bottleneck))
+
+
+class Targets(NamedTuple):
+    """What the teacher says about a batch."""
+
+    bottlenecks: dict[str, Tensor]
+    """By head; those of `ampd` for every cell."""
+    means: dict[str, Tensor]
+    attention: Tensor | None
+    """Of the pass that guides hiding, (batch, cells)."""
+    dropped: Tensor | None
+    """Cells that the teacher did not see."""
+
+
+class CoDistillation(nn.Module):
+    """A student that fills in what is hidden from it, and a teacher, its slow average, that guides the hiding.
+
+    Args:
+        encoder: Sizes of the encoder of both.
+        method: What is hidden from whom and which losses count.
+        mean_intensity: Of the training data in [0, 1]; the voxel head's prediction before training.
+        crop: Sides of the views in voxels (x, y, z).
+
+    Raises:
+        DagmanError: `E-CROP` for a crop the encoder cannot take; `E-CONFIG` where encoder and method do not fit.
+
+    Reference: section 3.2, figure 1.
+    """
+
+    def __init__(
+        self, encoder: SwinConfig, method: MethodConfig, *, mean_intensity: float, crop: tuple[int, int, int]
+    ) -> None:
+        super().__init__()
+        check_fit(encoder, method)
+        self.method = method
+        self.grid = encoder.grid(crop)
+        self.cell_side = encoder.cell_side
+        self.student = Network(encoder, method)
+        if encoder.attention and not (method.losses.ampd or method.losses.aitd):
+            # Only those losses see past this norm; DDP wants a gradient for whatever needs one.
+            self.student.encoder.semantic_attention.norm.requires_grad_(requires_grad=False)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(requires_grad=False).eval()
+        if method.losses.amip:
+            self.student.voxel_head = VoxelHead(
+                encoder.final_width, cell_side=CROP_MULTIPLE, mean_intensity=mean_intensity
+            )
+        for name in self.student.heads:
+            self.register_buffer(f"center_{name}", torch.zeros(method.heads.num_prototypes))
+
+    def train(self, mode: bool = True) -> "CoDistillation":
+        """Set the student's mode; the teacher is always in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, views: Views, knobs: Knobs, generator: torch.Generator) -> Outcome:
+        """The losses of one batch of pairs; nothing of the module changes.
+
+        Args:
+            views: Two crops of each volume.
+            knobs: This step's temperatures.
+            generator: On the CPU; draws all that is hidden. Drop-path draws from torch's own generator.
+        """
+        images = torch.cat([views.u, views.v])
+        targets = self._teach(images, generator)
+        hidden = self._hide(targets.attention if knobs.attended else None, len(images), generator).to(images.device)
+        features = self.student.encoder(images, hidden)
+        values, watched = self._distil(features, targets, hidden, knobs)
+        if self.student.voxel_head is not None:
+            values["amip"], watched["image_error_ratio"] = self._predict(features, images, hidden)
+        with torch.no_grad():
+            watched |= diagnostics.of_features(features)
+            watched |= diagnostics.of_hiding(hidden, targets.dropped, targets.attention)
+            watched["padding_ratio"] = views.padding.mean()
+        return Outcome(self._weigh(values), targets.means, {name: value.detach() for name, value in watched.items()})
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor, generator: torch.Generator) -> Targets:
+        """The teacher's pass over both views, in the midst of its noise."""
+        dropped = None
+        if self.method.dropped_ratio:
+            cells = math.prod(self.grid)
+            count = hiding.floor_count(self.method.dropped_ratio, cells)
+            dropped = hiding.random(len(images), cells, count=count, generator=generator).to(images.device)
+        features = self.teacher.encoder(images, None, dropped)
+        guide = features
+        if self.method.guide == "clean" and dropped is not None:
+            guide = self.teacher.encoder(images)
+        bottlenecks = {
+            name: self.teacher.head(name).project(_head_input(name, features)) for name in self.teacher.heads
+        }
+        means = {
+            name: self.teacher.logits(name, losses.at_least_single(bottleneck).flatten(0, -2).mean(dim=0))
+            for name, bottleneck in bottlenecks.items()
+        }
+        return Targets(bottlenecks, means, guide.attention, dropped)
+
+    def _hide(self, attention: Tensor | None, batch: int, generator: torch.Generator) -> Bool[Tensor, "batch cells"]:
+        """What the student does not see; random without attention to follow."""
+        config, cells = self.method.hidden, math.prod(self.grid)
+        touched = torch.rand(batch, 1, generator=generator) < config.probability
+        if config.kind == "random" or attention is None:
+            hidden = hiding.random(batch, cells, count=config.largest_count(cells), generator=generator)
+        else:
+            hidden = hiding.attended(
+                attention,
+                ratio=config.ratio,
+                hint_ratio=config.hint_ratio,
+                hints=config.hints,
+                generator=generator,
+            )
+        return hidden & touched.to(hidden.device)
+
+    def _distil(
+        self, features: Features, targets: Targets, hidden: Tensor, knobs: Knobs
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """AITD and GITD across views, AMPD within each view (equations 2-4), and the entropies."""
+        # As many cells of each view as can be hidden, the hidden first: a fixed size, so no wait for the device.
+        most = self.method.hidden.largest_count(hidden.shape[1])
+        picked = hidden.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
+        values: dict[str, Tensor] = {}
+        watched: dict[str, Tensor] = {}
+        for name, teacher in targets.bottlenecks.items():
+            student = _head_input(name, features)
+            if name == "ampd":
+                student, teacher = _take(student, picked), _take(teacher, picked)  # noqa: PLW2901
+                temperature, used = knobs.patch_temperature, hidden.gather(1, picked)
+            else:
+                teacher = teacher.roll(len(teacher) // 2, dims=0)  # noqa: PLW2901
+                temperature, used = knobs.class_temperature, None
+            goal = losses.sharpen(self.teacher.logits(name, teacher), self.center(name), temperature)
+            logits = self.student.logits(name, self.student.head(name).project(student))
+            rows = losses.cross_entropy(logits, goal, temperature=self.method.student_temperature)
+            values[name] = rows.mean() if used is None else losses.mean_over_hidden(rows, used)
+            watched |= self._entropies(name, goal, logits.detach(), used)
+        return values, watched
+
+    @torch.no_grad()
+    def _entropies(self, name: str, goal: Tensor, logits: Tensor, used: Tensor | None) -> dict[str, Tensor]:
+        """Mean entropies of teacher and student, over ln K."""
+        sides = {"teacher": goal, "student": (logits / self.method.student_temperature).softmax(dim=-1)}
+        found = {}
+        for side, probabilities in sides.items():
+            rows = losses.entropy(probabilities)
+            mean = rows.mean() if used is None else losses.mean_over_hidden(rows, used)
+            found[f"{name}_{side}_entropy"] = mean / math.log(goal.shape[-1])
+        return found
+
+    def _predict(self, features: Features, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """AMIP, each view against itself (equation 5), and its ratio to the visible-mean predictor's error."""
+        assert self.student.voxel_head is not None  # noqa: S101
+        prediction = self.student.voxel_head(features.pyramid[-1])
+        voxels = hiding.repeat(hidden, self.grid, self.cell_side)
+        pairs = zip(prediction.chunk(2), images.chunk(2), voxels.chunk(2), strict=True)
+        value = torch.stack([losses.masked_l1(*view) for view in pairs]).mean()
+        with torch.no_grad():
+            return value, diagnostics.image_error_ratio(prediction, images, voxels)
+
+    def _weigh(self, values: Mapping[str, Tensor]) -> Losses:
+        """The total of section 3.2; a loss that does not count is 0."""
+        total = torch.stack([getattr(self.method.losses, name) * value for name, value in values.items()]).sum()
+        absent = torch.zeros_like(total)
+        return Losses(total=total, **{name: values.get(name, absent) for name in ("amip", "ampd", "aitd", "gitd")})
+
+    def center(self, name: str) -> Float[Tensor, " prototypes"]:
+        """The center of a head's teacher logits."""
+        center: Tensor = getattr(self, f"center_{name}")
+        return center
+
+    @torch.no_grad()
+    def move_centers(self, *means: Mapping[str, Tensor]) -> None:
+        """Move the centers towards the mean logits of an accepted step.
+
+        Args:
+            means: `Outcome.means` of each micro-batch. Every process must call this: the means are averaged over all.
+        """
+        for name in self.student.heads:
+            mean = torch.stack([part[name] for part in means]).mean(dim=0)
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(mean)
+                mean /= distributed.get_world_size()
+            self.center(name).lerp_(mean, 1 - self.method.center_momentum)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Average the student into the teacher, after an accepted step.
+
+        Args:
+            momentum: lambda_m, share of the teacher that stays; 1 leaves it bit for bit, 0 copies the student.
+
+        Reference: section 3.2, theta_t = lambda_m theta_t + (1 - lambda_m) theta_s.
+        """
+        students = dict(self.student.named_parameters())
+        pairs = [(mine, students[name]) for name, mine in self.teacher.named_parameters()]
+        torch._foreach_lerp_([mine for mine, _ in pairs], [student for _, student in pairs], 1 - momentum)
+
+    def freeze_last_layers(self) -> None:
+        """Take away the gradients of the heads' last layers: call between backward and the optimizer step.
+
+        Reference: DINO and iBOT do so in the first epoch.
+        """
+        for name in self.student.heads:
+            self.student.head(name).prototypes.grad = None
+
+
+def _head_input(name: str, features: Features) -> Tensor:
+    """What a head works on: [CLS] tokens, cell tokens or pooled tokens."""
+    value = {"aitd": features.cls, "ampd": features.tokens, "gitd": features.pooled}[name]
+    assert value is not None  # noqa: S101
+    return value
+
+
+def _take(tokens: Tensor, picked: Tensor) -> Tensor:
+    """The picked cells' tokens of each view."""
+    return tokens.gather(1, picked[:, :, None].expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,110 @@
+"""What is watched beside the losses: entropies, attention, and whether the features collapse."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from dagman.pretext import losses
+from dagman.types import Features
+
+RANK_ROWS = 256
+"""Vectors of which the effective rank is taken: enough to see a collapse, cheap at any size."""
+
+MEANINGS: Mapping[str, str] = {
+    "hidden_ratio": "share of the cells hidden from the student",
+    "padding_ratio": "share of the voxels that lie outside the stored volumes",
+    "hidden_dropped_ratio": "share of the hidden cells that the teacher had dropped as well",
+    "aitd_teacher_entropy": "mean entropy of the teacher's [CLS] distributions / ln K; 1 is uniform, 0 one-hot",
+    "aitd_student_entropy": "the same of the student's",
+    "ampd_teacher_entropy": "mean entropy of the teacher's distributions for hidden cells / ln K",
+    "ampd_student_entropy": "the same of the student's",
+    "gitd_teacher_entropy": "mean entropy of the teacher's pooled distributions / ln K",
+    "gitd_student_entropy": "the same of the student's",
+    "attention_entropy": "mean entropy of the guiding attention rows / ln N; 1 is uniform",
+    "attention_peak": "mean over views of N times the largest attention; 1 is uniform",
+    "attention_dropped_ratio": "share of the guiding attention on cells dropped from the teacher",
+    "pooled_spread": "spread of the student's pooled features: 0 where all are the same, 1 in random directions",
+    "cls_spread": "the same of its [CLS] tokens",
+    "tokens_spread": "the same of its cell tokens, over all cells and views",
+    "pooled_effective_rank": "effective rank of the student's pooled features, at most the number of views",
+    "tokens_effective_rank": f"effective rank of {RANK_ROWS} of its cell tokens, evenly picked",
+    "image_error_ratio": "error of the image term / that of predicting each view's visible mean; below 1 is learning",
+}
+"""Name in `Outcome.diagnostics` -> what it is. A name is absent where the recipe lacks its head, loss or noise."""
+
+
+def spread(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
+    """Standard deviation of unit vectors over rows, mean over dimensions, times sqrt(width).
+
+    Args:
+        vectors: Features, of any length.
+    """
+    unit = functional.normalize(losses.at_least_single(vectors), dim=1)
+    return unit.std(dim=0, correction=0).mean() * math.sqrt(unit.shape[1])
+
+
+def effective_rank(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
+    """Exponential of the entropy of the normalised singular values, of at most `RANK_ROWS` rows, evenly picked.
+
+    Args:
+        vectors: Features; not centered, so that a constant has rank 1; what is not finite counts as 0.
+
+    Reference: Roy and Vetterli 2007; RankMe, Garrido et al. 2023.
+    """
+    some = vectors[:: math.ceil(len(vectors) / RANK_ROWS)].double().nan_to_num(0, 0, 0)
+    gram = some @ some.T if len(some) <= some.shape[1] else some.T @ some
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    return losses.entropy(singular / singular.sum().clamp_min(1e-30)).exp().to(torch.float32)
+
+
+def image_error_ratio(
+    prediction: Float[Tensor, "batch 1 x y z"],
+    images: Float[Tensor, "batch 1 x y z"],
+    hidden: Bool[Tensor, "batch x y z"],
+) -> Float[Tensor, ""]:
+    """Error of the prediction over that of the mean of each view's visible voxels, both over the hidden voxels.
+
+    Args:
+        prediction: Of the student's voxel head.
+        images: Intensities in [0, 1].
+        hidden: On voxels.
+    """
+    seen = ~hidden[:, None]
+    space = (1, 2, 3, 4)
+    mean = (images * seen).sum(space, keepdim=True) / seen.sum(space, keepdim=True).clamp_min(1)
+    baseline = losses.masked_l1(mean.expand_as(images), images, hidden)
+    return losses.masked_l1(prediction, images, hidden) / baseline.clamp_min(1e-6)
+
+
+def of_features(features: Features) -> dict[str, Tensor]:
+    """Spread and effective rank of what an encoder returned."""
+    tokens = features.tokens.flatten(0, 1)
+    found = {
+        "pooled_spread": spread(features.pooled),
+        "tokens_spread": spread(tokens),
+        "pooled_effective_rank": effective_rank(features.pooled),
+        "tokens_effective_rank": effective_rank(tokens),
+    }
+    return found if features.cls is None else found | {"cls_spread": spread(features.cls)}
+
+
+def of_hiding(
+    hidden: Bool[Tensor, "batch cells"],
+    dropped: Bool[Tensor, "batch cells"] | None,
+    attention: Float[Tensor, "batch cells"] | None,
+) -> dict[str, Tensor]:
+    """How much was hidden, how peaked the guiding attention is, and how both meet the teacher's noise."""
+    found = {"hidden_ratio": hidden.float().mean()}
+    if dropped is not None:
+        found["hidden_dropped_ratio"] = (hidden & dropped).sum() / hidden.sum().clamp_min(1)
+    if attention is not None:
+        cells = attention.shape[1]
+        found["attention_entropy"] = losses.entropy(attention).mean() / math.log(cells)
+        found["attention_peak"] = attention.amax(dim=1).mean() * cells
+    if attention is not None and dropped is not None:
+        found["attention_dropped_ratio"] = (attention * dropped).sum(dim=1).mean()
+    return found

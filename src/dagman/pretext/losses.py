@@ -1,0 +1,83 @@
+"""The four losses of section 3.2 as pure functions; every softmax is at least float32."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+DENOMINATOR_GUARD = 1e-5
+"""Keeps the image term finite where nothing is hidden."""
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sharpen(
+    logits: Float[Tensor, "*rows prototypes"], center: Float[Tensor, " prototypes"], temperature: float
+) -> Float[Tensor, "*rows prototypes"]:
+    """The teacher's distribution: centered, sharpened, normalised.
+
+    Args:
+        logits: Of the teacher's head.
+        center: Running mean of those logits.
+        temperature: tau_t; smaller is sharper.
+
+    Reference: P_t of equations 2-4; appendix A for centering and sharpening.
+    """
+    return ((at_least_single(logits) - center) / temperature).softmax(dim=-1)
+
+
+def cross_entropy(
+    student_logits: Float[Tensor, "*rows prototypes"],
+    teacher_probabilities: Float[Tensor, "*rows prototypes"],
+    *,
+    temperature: float,
+) -> Float[Tensor, "*rows"]:
+    """Cross-entropy in nats of the student's distribution against the teacher's, for each row.
+
+    Args:
+        student_logits: Of the student's head.
+        teacher_probabilities: From `sharpen`.
+        temperature: tau_s (0.1, as DINO and iBOT).
+
+    Reference: equations 2 (rows are [CLS] tokens), 3 (cells) and 4 (pooled tokens).
+    """
+    log_probabilities = (at_least_single(student_logits) / temperature).log_softmax(dim=-1)
+    return -(teacher_probabilities * log_probabilities).sum(dim=-1)
+
+
+def entropy(probabilities: Float[Tensor, "*rows outcomes"]) -> Float[Tensor, "*rows"]:
+    """Entropy of each row in nats; 0 log 0 is 0."""
+    return -torch.xlogy(probabilities, probabilities).sum(dim=-1)
+
+
+def mean_over_hidden(values: Float[Tensor, "views picked"], hidden: Bool[Tensor, "views picked"]) -> Float[Tensor, ""]:
+    """Mean over each view's hidden cells, then over the views; a view with none counts as 0.
+
+    Args:
+        values: One for each cell that was picked.
+        hidden: Which of the picked cells are hidden.
+
+    Reference: equation 3, "averaged on the m_att tokens".
+    """
+    return ((values * hidden).sum(dim=1) / hidden.sum(dim=1).clamp_min(1)).mean()
+
+
+def masked_l1(
+    prediction: Float[Tensor, "batch 1 x y z"],
+    images: Float[Tensor, "batch 1 x y z"],
+    hidden: Bool[Tensor, "batch x y z"],
+) -> Float[Tensor, ""]:
+    """Mean absolute error over the hidden voxels of the whole batch.
+
+    Args:
+        prediction: Of the student's voxel head.
+        images: Intensities in [0, 1].
+        hidden: On voxels.
+
+    Reference: equation 5.
+    """
+    mask = hidden[:, None]
+    error = (at_least_single(prediction) - images).abs() * mask
+    return error.sum() / (mask.sum().to(error.dtype) + DENOMINATOR_GUARD)

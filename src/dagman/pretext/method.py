@@ -1,0 +1,143 @@
+"""The settings of the pretext task: which losses count, what is hidden from whom, sizes and temperatures."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dagman.errors import DagmanError
+from dagman.nets.swin import SwinConfig
+from dagman.pretext import hiding
+
+
+def _require(holds: bool, field: str, value: object, advice: str) -> None:
+    if not holds:
+        raise DagmanError("CONFIG", field, f"cannot be {value}", advice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """How much each loss counts in the total; one of weight 0 builds no head. Defaults: paper, appendix A."""
+
+    amip: float = 1.0
+    """Attention-guided masked image prediction."""
+    ampd: float = 0.1
+    """Attention-guided masked patch distillation."""
+    aitd: float = 0.1
+    """Attention-guided image token distillation."""
+    gitd: float = 0.1
+    """Global image token distillation."""
+
+    def __post_init__(self) -> None:
+        weights = (self.amip, self.ampd, self.aitd, self.gitd)
+        _require(min(weights) >= 0, "losses", weights, "give weights of at least 0")
+        _require(
+            self.amip + self.gitd > 0,
+            "losses.amip and losses.gitd",
+            "both 0",
+            "give one a weight: without them"
+            " the last stage of the Swin learns nothing (gitd 0.1 is what pure distillation uses)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HidingConfig:
+    """What is hidden from the student."""
+
+    kind: Literal["attended", "random"] = "attended"
+    """`attended`: the cells that the teacher attends to most; `random`: any (SMIT)."""
+    ratio: float = 0.7
+    """r, share of a view's cells to hide, or to rank for hiding (paper: 0.7)."""
+    hint_ratio: float = 0.1
+    """s, share of a view's cells that stay visible as hints (paper: 0.1). For `attended` only."""
+    hints: hiding.Hints = "top"
+    """`top` (paper), `attmask` (a random part of the top), `shift` (hide as many as without hints) or `none`."""
+    probability: float = 1.0
+    """Chance that a view is hidden at all (AttMask: 0.5)."""
+    start_step: int = 0
+    """Hiding is random before this step, while the attention is still arbitrary."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.ratio <= 1, "hidden.ratio", self.ratio, "choose a share from 0 to 1 (paper: 0.7)")
+        _require(0 <= self.probability <= 1, "hidden.probability", self.probability, "choose a share from 0 to 1")
+        _require(self.start_step >= 0, "hidden.start_step", self.start_step, "give 0 or more")
+        most = 1 - self.ratio if self.hints == "shift" else self.ratio
+        _require(
+            0 <= self.hint_ratio <= most + hiding.ROUNDING,
+            "hidden.hint_ratio",
+            self.hint_ratio,
+            f"choose a share from 0 to {most:.3g} for hints {self.hints} and ratio {self.ratio}",
+        )
+
+    def largest_count(self, cells: int) -> int:
+        """Most cells that are hidden of a view of `cells`, however they are chosen."""
+        return hiding.ceil_count(self.ratio, cells)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Sizes of the projection heads (iBOT's; K from the lab's code)."""
+
+    num_prototypes: int = 8192
+    """K, outputs of a head. Small data wants 512 to 4096."""
+    hidden_width: int = 2048
+    bottleneck_width: int = 256
+
+    def __post_init__(self) -> None:
+        sizes = (self.num_prototypes, self.hidden_width, self.bottleneck_width)
+        _require(min(sizes) > 1, "heads", sizes, "give sizes of at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """One point of the space of methods; the defaults are DAGMaN."""
+
+    losses: LossWeights = LossWeights()
+    hidden: HidingConfig = HidingConfig()
+    dropped_ratio: float = 0.7
+    """r_t, share of each view's cells dropped from the teacher (paper: 0.7); 0 is a clean teacher."""
+    guide: Literal["noisy", "clean"] = "noisy"
+    """Whose attention guides hiding: the noisy teacher's (paper), or one clean pass more."""
+    heads: HeadConfig = HeadConfig()
+    student_temperature: float = 0.1
+    """tau_s (DINO, iBOT)."""
+    class_temperature: tuple[float, float] = (0.04, 0.07)
+    """tau_t of the [CLS] and pooled heads, at the start and after its rise (iBOT)."""
+    patch_temperature: tuple[float, float] = (0.04, 0.07)
+    """tau_t of the patch head; its rise comes after the other's."""
+    center_momentum: float = 0.9
+    """Share of a center that stays at each step (DINO)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.dropped_ratio < 1, "dropped_ratio", self.dropped_ratio, "choose a share below 1 (paper: 0.7)"
+        )
+        _require(0 <= self.center_momentum < 1, "center_momentum", self.center_momentum, "choose a share below 1")
+        temperatures = (self.student_temperature, *self.class_temperature, *self.patch_temperature)
+        _require(min(temperatures) > 0, "temperatures", temperatures, "give values above 0")
+
+
+def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
+    """Refuse an encoder that lacks what the method needs.
+
+    Raises:
+        DagmanError: `E-CONFIG`.
+    """
+    if encoder.attention is None:
+        _require(
+            not method.losses.aitd,
+            "losses.aitd",
+            f"{method.losses.aitd} without semantic attention",
+            "set losses.aitd to 0 or give the encoder semantic attention",
+        )
+        _require(
+            method.hidden.kind == "random",
+            "hidden.kind",
+            f"{method.hidden.kind} without semantic attention",
+            "set hidden.kind to random or give the encoder semantic attention",
+        )
+    elif encoder.attention.placement == "branch":
+        _require(
+            method.losses.ampd + method.losses.aitd > 0,
+            "losses.ampd and losses.aitd",
+            "both 0 with semantic attention as a branch",
+            "give one a weight, or put it in series: nothing else would train it",
+        )
