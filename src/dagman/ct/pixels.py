@@ -1,0 +1,133 @@
+"""Stored pixel values of one DICOM file, before any rescaling."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pydicom
+from pydicom.uid import CTImageStorage, RLELossless
+
+from dagman.errors import DagmanError
+
+Decode: TypeAlias = Callable[[int], np.ndarray]
+"""Frame number, from 0, to stored values (rows, columns)."""
+_THROUGH_SIMPLEITK = {
+    f"1.2.840.10008.1.2.4.{code}" for code in ("50", "51", "57", "70", "80", "81", "90", "91")
+}  # JPEG, JPEG-LS, JPEG 2000
+_DESCRIBING = (
+    "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
+    "PhotometricInterpretation", "PixelData",
+)  # fmt: skip
+_COPY = "copy or export this slice again"
+
+
+@contextlib.contextmanager
+def parsing(code: str, path: Path, problem: str, advice: str) -> Iterator[None]:
+    """Turn whatever a parser throws into a coded error that quotes nothing but the error's type."""
+    try:
+        yield
+    except (DagmanError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise DagmanError(code, path, f"{problem} ({type(error).__name__})", advice) from None
+
+
+def word(header: Any, name: str) -> str:
+    """A coded value (CS) in capitals, empty where there is none."""
+    value = header.get(name)
+    return value.strip().upper() if isinstance(value, str) else ""
+
+
+def open_file(path: Path) -> Decode:
+    """Read a whole file, and return what decodes its frames.
+
+    Raises:
+        DagmanError: `E-SLICE` when it is cut short or broken, `E-CODEC` when its compression cannot be decoded here.
+    """
+    with parsing("SLICE", path, "is cut short or broken", _COPY):
+        data = pydicom.dcmread(path, force=True)
+        syntax = data.file_meta.get("TransferSyntaxUID")
+        stored = data.get("PixelData")
+    if not isinstance(stored, bytes):
+        raise DagmanError("SLICE", path, "has no pixels", _COPY)
+    if syntax is None or not syntax.is_compressed:
+        return _native(path, data, stored)
+    if syntax == RLELossless:
+        return _run_length(path, data)
+    if syntax not in _THROUGH_SIMPLEITK:
+        raise DagmanError(
+            "CODEC", path, f"is compressed as {syntax}", "decompress the series, for example with `gdcmconv --raw`"
+        )
+    return _simpleitk(path, data)
+
+
+def _native(path: Path, data: Any, stored: bytes) -> Decode:
+    rows, columns, frames = data.Rows, data.Columns, int(data.get("NumberOfFrames") or 1)
+    allocated, signed = data.get("BitsAllocated"), data.get("PixelRepresentation") == 1
+    if allocated not in (8, 16, 32):
+        raise DagmanError("SLICE", path, f"allocates {allocated} bits a pixel", _COPY)
+    each = rows * columns * allocated // 8
+    if len(stored) not in (each * frames, each * frames + each * frames % 2):
+        raise DagmanError("SLICE", path, f"has {len(stored)} pixel bytes where {each * frames} are declared", _COPY)
+    syntax = data.file_meta.get("TransferSyntaxUID")
+    order = ">" if syntax is not None and not syntax.is_little_endian else "<"
+    dtype = np.dtype(f"{order}{'i' if signed else 'u'}{allocated // 8}")
+
+    def decode(frame: int) -> np.ndarray:
+        values = np.frombuffer(stored, dtype, rows * columns, frame * each).reshape(rows, columns)
+        return _used_bits(path, data, values)
+
+    return decode
+
+
+def _used_bits(path: Path, data: Any, values: np.ndarray) -> np.ndarray:
+    """Values without what some scanners keep in the bits above BitsStored (overlays)."""
+    stored, allocated = int(data.get("BitsStored") or 0), int(data.BitsAllocated)
+    if not 1 <= stored <= allocated or data.get("HighBit") != stored - 1:
+        raise DagmanError("SLICE", path, f"stores {stored} of {allocated} bits in an order nobody uses", _COPY)
+    values = values.astype(values.dtype.newbyteorder("="))
+    shift = allocated - stored
+    return np.right_shift(np.left_shift(values, shift), shift) if shift else values
+
+
+def _run_length(path: Path, data: Any) -> Decode:
+    def decode(frame: int) -> np.ndarray:
+        from pydicom.pixels import get_decoder
+
+        with parsing("SLICE", path, "its pixels cannot be decoded", _COPY):
+            values, _ = get_decoder(RLELossless).as_array(data, index=frame, raw=True)
+        return _used_bits(path, data, values)
+
+    return decode
+
+
+def _simpleitk(path: Path, data: Any) -> Decode:
+    """JPEG, JPEG-LS and JPEG 2000 by GDCM, shown nothing but the pixels and what describes them."""
+    if int(data.get("NumberOfFrames") or 1) != 1:
+        problem = "is a compressed multi-frame file"
+        raise DagmanError("CODEC", path, problem, "decompress the series, for example with `gdcmconv --raw`")
+    bare = pydicom.Dataset()
+    bare.file_meta = pydicom.dataset.FileMetaDataset()
+    bare.file_meta.TransferSyntaxUID = data.file_meta.TransferSyntaxUID
+    bare.SOPClassUID = bare.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    bare.SOPInstanceUID = bare.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    bare.RescaleSlope, bare.RescaleIntercept = 1, 0
+    for name in _DESCRIBING:
+        if name in data:
+            bare[name] = data[name]
+
+    def decode(frame: int) -> np.ndarray:
+        import SimpleITK
+
+        with tempfile.TemporaryFile() as stream:
+            pydicom.dcmwrite(stream, bare, enforce_file_format=True)
+            stream.seek(0)
+            with parsing("SLICE", path, "its compressed pixels cannot be decoded", _COPY):
+                image = SimpleITK.ReadImage(f"/dev/fd/{stream.fileno()}", imageIO="GDCMImageIO")
+        values: np.ndarray = SimpleITK.GetArrayFromImage(image)[frame]
+        return values
+
+    return decode

@@ -1,0 +1,132 @@
+"""One scan to one `Volume`: RAS+, its own spacing, exact Hounsfield units, or a refusal that says why."""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dagman.ct import grid, guard
+from dagman.ct.guard import Limits
+from dagman.ct.index import Problem, index, sniff_files
+from dagman.errors import DagmanError
+from dagman.types import Scan, Volume
+
+__all__ = ["Limits", "check", "read", "read_mask"]
+
+MASK_TOLERANCE = 0.05
+"""Corners of a mask may lie this share of a voxel away from the image's."""
+
+
+def read(scan: Scan, limits: Limits | None = None) -> Volume:
+    """Read a CT in a guarded process; refuse rather than guess.
+
+    Args:
+        scan: A row of `index`.
+        limits: What reading may cost and how thin a volume may be.
+
+    Returns:
+        Every voxel in Hounsfield units as the scanner stored them, axes turned to RAS+, not resampled.
+
+    Raises:
+        DagmanError: Why the scan cannot be used honestly; the codes are listed in `docs/errors.md`.
+    """
+    limits = limits or Limits()
+    arguments = {
+        "paths": [str(path) for path in scan.files],
+        "kind": scan.kind,
+        "max_voxels": limits.max_voxels,
+        "min_extent_mm": limits.min_extent_mm,
+    }
+    affine, hu = guard.run("volume", scan.source, arguments, limits)
+    return Volume(hu=_present(hu), affine=np.array(affine))
+
+
+def read_mask(path: Path, like: Volume | None = None, limits: Limits | None = None) -> Volume:
+    """Read a label map in a guarded process.
+
+    Args:
+        path: NIfTI, NRRD or MHA of whole numbers, 0 outside.
+        like: The image it was drawn on, as `read` returned it.
+        limits: What reading may cost.
+
+    Returns:
+        Labels (int16 or int32) in the place of `hu`, axes turned to RAS+.
+
+    Raises:
+        DagmanError: As `read`; `E-MASK` when the values are no labels or the grid is not the image's.
+    """
+    limits = limits or Limits()
+    facts = sniff_files([path], limits)[0]
+    if "error" in facts:
+        code, problem, advice = facts["error"]
+        raise DagmanError(code, path, problem, advice)
+    if facts["kind"] not in ("nifti", "nrrd", "mha"):
+        raise DagmanError("FORMAT", path, "is no NIfTI, NRRD or MHA file", "save the mask as .nii.gz")
+    arguments = {"paths": [str(path)], "kind": facts["kind"], "max_voxels": limits.max_voxels}
+    affine, labels = guard.run("mask", path, arguments, limits)
+    mask = Volume(hu=_present(labels), affine=np.array(affine))
+    if like is not None:
+        _check_same_grid(path, mask, like)
+    return mask
+
+
+def _present(array: np.ndarray | None) -> np.ndarray:
+    if array is None:
+        raise AssertionError("the task returns an array")
+    return array
+
+
+def _check_same_grid(path: Path, mask: Volume, image: Volume) -> None:
+    if mask.hu.shape != image.hu.shape:
+        sides = " and ".join(" x ".join(map(str, volume.hu.shape)) for volume in (mask, image))
+        raise _disagrees(path, f"mask and image have {sides} voxels")
+    distance = grid.corner_distance_mm(mask.affine, image.affine, image.hu.shape)
+    if distance > MASK_TOLERANCE * min(image.spacing_mm):
+        raise _disagrees(path, f"corners of mask and image lie {distance:.3g} mm apart")
+
+
+def _disagrees(path: Path, problem: str) -> DagmanError:
+    return DagmanError("MASK", path, problem, "draw or resample the mask on this image's grid")
+
+
+def check(
+    sources: Sequence[Path], *, limits: Limits | None = None, num_workers: int = 1
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """Read everything, keep nothing: what is there, and every problem at once.
+
+    Args:
+        sources: As `index`.
+        limits: As `read`.
+        num_workers: Reading processes at a time.
+
+    Returns:
+        One row per usable scan (`case_id`, `format`, `shape`, `spacing_mm`, `slices`, `patient`, `source`), and all
+        problems. Nothing is written.
+    """
+    limits = limits or Limits()
+    scans, problems = index(sources, limits=limits)
+    with ThreadPoolExecutor(num_workers) as pool:
+        outcomes = list(pool.map(lambda scan: _row(scan, limits), scans))
+    rows = [outcome for outcome in outcomes if isinstance(outcome, dict)]
+    return rows, problems + [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+
+
+def _row(scan: Scan, limits: Limits) -> dict[str, Any] | Problem:
+    try:
+        volume = read(scan, limits)
+        if scan.mask is not None:
+            read_mask(scan.mask, volume, limits)
+    except DagmanError as error:
+        return dataclasses.replace(Problem.of(error), case_id=scan.case_id)
+    return {
+        "case_id": scan.case_id,
+        "format": scan.kind,
+        "shape": list(volume.hu.shape),
+        "spacing_mm": [round(size, 4) for size in volume.spacing_mm],
+        "slices": volume.hu.shape[2],
+        "patient": scan.patient,
+        "source": str(scan.source),
+    }

@@ -1,0 +1,103 @@
+"""A CSV table of scans: `case_id,image[,label][,mask][,split][,patient]`, paths relative to the table."""
+
+import csv
+import re
+from pathlib import Path
+
+from dagman.ct.index import Found, Survey, look_through
+from dagman.errors import DagmanError, printable
+from dagman.types import Scan
+
+_COLUMNS = ("case_id", "image", "label", "mask", "split", "patient")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_CORRECT = "correct the row"
+
+
+def read(path: Path, survey: Survey) -> list[Scan]:
+    """Scans of a table; rows that cannot be used go to `survey.problems` with their number (the header is row 1).
+
+    Raises:
+        DagmanError: `E-TABLE` when the file is no such table.
+    """
+    rows = _rows(path)
+    scans: list[Scan] = []
+    first_use: dict[str, int] = {}
+    for number, row in rows:
+        try:
+            _check_cells(row, first_use, number)
+            image = _existing(path, row["image"])
+            mask = _existing(path, row["mask"]) if row.get("mask") else None
+            found = _only(image, survey)
+        except ValueError as problem:
+            survey.reject("TABLE", f"{path}:{number}", str(problem), _CORRECT)
+            continue
+        if found is None:
+            continue
+        if mask is not None:
+            status = mask.stat()
+            survey.visited.add((status.st_dev, status.st_ino))
+        scans.append(
+            Scan(
+                case_id=row["case_id"],
+                files=found.files,
+                kind=found.kind,
+                patient=row.get("patient") or found.patient,
+                label=row.get("label") or None,
+                mask=mask,
+                split=row.get("split") or None,
+            )
+        )
+    return scans
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            lines = list(csv.reader(stream, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        why = f"is no CSV text ({type(error).__name__})"
+        raise DagmanError("TABLE", path, why, "save it as comma-separated UTF-8") from None
+    header = [name.strip() for name in lines[0]] if lines else []
+    missing = [name for name in _COLUMNS[:2] if name not in header]
+    unknown = [name for name in header if name not in _COLUMNS]
+    if missing or unknown or len(set(header)) != len(header):
+        what = f"lacks {', '.join(missing)}" if missing else f"has the columns {', '.join(header)[:120]}"
+        raise DagmanError("TABLE", path, what, f"name its columns {','.join(_COLUMNS)} (the last four as needed)")
+    return [
+        (number, dict(zip(header, (cell.strip() for cell in line), strict=False)))
+        for number, line in enumerate(lines[1:], 2)
+        if any(cell.strip() for cell in line)
+    ]
+
+
+def _check_cells(row: dict[str, str], first_use: dict[str, int], number: int) -> None:
+    for name in ("case_id", "image"):
+        if not row.get(name):
+            raise ValueError(f"{name} is empty")
+    if row.get("patient") == "":
+        raise ValueError("patient is empty in a table that names patients")
+    case_id = row["case_id"]
+    if not _NAME.fullmatch(case_id):
+        raise ValueError(f"case_id {printable(case_id)[:60]} may hold letters, digits, '-', '_' and '.' only")
+    for what, value in (("case_id", case_id.lower()), ("image", row["image"])):
+        earlier = first_use.setdefault(f"{what} {value}", number)
+        if earlier != number:
+            raise ValueError(f"{what} is the same as in row {earlier}")
+
+
+def _existing(table: Path, cell: str) -> Path:
+    path = table.parent / cell
+    if not path.exists():
+        raise ValueError(f"{printable(cell)[:200]} does not exist")
+    return path
+
+
+def _only(image: Path, survey: Survey) -> Found | None:
+    """The one scan of a row; None when its own problem has been noted."""
+    before = len(survey.problems)
+    found = look_through(image, survey)
+    if len(found) > 1:
+        raise ValueError(f"{image.name} holds {len(found)} scans, name the file or folder of one")
+    if not found and all(problem.ignored for problem in survey.problems[before:]):
+        raise ValueError(f"{image.name} holds no scan")
+    return found[0] if found else None
