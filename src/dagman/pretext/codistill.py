@@ -75,6 +75,15 @@ class Network(nn.Module):
             return self.head(name).logits(losses.at_least_single(bottleneck))
 
 
+class Compared(NamedTuple):
+    """Student against teacher at one head."""
+
+    loss: Tensor
+    teacher_entropy: Tensor
+    """Mean over ln K."""
+    student_entropy: Tensor
+
+
 class Targets(NamedTuple):
     """What the teacher says about a batch."""
 
@@ -137,17 +146,19 @@ class CoDistillation(nn.Module):
             generator: On the CPU; draws all that is hidden. Drop-path draws from torch's own generator.
         """
         images = torch.cat([views.u, views.v])
-        targets = self._teach(images, generator)
-        hidden = self._hide(targets.attention if knobs.attended else None, len(images), generator).to(images.device)
-        features = self.student.encoder(images, hidden)
-        values, watched = self._distil(features, targets, hidden, knobs)
+        teacher = self._teach(images, generator)
+        hidden = self._hide(teacher.attention if knobs.attended else None, len(images), generator).to(images.device)
+        student = self.student.encoder(images, hidden)
+        compared = self._distil(student, teacher, hidden, knobs)
+        values = {name: one.loss for name, one in compared.items()}
+        watched = diagnostics.of_features(student) | diagnostics.of_hiding(hidden, teacher.dropped, teacher.attention)
+        watched["padding_ratio"] = views.padding.mean()
+        for name, one in compared.items():
+            watched[f"{name}_teacher_entropy"] = one.teacher_entropy
+            watched[f"{name}_student_entropy"] = one.student_entropy
         if self.student.voxel_head is not None:
-            values["amip"], watched["image_error_ratio"] = self._predict(features, images, hidden)
-        with torch.no_grad():
-            watched |= diagnostics.of_features(features)
-            watched |= diagnostics.of_hiding(hidden, targets.dropped, targets.attention)
-            watched["padding_ratio"] = views.padding.mean()
-        return Outcome(self._weigh(values), targets.means, {name: value.detach() for name, value in watched.items()})
+            values["amip"], watched["image_error_ratio"] = self._predict(student.pyramid[-1], images, hidden)
+        return Outcome(self._weigh(values), teacher.means, watched)
 
     @torch.no_grad()
     def _teach(self, images: Tensor, generator: torch.Generator) -> Targets:
@@ -175,7 +186,7 @@ class CoDistillation(nn.Module):
         config, cells = self.method.hidden, math.prod(self.grid)
         touched = torch.rand(batch, 1, generator=generator) < config.probability
         if config.kind == "random" or attention is None:
-            hidden = hiding.random(batch, cells, count=config.largest_count(cells), generator=generator)
+            hidden = hiding.random(batch, cells, count=config.count(cells, attended=False), generator=generator)
         else:
             hidden = hiding.attended(
                 attention,
@@ -186,50 +197,46 @@ class CoDistillation(nn.Module):
             )
         return hidden & touched.to(hidden.device)
 
-    def _distil(
-        self, features: Features, targets: Targets, hidden: Tensor, knobs: Knobs
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """AITD and GITD across views, AMPD within each view (equations 2-4), and the entropies."""
-        # As many cells of each view as can be hidden, the hidden first: a fixed size, so no wait for the device.
-        most = self.method.hidden.largest_count(hidden.shape[1])
-        picked = hidden.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
-        values: dict[str, Tensor] = {}
-        watched: dict[str, Tensor] = {}
-        for name, teacher in targets.bottlenecks.items():
-            student = _head_input(name, features)
-            if name == "ampd":
-                student, teacher = _take(student, picked), _take(teacher, picked)  # noqa: PLW2901
-                temperature, used = knobs.patch_temperature, hidden.gather(1, picked)
-            else:
-                teacher = teacher.roll(len(teacher) // 2, dims=0)  # noqa: PLW2901
-                temperature, used = knobs.class_temperature, None
-            goal = losses.sharpen(self.teacher.logits(name, teacher), self.center(name), temperature)
-            logits = self.student.logits(name, self.student.head(name).project(student))
-            rows = losses.cross_entropy(logits, goal, temperature=self.method.student_temperature)
-            values[name] = rows.mean() if used is None else losses.mean_over_hidden(rows, used)
-            watched |= self._entropies(name, goal, logits.detach(), used)
-        return values, watched
-
-    @torch.no_grad()
-    def _entropies(self, name: str, goal: Tensor, logits: Tensor, used: Tensor | None) -> dict[str, Tensor]:
-        """Mean entropies of teacher and student, over ln K."""
-        sides = {"teacher": goal, "student": (logits / self.method.student_temperature).softmax(dim=-1)}
-        found = {}
-        for side, probabilities in sides.items():
-            rows = losses.entropy(probabilities)
-            mean = rows.mean() if used is None else losses.mean_over_hidden(rows, used)
-            found[f"{name}_{side}_entropy"] = mean / math.log(goal.shape[-1])
+    def _distil(self, student: Features, teacher: Targets, hidden: Tensor, knobs: Knobs) -> dict[str, Compared]:
+        """AITD and GITD across the views, AMPD on each view's hidden cells (equations 2 to 4)."""
+        found, said = {}, teacher.bottlenecks
+        if "aitd" in said:
+            assert student.cls is not None  # noqa: S101
+            found["aitd"] = self._compare("aitd", student.cls, _swap_views(said["aitd"]), knobs.class_temperature)
+        if "ampd" in said:
+            # Hidden cells are picked by their known number, without waiting for the device to count them; a view left
+            # whole picks as many, which `mean_over_hidden` leaves out.
+            count = self.method.hidden.count(hidden.shape[1], attended=knobs.attended)
+            picked = hidden.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+            tokens, targets = _pick(student.tokens, picked), _pick(said["ampd"], picked)
+            found["ampd"] = self._compare(
+                "ampd", tokens, targets, knobs.patch_temperature, hidden=hidden.gather(1, picked)
+            )
+        if "gitd" in said:
+            found["gitd"] = self._compare("gitd", student.pooled, _swap_views(said["gitd"]), knobs.class_temperature)
         return found
 
-    def _predict(self, features: Features, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """AMIP, each view against itself (equation 5), and its ratio to the visible-mean predictor's error."""
-        assert self.student.voxel_head is not None  # noqa: S101
-        prediction = self.student.voxel_head(features.pyramid[-1])
-        voxels = hiding.repeat(hidden, self.grid, self.cell_side)
-        pairs = zip(prediction.chunk(2), images.chunk(2), voxels.chunk(2), strict=True)
-        value = torch.stack([losses.masked_l1(*view) for view in pairs]).mean()
+    def _compare(
+        self, name: str, features: Tensor, bottleneck: Tensor, temperature: float, hidden: Tensor | None = None
+    ) -> Compared:
+        """Cross-entropy of the student's features against what the teacher says, through the heads of that name."""
+        targets = losses.sharpen(self.teacher.logits(name, bottleneck), self.center(name), temperature)
+        logits = self.student.logits(name, self.student.head(name).project(features))
+        rows = losses.cross_entropy(logits, targets, temperature=self.method.student_temperature)
+        loss = rows.mean() if hidden is None else losses.mean_over_hidden(rows, hidden)
         with torch.no_grad():
-            return value, diagnostics.image_error_ratio(prediction, images, voxels)
+            guesses = (logits / self.method.student_temperature).softmax(dim=-1)
+            teacher, student = (diagnostics.entropy_share(side, hidden) for side in (targets, guesses))
+        return Compared(loss, teacher_entropy=teacher, student_entropy=student)
+
+    def _predict(self, final: Tensor, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """AMIP, each view against itself (equation 5), and its ratio to the error of each view's visible mean."""
+        assert self.student.voxel_head is not None  # noqa: S101
+        voxels = hiding.repeat(hidden, self.grid, self.cell_side)
+        loss = _mean_of_views(self.student.voxel_head(final), images, voxels)
+        with torch.no_grad():
+            baseline = _mean_of_views(diagnostics.visible_mean(images, voxels), images, voxels)
+            return loss, loss / baseline.clamp_min(1e-6)
 
     def _weigh(self, values: Mapping[str, Tensor]) -> Losses:
         """The total of section 3.2; a loss that does not count is 0."""
@@ -285,6 +292,17 @@ def _head_input(name: str, features: Features) -> Tensor:
     return value
 
 
-def _take(tokens: Tensor, picked: Tensor) -> Tensor:
+def _swap_views(values: Tensor) -> Tensor:
+    """Rows of u in place of those of v, and the other way round."""
+    return values.roll(len(values) // 2, dims=0)
+
+
+def _pick(tokens: Tensor, picked: Tensor) -> Tensor:
     """The picked cells' tokens of each view."""
     return tokens.gather(1, picked[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _mean_of_views(prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+    """The image term of u and that of v, averaged."""
+    pairs = zip(prediction.chunk(2), images.chunk(2), hidden.chunk(2), strict=True)
+    return torch.stack([losses.masked_l1(*view) for view in pairs]).mean()

@@ -61,25 +61,35 @@ def effective_rank(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
     return losses.entropy(singular / singular.sum().clamp_min(1e-30)).exp().to(torch.float32)
 
 
-def image_error_ratio(
-    prediction: Float[Tensor, "batch 1 x y z"],
-    images: Float[Tensor, "batch 1 x y z"],
-    hidden: Bool[Tensor, "batch x y z"],
+def entropy_share(
+    probabilities: Float[Tensor, "*rows prototypes"], hidden: Bool[Tensor, "*rows"] | None = None
 ) -> Float[Tensor, ""]:
-    """Error of the prediction over that of the mean of each view's visible voxels, both over the hidden voxels.
+    """Mean entropy of the rows over its maximum, ln K.
 
     Args:
-        prediction: Of the student's voxel head.
+        probabilities: Distributions over K prototypes.
+        hidden: Rows to count; all without it.
+    """
+    rows = losses.entropy(probabilities) / math.log(probabilities.shape[-1])
+    return rows.mean() if hidden is None else (rows * hidden).sum() / hidden.sum().clamp_min(1)
+
+
+def visible_mean(
+    images: Float[Tensor, "batch 1 x y z"], hidden: Bool[Tensor, "batch x y z"]
+) -> Float[Tensor, "batch 1 x y z"]:
+    """The prediction to beat: everywhere the mean of the view's visible voxels.
+
+    Args:
         images: Intensities in [0, 1].
         hidden: On voxels.
     """
     seen = ~hidden[:, None]
     space = (1, 2, 3, 4)
     mean = (images * seen).sum(space, keepdim=True) / seen.sum(space, keepdim=True).clamp_min(1)
-    baseline = losses.masked_l1(mean.expand_as(images), images, hidden)
-    return losses.masked_l1(prediction, images, hidden) / baseline.clamp_min(1e-6)
+    return mean.expand_as(images)
 
 
+@torch.no_grad()
 def of_features(features: Features) -> dict[str, Tensor]:
     """Spread and effective rank of what an encoder returned."""
     tokens = features.tokens.flatten(0, 1)
@@ -92,6 +102,7 @@ def of_features(features: Features) -> dict[str, Tensor]:
     return found if features.cls is None else found | {"cls_spread": spread(features.cls)}
 
 
+@torch.no_grad()
 def of_hiding(
     hidden: Bool[Tensor, "batch cells"],
     dropped: Bool[Tensor, "batch cells"] | None,

@@ -28,14 +28,7 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         weights = (self.amip, self.ampd, self.aitd, self.gitd)
-        _require(min(weights) >= 0, "losses", weights, "give weights of at least 0")
-        _require(
-            self.amip + self.gitd > 0,
-            "losses.amip and losses.gitd",
-            "both 0",
-            "give one a weight: without them"
-            " the last stage of the Swin learns nothing (gitd 0.1 is what pure distillation uses)",
-        )
+        _require(min(weights) >= 0 < max(weights), "losses", weights, "give weights of at least 0, and one above")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +60,17 @@ class HidingConfig:
             f"choose a share from 0 to {most:.3g} for hints {self.hints} and ratio {self.ratio}",
         )
 
-    def largest_count(self, cells: int) -> int:
-        """Most cells that are hidden of a view of `cells`, however they are chosen."""
-        return hiding.ceil_count(self.ratio, cells)
+    def count(self, cells: int, *, attended: bool) -> int:
+        """How many cells of a view are hidden, where it is hidden at all.
+
+        Args:
+            cells: N, cells of a view.
+            attended: Whether there is attention to follow at this step.
+        """
+        if self.kind == "random" or not attended:
+            return hiding.ceil_count(self.ratio, cells)
+        shown = {"top": self.hint_ratio, "attmask": self.hint_ratio * self.ratio}.get(self.hints, 0.0)
+        return hiding.floor_count(self.ratio, cells) - hiding.floor_count(shown, cells)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,12 @@ def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
     Raises:
         DagmanError: `E-CONFIG`.
     """
+    _require(
+        method.losses.amip + method.losses.gitd > 0 or encoder.cell_stage == 4,
+        "losses.amip and losses.gitd",
+        "both 0",
+        "set losses.gitd to 0.1: nothing else trains the last stage of the Swin",
+    )
     if encoder.attention is None:
         _require(
             not method.losses.aitd,
