@@ -14,6 +14,8 @@ from dagman.types import Features
 RANK_ROWS = 256
 """Vectors of which the effective rank is taken: enough to see a collapse, cheap at any size."""
 
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
 MEANINGS: Mapping[str, str] = {
     "hidden_ratio": "share of the cells hidden from the student",
     "padding_ratio": "share of the voxels that lie outside the stored volumes",
@@ -38,7 +40,7 @@ MEANINGS: Mapping[str, str] = {
 
 
 def spread(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
-    """Standard deviation of unit vectors over rows, mean over dimensions, times sqrt(width).
+    """Standard deviation of unit vectors over rows, averaged over dimensions, times sqrt(width).
 
     Args:
         vectors: Features, of any length.
@@ -48,14 +50,19 @@ def spread(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
 
 
 def effective_rank(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
-    """Exponential of the entropy of the normalised singular values, of at most `RANK_ROWS` rows, evenly picked.
+    """Exponential of the entropy of the normalised singular values, of at most `RANK_ROWS` rows.
 
     Args:
         vectors: Features; not centered, so that a constant has rank 1; what is not finite counts as 0.
 
     Reference: Roy and Vetterli 2007; RankMe, Garrido et al. 2023.
     """
-    some = vectors[:: math.ceil(len(vectors) / RANK_ROWS)].double().nan_to_num(0, 0, 0)
+    some = vectors
+    if len(vectors) > RANK_ROWS:
+        # Steps of the golden ratio share no period with the grid of cells, as equal steps would.
+        turns = torch.arange(RANK_ROWS, dtype=torch.float64, device=vectors.device) * GOLDEN_RATIO % 1
+        some = vectors[(turns * len(vectors)).long()]
+    some = some.double().nan_to_num(0, 0, 0)
     gram = some @ some.T if len(some) <= some.shape[1] else some.T @ some
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     return losses.entropy(singular / singular.sum().clamp_min(1e-30)).exp().to(torch.float32)

@@ -1,0 +1,69 @@
+"""What is watched, on inputs whose answer is known."""
+
+import math
+
+import pytest
+import torch
+
+from dagman.pretext import diagnostics
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_spread_is_zero_for_one_direction_and_one_for_all() -> None:
+    length = torch.rand(64, 1) + 0.5
+    assert diagnostics.spread(length * drawn(32)).item() == pytest.approx(0, abs=1e-6)
+    assert diagnostics.spread(drawn(4000, 32)).item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("rows", [4, 60, 1000])
+def test_effective_rank_counts_directions(rows: int) -> None:
+    basis = torch.linalg.qr(drawn(16, 16)).Q
+    assert diagnostics.effective_rank(drawn(16).expand(rows, 16)).item() == pytest.approx(1, abs=1e-3)
+    for rank in (2, 4):
+        spanned = basis[torch.arange(rows) % rank]
+        assert diagnostics.effective_rank(spanned).item() == pytest.approx(rank, rel=1e-3)
+
+
+def test_effective_rank_against_singular_values() -> None:
+    vectors = drawn(40, 24)
+    share = torch.linalg.svdvals(vectors.double())
+    share /= share.sum()
+    assert diagnostics.effective_rank(vectors).item() == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-6)
+
+
+def test_effective_rank_survives_what_is_not_finite() -> None:
+    vectors = torch.full((4, 8), math.nan)
+    assert diagnostics.effective_rank(vectors).isfinite()
+
+
+def test_attention_that_is_uniform_and_attention_on_one_cell() -> None:
+    attention = torch.stack([torch.full((64,), 1 / 64), torch.eye(64)[5]])
+    dropped = torch.zeros(2, 64, dtype=torch.bool)
+    dropped[1, 5] = dropped[0, :16] = True
+    hidden = torch.zeros(2, 64, dtype=torch.bool)
+    hidden[0, 8:24] = True
+    found = diagnostics.of_hiding(hidden, dropped, attention)
+    assert found["attention_entropy"].item() == pytest.approx((1 + 0) / 2)
+    assert found["attention_peak"].item() == pytest.approx((1 + 64) / 2)
+    assert found["attention_dropped_ratio"].item() == pytest.approx((0.25 + 1) / 2)
+    assert found["hidden_ratio"].item() == pytest.approx(16 / 128)
+    assert found["hidden_dropped_ratio"].item() == pytest.approx(8 / 16)
+
+
+def test_entropy_share_counts_hidden_rows_only() -> None:
+    rows = torch.stack([torch.full((8,), 1 / 8), torch.eye(8)[0], torch.eye(8)[1]])[None]
+    assert diagnostics.entropy_share(rows).item() == pytest.approx(1 / 3)
+    assert diagnostics.entropy_share(rows, torch.tensor([[True, True, False]])).item() == pytest.approx(1 / 2)
+    assert diagnostics.entropy_share(rows, torch.zeros(1, 3, dtype=torch.bool)).item() == 0
+
+
+def test_visible_mean_leaves_hidden_voxels_out() -> None:
+    images = torch.rand(2, 1, 4, 4, 4)
+    hidden = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    hidden[0, 0], hidden[1] = True, True
+    mean = diagnostics.visible_mean(images, hidden)
+    torch.testing.assert_close(mean[0], images[0, :, 1:].mean().expand(1, 4, 4, 4))
+    assert torch.equal(mean[1], torch.zeros(1, 4, 4, 4))
