@@ -51,6 +51,16 @@ def write_array(path: Path, array: Integer[np.ndarray, "x y z"]) -> None:
     write_atomic(path, write)
 
 
+def require_storage(storage: Storage, folder: Path) -> None:
+    """Fail early where arrays of this kind cannot be written.
+
+    Raises:
+        DagmanError: `E-BLOSC2`.
+    """
+    if storage == "blosc2":
+        _blosc2(folder)
+
+
 def _open_array(path: Path) -> Any:
     """An array on disk that reads what is sliced from it."""
     if path.suffix == ".npy":

@@ -1,0 +1,317 @@
+"""Scans as hospitals keep them become a store of equal voxels: oriented, resampled, cropped to the body, checked.
+
+One bad scan never stops the others, and the same command continues where it was stopped. The stored arrays depend on
+the sources and the settings alone: not on the number of workers, the order of the files, or on being killed and run
+again; so does the manifest, apart from `seconds`. What is finished is noted in a journal beside the manifest
+(`.done.jsonl`), which knows source files by size and time, and is no part of what the store holds.
+"""
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from dagman.config import difference, to_dict
+from dagman.ct import store
+from dagman.ct.case import (
+    PrepareConfig,
+    Prepared,
+    Row,
+    fingerprint,
+    is_stored,
+    prepare_case,
+    prepare_volume,
+    refuse_other_case,
+    rejected_row,
+    relative,
+    source_name,
+    table_values,
+)
+from dagman.ct.fanout import stoppable, unordered
+from dagman.ct.index import index
+from dagman.errors import DagmanError, ExitCode
+from dagman.files import (
+    TEMPORARY_SUFFIX,
+    append_line,
+    fault_point,
+    folder_lock,
+    json_line,
+    read_lines,
+    repair_log,
+    write_json,
+    write_text,
+)
+from dagman.types import Scan
+
+__all__ = ["PrepareConfig", "Prepared", "Summary", "prepare", "prepare_volume"]
+
+REJECTED = "rejected.jsonl"
+JOURNAL = ".done.jsonl"
+Tell = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a preparation came to."""
+
+    stored: int
+    """Cases prepared now."""
+    already_there: int
+    """Cases that an earlier run had finished, unchanged since."""
+    kept: int
+    """Cases in the store whose source is not among those given now."""
+    rejected: int
+    codes: dict[str, int] = field(default_factory=dict)
+    """Rejections by error code, most frequent first."""
+    duplicates: tuple[tuple[str, ...], ...] = ()
+    """Cases with the same voxels."""
+    seconds: float = 0.0
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """0; 3 when something was rejected; 5 when the store is empty."""
+        if not self.stored + self.already_there + self.kept:
+            return ExitCode.NOTHING_USABLE
+        return ExitCode.REJECTED if self.rejected else ExitCode.OK
+
+
+def prepare(
+    sources: Sequence[Path],
+    output: Path,
+    config: PrepareConfig | None = None,
+    *,
+    workers: int | None = None,
+    progress: Tell | None = None,
+) -> Summary:
+    """Prepare every CT in `sources` into the store `output`; run again, it continues, and adds what is new.
+
+    A source that changed (size or time) is prepared anew, what was rejected is tried again, and a case whose source is
+    no longer given stays.
+
+    Args:
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, CSV tables.
+        output: The store; outside of all sources.
+        config: Settings; those of the paper, but anti-aliased, by default.
+        workers: Processes; one for each core by default, 1 works in this process.
+        progress: Called with (cases done, cases in all, the case or error that came last).
+
+    Raises:
+        DagmanError: `E-OUTPUT`, `E-SETTINGS`, `E-LOCKED` (exit code 4), `E-DISK` (6), `E-STOPPED` (75).
+    """
+    started = time.monotonic()
+    config = config or PrepareConfig()
+    output = Path(output)
+    _refuse_overlap(sources, output)
+    store.require_storage(config.storage, output)
+    with folder_lock(output):
+        _adopt_settings(output, config)
+        _remove_leftovers(output)
+        try:
+            with stoppable():
+                run = _Run(sources, output, config)
+                run.work(workers, progress or _silent)
+                return run.finish(started)
+        except KeyboardInterrupt:
+            raise DagmanError(
+                "STOPPED",
+                output,
+                "stopped before every case was done",
+                "run the same command to continue",
+                exit_code=ExitCode.STOPPED,
+            ) from None
+
+
+def _silent(_done: int, _total: int, _note: str) -> None:
+    """Tell nobody."""
+
+
+class _Run:
+    """One run of `prepare`, holding the lock."""
+
+    def __init__(self, sources: Sequence[Path], output: Path, config: PrepareConfig) -> None:
+        self.sources, self.output, self.config = sources, output, config
+        scans, problems = index(sources)
+        self.scans = {scan.case_id: scan for scan in sorted(scans, key=lambda scan: scan.case_id)}
+        self.rejected = [
+            rejected_row(problem.case_id, relative(Path(problem.source), sources), problem)
+            for problem in problems
+            if not problem.ignored
+        ]
+        repair_log(output / JOURNAL)
+        self.journal = {entry["case_id"]: entry for entry in read_lines(output / JOURNAL, required=("case_id", "row"))}
+        self.done: dict[str, Row] = {}
+        self.attempted: set[str] = set()
+        self.num_stored = 0
+
+    def work(self, workers: int | None, tell: Tell) -> None:
+        """Prepare what is not finished."""
+        pending = self._pending()
+        _check_space(self.output, pending)
+        if any(scan.case_id in self.journal for scan in pending):
+            # A case about to change leaves the manifest first: at no time does it list what is not there.
+            self._commit()
+        tell(len(self.done), len(self.scans), "")
+        prepare_one = partial(prepare_case, sources=tuple(self.sources), output=self.output, config=self.config)
+        total, tried = len(self.scans), len(self.done)
+        with closing(unordered(prepare_one, pending, workers, self._lost)) as outcomes:
+            for scan, outcome in outcomes:
+                tried += 1
+                self._note(outcome)
+                tell(tried, total, scan.case_id if "row" in outcome else f"{scan.case_id}: E-{outcome['code']}")
+
+    def _note(self, outcome: Row) -> None:
+        """Keep an outcome; a stored case is on record before the next one counts."""
+        fault_point("prepare.before_journal")
+        if "row" in outcome:
+            append_line(self.output / JOURNAL, outcome)
+            self.done[outcome["case_id"]] = outcome
+            self.num_stored += 1
+        else:
+            self.rejected.append(outcome)
+        fault_point("prepare.after_case")
+
+    def _lost(self, scan: Scan) -> Row:
+        """The rejection of a scan that ended its process twice."""
+        size = sum(path.stat().st_size for path in scan.files if path.exists()) / 2**20
+        problem = f"ended its process twice, most often for want of memory ({size:.0f} MiB on disk)"
+        error = DagmanError("MEMORY", scan.source, problem, "free memory, or leave this scan out")
+        return rejected_row(scan.case_id, source_name(scan, self.sources), error)
+
+    def _pending(self) -> list[Scan]:
+        """What is to be prepared; the finished is noted, with what a table says of it now."""
+        pending = []
+        for scan in self.scans.values():
+            try:
+                now = fingerprint(scan)
+                if self._is_finished(scan, now):
+                    entry = self.journal[scan.case_id]
+                    self.done[scan.case_id] = {**entry, **now, "row": entry["row"] | table_values(scan)}
+                else:
+                    pending.append(scan)
+            except DagmanError as error:
+                self.rejected.append(rejected_row(scan.case_id, source_name(scan, self.sources), error))
+        self.attempted = {scan.case_id for scan in pending}
+        return pending
+
+    def _is_finished(self, scan: Scan, now: Row) -> bool:
+        """Whether the store holds this scan as it is now."""
+        entry = self.journal.get(scan.case_id)
+        if entry is None or not is_stored(self.output, entry["row"], self.config.storage):
+            return False
+        if entry["files"] != now["files"] and entry["place"] != now["place"]:
+            refuse_other_case(scan, entry["row"])
+            return True
+        return bool(entry["files"] == now["files"])
+
+    def _kept(self) -> dict[str, Row]:
+        """Stored cases that this run has no say on."""
+        return {
+            case_id: entry
+            for case_id, entry in self.journal.items()
+            if case_id not in self.attempted and is_stored(self.output, entry["row"], self.config.storage)
+        }
+
+    def _commit(self) -> list[Row]:
+        """Write the manifest of what is done and kept."""
+        entries = [entry for _, entry in sorted((self._kept() | self.done).items())]
+        write_text(self.output / store.MANIFEST, "".join(json_line(entry["row"]) for entry in entries))
+        return entries
+
+    def finish(self, started: float) -> Summary:
+        """Write manifest and rejections, remove what they do not list, and count."""
+        entries = self._commit()
+        fault_point("prepare.after_manifest")
+        rejected = sorted(self.rejected, key=lambda row: (row["source"], row["code"], row["problem"]))
+        write_text(self.output / REJECTED, "".join(map(json_line, rejected)))
+        write_text(self.output / JOURNAL, "".join(map(json_line, entries)))
+        rows = [entry["row"] for entry in entries]
+        _remove_unlisted(self.output, rows)
+        same: dict[str, list[str]] = {}
+        for row in rows:
+            same.setdefault(row["voxel_sha256"], []).append(row["case_id"])
+        return Summary(
+            stored=self.num_stored,
+            already_there=len(self.done) - self.num_stored,
+            kept=len(rows) - len(self.done),
+            rejected=len(rejected),
+            codes=dict(Counter(row["code"] for row in rejected).most_common()),
+            duplicates=tuple(tuple(cases) for cases in same.values() if len(cases) > 1),
+            seconds=time.monotonic() - started,
+        )
+
+
+def _refuse_overlap(sources: Sequence[Path], output: Path) -> None:
+    """Sources are never written to, and a store is no source."""
+    place = output.resolve()
+    for source in (Path(source).resolve() for source in sources):
+        inside, around = source.is_dir() and place.is_relative_to(source), source.is_relative_to(place)
+        if inside or around:
+            raise DagmanError(
+                "OUTPUT",
+                output,
+                f"lies inside the source {source}" if inside else f"holds the source {source}",
+                "choose an output folder beside the sources",
+                exit_code=ExitCode.REFUSED,
+            )
+
+
+def _adopt_settings(output: Path, config: PrepareConfig) -> None:
+    """Write the settings of a new store; refuse to mix others into an old one."""
+    path = output / store.SETTINGS
+    wanted = {"format": store.FORMAT, **to_dict(config)}
+    if not path.exists():
+        if (output / JOURNAL).exists() or (output / store.MANIFEST).exists():
+            raise _settings_error(output, f"has lost its {store.SETTINGS}")
+        write_json(path, wanted)
+        return
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise _settings_error(output, f"has an unreadable {store.SETTINGS}") from None
+    if lines := difference(known, wanted):
+        raise _settings_error(output, f"was prepared otherwise ({', '.join(lines)})")
+
+
+def _settings_error(output: Path, problem: str) -> DagmanError:
+    advice = "give the same settings, or choose a new output"
+    return DagmanError("SETTINGS", output, problem, advice, exit_code=ExitCode.REFUSED)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Delete what a killed run left half-written; the lock says that nobody is at it."""
+    for folder in (output, output / "volumes", output / "masks"):
+        for path in folder.glob(f".*{TEMPORARY_SUFFIX}*"):
+            path.unlink()
+
+
+def _remove_unlisted(output: Path, rows: Sequence[Row]) -> None:
+    """Delete arrays that the manifest does not list: those of cases that have since been rejected."""
+    listed = {"volumes": {row["case_id"] for row in rows}, "masks": {row["case_id"] for row in rows if row["mask"]}}
+    for kind, cases in listed.items():
+        for suffix in store.SUFFIXES.values():
+            for path in (output / kind).glob(f"*{suffix}"):
+                if path.name.removesuffix(suffix) not in cases:
+                    path.unlink()
+
+
+def _check_space(output: Path, pending: Sequence[Scan]) -> None:
+    """Refuse to start what cannot end: a store is seldom smaller than a twentieth of its sources.
+
+    Raises:
+        DagmanError: `E-DISK`, exit code 6.
+    """
+    sizes = [path.stat().st_size for scan in pending for path in scan.files if path.exists()]
+    needed, free = sum(sizes) // 20, shutil.disk_usage(output).free
+    if needed > free:
+        raise DagmanError(
+            "DISK",
+            output,
+            f"has {free / 2**30:.1f} GiB free, where {len(pending)} scans need {needed / 2**30:.1f} GiB at the least",
+            "free space or choose another output folder, then run the same command again",
+            exit_code=ExitCode.RESOURCES,
+        )
