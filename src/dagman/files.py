@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -81,6 +82,34 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Put a finished folder in place under its final name in one step; an older one of that name is removed first.
+
+    Raises:
+        DagmanError: `E-DISK`, exit code 6.
+    """
+    try:
+        sync_folder(temporary)
+        fault_point("folder.before_replace")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        fault_point("folder.after_replace")
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder and all it holds, if it exists."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise disk_error(folder, error) from error
 
 
 def disk_error(path: Path, error: OSError) -> DagmanError:

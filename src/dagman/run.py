@@ -117,7 +117,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _PACKAGES},
+            **{name: package_version(name) for name in _PACKAGES},
             "threads": torch.get_num_threads(),
             "processor": _processor(),
             "gpus": gpus,
@@ -130,6 +130,14 @@ def describe_environment() -> dict[str, Any]:
         if gpus
         else "bitwise: same machine type, versions and threads give the same bits, interrupted or not",
     }
+
+
+def package_version(name: str) -> str | None:
+    """Installed version of a distribution; None for one that runs from its sources or is absent."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -1,0 +1,134 @@
+"""A run at a glance: one picture of `metrics.jsonl`, to be looked at while it trains."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+POINTS = 2000
+"""Most points of a curve; longer runs are thinned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One plot: curves that share an axis, with the lines to judge them by."""
+
+    title: str
+    curves: Mapping[str, str]
+    """Column of the metrics to its label."""
+    lines: Mapping[str, float] = field(default_factory=dict)
+    """Label to the height of a dotted line."""
+    logarithmic: bool = False
+
+
+def panels(num_prototypes: int) -> tuple[Panel, ...]:
+    """The nine plots.
+
+    Args:
+        num_prototypes: K: an output that knows nothing has a cross-entropy and an entropy of ln K.
+    """
+    nothing = {f"uniform: ln K = {math.log(num_prototypes):.2f}": math.log(num_prototypes)}
+    even = {"uniform = 1": 1.0}
+    heads = {"ampd": "cells", "aitd": "[CLS]", "gitd": "pooled"}
+    return (
+        Panel(title="Image term", curves={"amip": "AMIP", "validation_amip": "AMIP, validation cases"}),
+        Panel(
+            title="Image error / error of the visible mean",
+            curves={"image_error_ratio": "ratio"},
+            lines={"visible mean = 1": 1.0},
+        ),
+        Panel(title="Distillation terms", curves={"ampd": "AMPD", "aitd": "AITD", "gitd": "GITD"}, lines=nothing),
+        Panel(
+            title="Entropy / ln K: teacher (full), student (dashed)",
+            curves={f"{term}_teacher_entropy": name for term, name in heads.items()}
+            | {f"{term}_student_entropy": "" for term in heads},
+            lines=even,
+        ),
+        Panel(
+            title="Spread of the features",
+            curves={"pooled_spread": "pooled", "tokens_spread": "cells", "cls_spread": "[CLS]"},
+            lines={"random directions = 1": 1.0},
+        ),
+        Panel(
+            title="Effective rank of the features",
+            curves={"pooled_effective_rank": "pooled", "tokens_effective_rank": "cells"},
+            logarithmic=True,
+        ),
+        Panel(title="Guiding attention: entropy / ln N", curves={"attention_entropy": "mean over views"}, lines=even),
+        Panel(title="Guiding attention: largest / mean", curves={"attention_peak": "mean over views"}, lines=even),
+        Panel(
+            title="Schedules",
+            curves={
+                "learning_rate": "learning rate",
+                "momentum": "teacher momentum",
+                "weight_decay": "weight decay",
+                "grad_norm": "gradient norm",
+            },
+            logarithmic=True,
+        ),
+    )
+
+
+def png(rows: Sequence[Mapping[str, Any]], num_prototypes: int, title: str) -> bytes:
+    """Draw a run's metrics.
+
+    Args:
+        rows: From `Run.metrics`; a value of None, or a column that is absent, leaves a gap.
+        num_prototypes: K of the heads.
+        title: Over the whole picture.
+
+    Returns:
+        A PNG file.
+    """
+    figure = Figure(figsize=(15, 11), dpi=80, layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    step = np.array([row["step"] for row in rows], dtype=float)
+    for axes, panel in zip(figure.subplots(3, 3).flat, panels(num_prototypes), strict=True):
+        _draw(axes, panel, step, rows)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    colours: dict[str, str] = {}
+    for column, label in panel.curves.items():
+        values = np.array([np.nan if row.get(column) is None else row[column] for row in rows], dtype=float)
+        there = np.isfinite(values)
+        if not there.any():
+            continue
+        kind = column.removesuffix("_teacher_entropy").removesuffix("_student_entropy")
+        colour = colours.setdefault(kind, f"C{len(colours)}")
+        style = "--" if column.endswith("_student_entropy") else "-"
+        _curve(axes, step[there], values[there], colour, style=style, label=label)
+    for label, height in panel.lines.items():
+        axes.axhline(height, color="black", linestyle=":", linewidth=1, label=label)
+    if panel.logarithmic:
+        axes.set_yscale("log")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, loc="best")
+    else:
+        axes.text(0.5, 0.5, "not part of this run", ha="center", va="center", transform=axes.transAxes, color="grey")
+
+
+def _curve(axes: Axes, step: np.ndarray, values: np.ndarray, colour: str, *, style: str, label: str) -> None:
+    """The values, faint, under their running mean; few points are drawn as they are."""
+    thin = slice(None, None, math.ceil(len(step) / POINTS))
+    width = len(step) // 25
+    if width < 3:
+        marker = "o" if len(step) < 30 else ""
+        axes.plot(step, values, style, color=colour, marker=marker, markersize=3, linewidth=1.3, label=label or None)
+        return
+    axes.plot(step[thin], values[thin], style, color=colour, alpha=0.25, linewidth=0.8)
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    mean = (total[width:] - total[:-width]) / width
+    centre = step[width // 2 : width // 2 + len(mean)]
+    axes.plot(centre[thin], mean[thin], style, color=colour, linewidth=1.6, label=label or None)

@@ -1,0 +1,79 @@
+"""What a run will take, said before it takes it: sizes, memory, time, and what the paper's size would cost here."""
+
+import math
+
+from torch import nn
+
+from dagman.nets.swin import SwinConfig
+from dagman.pretext.codistill import CoDistillation
+from dagman.train.settings import PretrainConfig
+
+PAPER_CROP = (128, 128, 128)
+PAPER_EPOCHS = 800
+
+
+def parameters(module: nn.Module | None) -> int:
+    """Number of weights."""
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+
+
+def size_line(module: CoDistillation) -> str:
+    """Weights of the parts, and the memory that weights, gradients and optimizer will take."""
+    encoder, heads, voxel = (
+        parameters(part) for part in (module.student.encoder, module.student.heads, module.student.voxel_head)
+    )
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    # Weight, gradient and two moments of AdamW for what is trained; the weight alone for the teacher.
+    held = 4 * (4 * trained + parameters(module.teacher))
+    return (
+        f"encoder {encoder / 1e6:.2f} M parameters, voxel head {voxel / 1e6:.2f} M, "
+        f"distillation heads {heads / 1e6:.2f} M; with teacher and optimizer {held / 2**30:.2f} GiB"
+    )
+
+
+def encoder_flops(encoder: SwinConfig, crop: tuple[int, int, int]) -> float:
+    """Floating-point operations of one forward pass of one view: two for each multiplication of a matrix product.
+
+    Args:
+        encoder: Sizes of the network.
+        crop: Sides of the view in voxels (x, y, z).
+    """
+    tokens, width = math.prod(crop) / 8, encoder.embed_dim
+    flops = 2 * 8 * tokens * width
+    for stage, depth in enumerate(encoder.depths, 1):
+        flops += depth * _block_flops(tokens, width, encoder.window**3, encoder.mlp_ratio)
+        tokens, width = tokens / 8, 2 * width
+        flops += 2 * tokens * 4 * width * width
+        if encoder.attention and encoder.attention.stage == stage:
+            blocks = encoder.attention.num_blocks
+            flops += blocks * _block_flops(tokens + 1, width, tokens + 1, encoder.attention.mlp_ratio)
+    return flops
+
+
+def _block_flops(tokens: float, width: int, attended: float, mlp_ratio: float) -> float:
+    """A transformer block in which each token attends to `attended` others."""
+    return 2 * tokens * width * ((4 + 2 * mlp_ratio) * width + 2 * attended)
+
+
+def time_line(config: PretrainConfig, seconds_per_step: float, steps_left: int, num_volumes: int, devices: int) -> str:
+    """Time left, and what the paper's size would take on these volumes with this machine.
+
+    The extrapolation assumes that time grows with the floating-point operations of the encoder.
+    """
+    pair = seconds_per_step / config.optimisation.volumes_per_step(devices)
+    factor = encoder_flops(SwinConfig(), PAPER_CROP) / encoder_flops(config.encoder, config.data.crop)
+    paper = pair * factor * num_volumes * PAPER_EPOCHS
+    return (
+        f"{seconds_per_step:.2f} s a step, about {duration(seconds_per_step * steps_left)} left; the paper's size "
+        f"(embedding 48, crop 128^3, {PAPER_EPOCHS} epochs) on these {num_volumes} volumes would take about "
+        f"{duration(paper)} here, if time grows with the encoder's operations ({factor:.3g} times as many a pair)"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 12 min, 3.5 h, 20 days."""
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48), ("days", 86400, math.inf)):
+        if seconds / size < limit:
+            amount = seconds / size
+            return f"{amount:.1f} {unit}" if amount < 10 and unit != "s" else f"{amount:.0f} {unit}"
+    return f"{seconds:.0f} s"

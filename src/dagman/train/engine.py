@@ -1,0 +1,156 @@
+"""What a training loop stands on: devices and precision, the optimizer, the loader, and a clean stop."""
+
+import contextlib
+import math
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dagman.errors import DagmanError, ExitCode
+
+Precision = Literal["bf16", "float32"]
+
+
+def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | None = None) -> Fabric:
+    """Start the processes that share the work; with several devices the command runs once on each.
+
+    Args:
+        devices: Processes on this machine; under `torchrun` or Slurm, what these were told.
+        precision: `bf16` is mixed: weights, losses and centers stay float32.
+        device: Where to compute; without it the GPU where there is one.
+
+    Raises:
+        DagmanError: `E-DEVICE` for more devices than there are.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = torch.cuda.device_count() if kind == "cuda" else devices
+    if devices < 1 or devices > found:
+        raise DagmanError(
+            "DEVICE", f"devices {devices}", f"{found} of kind {kind} found", "ask for 1 up to this number"
+        )
+    engine = Fabric(
+        accelerator=kind,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    )
+    engine.launch()
+    return engine
+
+
+def adamw(module: nn.Module, weight_decay_less: Sequence[str] = ("token", "table")) -> torch.optim.AdamW:
+    """AdamW in two groups: what weight decay pulls at, and biases, norms, tokens and position tables.
+
+    Args:
+        module: Its parameters that need a gradient are optimised.
+        weight_decay_less: Endings of the names of parameters without weight decay, beside all of one dimension.
+
+    Reference:
+        AttMask's `get_params_groups`.
+    """
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    free = {name for name, parameter in named if parameter.ndim < 2 or name.endswith(tuple(weight_decay_less))}
+    decayed = [(name, parameter) for name, parameter in named if name not in free]
+    others = [(name, parameter) for name, parameter in named if name in free]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
+    """Give the next step its learning rate, and the first group its weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+def loader(
+    engine: Fabric, dataset: Dataset[Any], order: Sampler[int], collate: Any, *, batch: int, workers: int
+) -> Any:
+    """Batches on the device, in the order of `order` whatever the number of workers."""
+    processes: dict[str, Any] = {}
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["dagman.ct.datasets"])
+        processes = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": _leave_signals}
+    batches = DataLoader(
+        dataset,
+        batch_size=batch,
+        sampler=order,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=engine.device.type == "cuda",
+        **processes,
+    )
+    return engine.setup_dataloaders(batches, use_distributed_sampler=False)
+
+
+def _leave_signals(_: int) -> None:
+    """A stop is the training process's to handle: it still wants the batches under way."""
+    for name in StopRequest.SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+
+
+class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
+    """While entered, SIGTERM, SIGUSR1 and SIGINT only raise a flag; a second SIGINT interrupts at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.wanted = False
+        """A signal came to this process."""
+        self.agreed = False
+        """All processes know, and stop after the step they are in."""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        with contextlib.suppress(ValueError):  # only the main thread gets signals
+            for name in self.SIGNALS:
+                self._before[name] = signal.signal(name, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+@contextlib.contextmanager
+def memory_guard(advice: str) -> Iterator[None]:
+    """Turn running out of memory into `E-MEMORY`, exit code 6, with the advice."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _memory_error(error, advice) from error
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise _memory_error(error, advice) from error
+
+
+def _memory_error(error: Exception, advice: str) -> DagmanError:
+    first = (str(error).splitlines() or ["MemoryError"])[0]
+    return DagmanError("MEMORY", "training", f"ran out of memory ({first})", advice, exit_code=ExitCode.RESOURCES)
+
+
+def all_finite(values: Sequence[float]) -> bool:
+    """Whether no value is NaN or infinite."""
+    return all(math.isfinite(value) for value in values)
+
+
+def mean_over_ranks(engine: Fabric, values: Tensor) -> Tensor:
+    """The mean over all processes; one NaN anywhere is a NaN everywhere."""
+    if engine.world_size == 1:
+        return values
+    reduced: Tensor = engine.all_reduce(values, reduce_op="mean")
+    return reduced

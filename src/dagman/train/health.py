@@ -1,0 +1,110 @@
+"""The collapse watch: named alarms when a run's diagnostics have been bad for long enough, with what to change."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """A diagnostic that must not stay on the wrong side of a limit."""
+
+    name: str
+    column: str
+    """Of `metrics.jsonl`."""
+    is_bad: Callable[[float], bool]
+    limit: str
+    """The condition in words."""
+    steps: int
+    """How many steps in a row raise the alarm."""
+    first_ratio: float = 0.0
+    """Share of the run before which nothing is counted."""
+    advice: str
+
+
+_SPREAD = "lower optimisation.learning_rate, or raise the weights of the distillation losses"
+_UNIFORM = "lower that head's teacher temperature, take fewer prototypes, or more volumes a step"
+_ONE_HOT = "raise that head's teacher temperature, or take more prototypes"
+
+ALARMS = (
+    *(
+        Alarm(
+            name="features collapsed",
+            column=column,
+            is_bad=lambda value: value < 0.03,
+            limit="below 0.03 (random directions: 1)",
+            steps=20,
+            advice=_SPREAD,
+        )
+        for column in ("pooled_spread", "tokens_spread")
+    ),
+    *(
+        alarm
+        for term in ("aitd", "ampd", "gitd")
+        for alarm in (
+            Alarm(
+                name="teacher uniform",
+                column=f"{term}_teacher_entropy",
+                is_bad=lambda value: value > 0.999,
+                limit="above 0.999 of ln K: the term teaches nothing",
+                steps=50,
+                advice=_UNIFORM,
+            ),
+            Alarm(
+                name="teacher one-hot",
+                column=f"{term}_teacher_entropy",
+                is_bad=lambda value: value < 0.005,
+                limit="below 0.005 of ln K: each output names one prototype",
+                steps=50,
+                advice=_ONE_HOT,
+            ),
+        )
+    ),
+    Alarm(
+        name="image term does not learn",
+        column="image_error_ratio",
+        is_bad=lambda value: value > 1,
+        limit="above 1: worse than predicting each view's visible mean",
+        steps=50,
+        first_ratio=0.5,
+        advice="take more steps, or change optimisation.learning_rate",
+    ),
+    Alarm(
+        name="attention uniform",
+        column="attention_entropy",
+        is_bad=lambda value: value > 0.999,
+        limit="above 0.999 of ln N: what it hides is arbitrary, and a picture of it is noise",
+        steps=50,
+        first_ratio=0.3,
+        advice="take more steps or more volumes a step",
+    ),
+)
+
+
+class Watch:
+    """Sees each row of the metrics and says what is wrong, each thing once.
+
+    All it knows comes from the rows, so that a resumed run shows it the old ones again.
+
+    Args:
+        total_steps: Of the run.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._in_a_row = dict.fromkeys(ALARMS, 0)
+
+    def see(self, row: Mapping[str, Any]) -> list[str]:
+        """Alarms that this row raises. A value that is missing (a skipped step) neither adds nor forgives."""
+        raised = []
+        for alarm, count in self._in_a_row.items():
+            value = row.get(alarm.column)
+            if value is None or count >= alarm.steps or row["step"] <= alarm.first_ratio * self._total:
+                continue
+            self._in_a_row[alarm] = count + 1 if alarm.is_bad(value) else 0
+            if self._in_a_row[alarm] == alarm.steps:
+                raised.append(
+                    f"ALARM {alarm.name}: {alarm.column} is {value:.4g}, for {alarm.steps} steps {alarm.limit}; "
+                    f"{alarm.advice}"
+                )
+        return raised

@@ -1,0 +1,185 @@
+"""What stands before the first step and is written after the last: data, network, checkpoints, weights."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from lightning_fabric import Fabric
+
+from dagman import config as configs
+from dagman import files
+from dagman.ct.datasets import SampleOrder, ViewsDataset, collate, mean_intensity
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError, ExitCode
+from dagman.nets.weights import save_encoder
+from dagman.pretext.codistill import CoDistillation
+from dagman.randomness import torch_seed
+from dagman.run import Run, package_version
+from dagman.train import checkpoints, cost, engine
+from dagman.train.settings import PretrainConfig, Rates, rates
+from dagman.types import Preparation, Views
+
+_HELD_OUT = ("validation", "test")
+
+
+class Listener(Protocol):
+    """Is told how a run goes on: a progress bar, a picture."""
+
+    def on_start(self, step: int, total_steps: int) -> None:
+        """The run goes on after `step` steps."""
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        """A row was added to the metrics."""
+
+    def on_message(self, text: str) -> None:
+        """A line was added to the log."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """What the steps of a run share: settings, data, network, optimizer, and where they run."""
+
+    config: PretrainConfig
+    store: PreparedStore
+    run: Run
+    fabric: Fabric
+    listeners: Sequence[Listener]
+    train_rows: list[int]
+    validation_rows: list[int]
+    keep: int
+    devices: int
+    total: int
+    module: CoDistillation = field(init=False)
+    model: Any = field(init=False)
+    """`module` as Fabric wraps it."""
+    optimizer: torch.optim.Optimizer = field(init=False)
+    skipped_in_a_row: int = 0
+    skipped: int = 0
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that decides what is computed; checkpoints carry it."""
+        parts = [configs.to_dict(self.config), self.store.store_id, self.train_rows, self.devices]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def rates(self, step: int) -> Rates:
+        """The schedules at one step."""
+        per_epoch = self.config.optimisation.steps_per_epoch(len(self.train_rows), self.devices)
+        return rates(self.config, step, self.total, per_epoch)
+
+    def say(self, text: str) -> None:
+        """Put a line into the log and tell the listeners."""
+        if self.fabric.is_global_zero:
+            self.run.log(text)
+            for listener in self.listeners:
+                listener.on_message(text)
+
+
+def prepare(
+    config: PretrainConfig, store: PreparedStore, run: Run, fabric: Fabric, *, listeners: Sequence[Listener], keep: int
+) -> Job:
+    """Everything that stands before the first step; the folder's settings are written, or compared."""
+    splits = [row.get("split") for row in store.rows]
+    train = [index for index, split in enumerate(splits) if split not in _HELD_OUT]
+    validation = [index for index, split in enumerate(splits) if split == "validation"]
+    if not train:
+        raise DagmanError(
+            "NODATA",
+            store.folder,
+            f"holds no volume to train on ({len(store)} are held out)",
+            "prepare scans whose split is neither validation nor test",
+            exit_code=ExitCode.NOTHING_USABLE,
+        )
+    job = Job(
+        config=config,
+        store=store,
+        run=run,
+        fabric=fabric,
+        listeners=listeners,
+        train_rows=train,
+        validation_rows=validation if config.method.losses.amip else [],
+        keep=keep,
+        devices=fabric.world_size,
+        total=config.optimisation.total_steps(len(train), fabric.world_size),
+    )
+    if fabric.is_global_zero:
+        data = {"store": store.store_id, "volumes": len(train), "validation": len(validation)}
+        run.start(config, data, fabric.world_size)
+    fabric.barrier()
+    seed = config.optimisation.seed
+    torch.manual_seed(torch_seed(seed, "weights"))
+    mean = mean_intensity(store, config.data, seed, rows=train)
+    module = CoDistillation(config.encoder, config.method, mean_intensity=mean, crop=config.data.crop)
+    for encoder in (module.teacher.encoder, module.student.encoder):
+        encoder.preparation = replace(Preparation(), window_hu=config.data.window_hu, crop=config.data.crop)
+    job.module = module.train()
+    job.model, job.optimizer = fabric.setup(job.module, engine.adamw(module))
+    job.say(
+        f"{len(train)} volumes to train on, {len(validation)} for validation; "
+        f"{fabric.world_size} x {fabric.device.type}, {config.optimisation.precision}, "
+        f"{config.optimisation.volumes_per_step(fabric.world_size)} pairs a step, {job.total} steps; "
+        f"{cost.size_line(module)}"
+    )
+    return job
+
+
+def resume(job: Job) -> int:
+    """Put the newest whole checkpoint back, and the log of metrics to where it was; the number of steps done."""
+    found = checkpoints.newest(job.run.checkpoints, job.identity)
+    start = found.step if found else 0
+    rows = job.run.metrics()
+    if found:
+        checkpoints.restore(found.tensors, job.module, job.optimizer)
+        for line in found.damaged:
+            job.say(f"checkpoint {line}")
+        if start < job.total:
+            job.say(f"goes on after step {start}; {max(0, len(rows) - start)} later steps are done again")
+    elif rows:
+        job.say(f"no checkpoint was finished: {len(rows)} steps are done again from the start")
+    if job.fabric.is_global_zero:
+        rows = job.run.rewind(start)
+    job.skipped, job.skipped_in_a_row = (
+        (rows[-1]["skipped"], rows[-1]["skipped_in_a_row"]) if rows and rows[-1]["step"] == start else (0, 0)
+    )
+    job.fabric.barrier()
+    return start
+
+
+def batches(job: Job, start: int, workers: int) -> Iterator[Views]:
+    """What is left of the run's batches on this rank."""
+    optimisation, fabric = job.config.optimisation, job.fabric
+    dataset = ViewsDataset(job.store, job.config.data, optimisation.seed, job.train_rows)
+    per_step = optimisation.volumes_per_step(job.devices)
+    order = SampleOrder(start * per_step, job.total * per_step, fabric.global_rank, fabric.world_size)
+    return iter(engine.loader(fabric, dataset, order, collate, batch=optimisation.batch_size, workers=workers))
+
+
+def save(job: Job, done: int) -> None:
+    """Encoders first, state last: what a kill leaves between is written again when the run goes on."""
+    card = {
+        "recipe": job.config.recipe,
+        "method": configs.to_dict(job.config.method),
+        "steps": done,
+        "total_steps": job.total,
+        "dagman": package_version("dagman"),
+    }
+    folder = job.run.weights
+    save_encoder(job.module.student.encoder, folder / "student.safetensors", card | {"role": "student"})
+    save_encoder(job.module.teacher.encoder, folder / "model.safetensors", card | {"role": "teacher"})
+    draw(job)
+    tensors = checkpoints.state(job.module, job.optimizer)
+    checkpoints.save(job.run.checkpoints, done, tensors, job.identity, keep=job.keep)
+
+
+def draw(job: Job) -> None:
+    """Redraw the picture of the run, where matplotlib is installed."""
+    try:
+        from dagman.figures import progress
+    except ImportError:
+        return
+    title = f"{job.config.recipe}: {job.run.folder.name}"
+    picture = progress.png(job.run.metrics(), job.config.method.heads.num_prototypes, title)
+    files.write_bytes(job.run.progress_file, picture)

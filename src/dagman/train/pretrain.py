@@ -1,0 +1,240 @@
+"""The pretraining loop: prepared volumes in, a run folder with the pretrained encoder out."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dagman import files
+from dagman.ct.datasets import ViewsDataset, collate
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError, ExitCode
+from dagman.pretext.codistill import Outcome
+from dagman.randomness import torch_generator, torch_seed
+from dagman.run import Run
+from dagman.train import engine
+from dagman.train.job import Job, Listener, batches, prepare, resume, save
+from dagman.train.record import Recorder
+from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
+from dagman.types import Views
+
+__all__ = ["Listener", "OptimisationConfig", "PretrainConfig", "Result", "pretrain"]
+
+MOST_SKIPPED_IN_A_ROW = 5
+_MEMORY_ADVICE = (
+    "lower optimisation.batch_size and raise optimisation.accumulate by the same factor, then lower data.crop, "
+    "and start a new run"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a call of `pretrain` ended."""
+
+    status: Literal["finished", "stopped", "complete"]
+    """`complete`: there was nothing left to do. `stopped`: the same call continues."""
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    folder: Path
+
+
+def pretrain(
+    config: PretrainConfig,
+    store: PreparedStore,
+    folder: Path,
+    *,
+    devices: int = 1,
+    device: Literal["cpu", "cuda"] | None = None,
+    workers: int = 0,
+    checkpoint_every: int = 100,
+    keep: int = 2,
+    listeners: Sequence[Listener] = (),
+) -> Result:
+    """Pretrain an encoder, or go on where the same call was interrupted, bit for bit.
+
+    Args:
+        config: Settings of the run; they are written to the folder and may not change when it goes on.
+        store: Prepared volumes. Those whose `split` is `validation` or `test` are not trained on.
+        folder: The run folder.
+        devices: Processes that share a step.
+        device: Where to compute; without it the GPU where there is one.
+        workers: Processes that read crops ahead for each device.
+        checkpoint_every: Steps between two checkpoints, which is also when validation cases are looked at.
+        keep: Checkpoints to keep.
+        listeners: Told of each row and message, in the first process.
+
+    Raises:
+        DagmanError: `E-RESUME` or `E-CHECKPOINT` (exit code 4), `E-NODATA` (5), `E-DISK` or `E-MEMORY` (6),
+            `E-UNHEALTHY` (7).
+
+    Reference:
+        DAGMaN section 3 and figure 1.
+    """
+    fabric = engine.fabric(devices, config.optimisation.precision, device)
+    lock = files.folder_lock(folder) if fabric.is_global_zero else contextlib.nullcontext()
+    with lock, engine.StopRequest() as stop, engine.memory_guard(_MEMORY_ADVICE):
+        job = prepare(config, store, Run(folder), fabric, listeners=listeners, keep=keep)
+        start = resume(job)
+        if start == job.total:
+            job.say(f"already complete: {start} of {job.total} steps")
+            return Result(status="complete", step=start, total_steps=job.total, folder=folder)
+        with Recorder(job, start) as recorder:
+            source = batches(job, start, workers)
+            for step in range(start, job.total):
+                row = _step(job, step, source, stop)
+                done, due = step + 1, (step + 1) % checkpoint_every == 0 or step + 1 == job.total
+                if due and job.validation_rows:
+                    row["validation_amip"] = _validate(job, step)
+                recorder.add(row, durable=due or stop.agreed)
+                if due or stop.agreed:
+                    _checkpoint(job, done)
+                if stop.agreed and done < job.total:
+                    job.say(f"stopped after {done} of {job.total} steps; the same command continues")
+                    return Result(status="stopped", step=done, total_steps=job.total, folder=folder)
+        job.say(f"finished {job.total} steps")
+        return Result(status="finished", step=job.total, total_steps=job.total, folder=folder)
+
+
+def _step(job: Job, step: int, source: Iterator[Views], stop: engine.StopRequest) -> dict[str, Any]:
+    """One optimizer step: look at the views, check what comes out, learn from it; the row of the metrics."""
+    began, waited = time.perf_counter(), 0.0
+    optimisation, now = job.config.optimisation, job.rates(step)
+    engine.set_rates(job.optimizer, now.learning_rate, now.weight_decay)
+    outcomes, seen = [], []
+    for micro in range(optimisation.accumulate):
+        asked = time.perf_counter()
+        views = _next(job, source, step)
+        waited += time.perf_counter() - asked
+        seen.append(views.rows)
+        outcomes.append(_look(job, views, now, (step, micro)))
+    if now.last_layers_frozen:
+        job.module.freeze_last_layers()
+    norm = job.fabric.clip_gradients(
+        job.model, job.optimizer, max_norm=optimisation.gradient_clip, error_if_nonfinite=False
+    )
+    values = _measure(job, outcomes, norm, stop)
+    finite = engine.all_finite([values["total"], values["grad_norm"], values.pop("means")])
+    if finite:
+        job.optimizer.step()
+        job.module.update_teacher(now.momentum)
+        job.module.move_centers(*[outcome.means for outcome in outcomes])
+    job.optimizer.zero_grad(set_to_none=True)
+    _count_skipped(job, step, seen, values, finite)
+    seconds = time.perf_counter() - began
+    return {
+        "step": step + 1,
+        **{name: value if engine.all_finite([value]) else None for name, value in values.items()},
+        **{name: value for name, value in vars(now).items() if name not in ("attended", "last_layers_frozen")},
+        "skipped": job.skipped,
+        "skipped_in_a_row": job.skipped_in_a_row,
+        "seconds": seconds,
+        "data_wait_seconds": waited,
+        "images_per_second": 2 * optimisation.volumes_per_step(job.devices) / seconds,
+    }
+
+
+def _look(job: Job, views: Views, now: Rates, key: tuple[int, int]) -> Outcome:
+    """Forward and backward for one micro-batch. All that is random is keyed by step, micro-batch and rank."""
+    seed, accumulate = job.config.optimisation.seed, job.config.optimisation.accumulate
+    torch.manual_seed(torch_seed(seed, "drop-path", *key, job.fabric.global_rank))
+    draws = torch_generator(seed, "hiding", *key, job.fabric.global_rank)
+    with job.fabric.no_backward_sync(job.model, enabled=key[1] < accumulate - 1):
+        outcome: Outcome = job.model(views, now.knobs, draws)
+        job.fabric.backward(outcome.losses.total / accumulate)
+    return outcome
+
+
+@torch.no_grad()
+def _measure(job: Job, outcomes: list[Outcome], norm: Tensor, stop: engine.StopRequest) -> dict[str, float]:
+    """All scalars of a step in one transfer to the host, the same on every rank; a stop asked of one is asked of all.
+
+    `means` is finite only if all teacher means are: what the centers may move to.
+    """
+    weights, device = job.config.method.losses, job.fabric.device
+    terms = ["total", *(name for name in ("amip", "ampd", "aitd", "gitd") if getattr(weights, name))]
+    rows = [
+        {name: getattr(outcome.losses, name).detach() for name in terms} | outcome.diagnostics for outcome in outcomes
+    ]
+    values = {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
+    means = [mean.sum() for outcome in outcomes for mean in outcome.means.values()]
+    values["grad_norm"] = norm.float()
+    values["means"] = torch.stack([torch.zeros((), device=device), *means]).sum()
+    values["stop"] = torch.tensor(float(stop.wanted), device=device)
+    stacked = engine.mean_over_ranks(job.fabric, torch.stack(list(values.values())))
+    found = dict(zip(values, stacked.tolist(), strict=True))
+    stop.agreed = found.pop("stop") > 0
+    return found
+
+
+def _count_skipped(job: Job, step: int, seen: list[Tensor], values: Mapping[str, float], finite: bool) -> None:
+    """Note a step that was not taken; too many in a row end the run.
+
+    Raises:
+        DagmanError: `E-UNHEALTHY`, exit code 7.
+    """
+    if finite:
+        job.skipped_in_a_row = 0
+        return
+    job.skipped += 1
+    job.skipped_in_a_row += 1
+    cases = ", ".join(str(job.store.rows[row]["case_id"]) for rows in seen for row in rows.tolist())
+    bad = ", ".join(f"{name} {value}" for name, value in values.items() if not engine.all_finite([value]))
+    job.say(f"step {step + 1} skipped, not finite: {bad}; volumes {cases}")
+    if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
+        raise DagmanError(
+            "UNHEALTHY",
+            job.run.folder,
+            f"{job.skipped_in_a_row} steps in a row up to step {step + 1} gave values that are not finite ({bad})",
+            "look at the volumes named in log.txt, or start a new run with a lower optimisation.learning_rate; the "
+            "last checkpoint is as it was",
+            exit_code=ExitCode.UNHEALTHY,
+        )
+
+
+def _next(job: Job, source: Iterator[Views], step: int) -> Views:
+    """The next batch; what a reader stumbles over ends the run cleanly, with a checkpoint of the steps done."""
+    try:
+        return next(source)
+    except (RuntimeError, OSError, DagmanError) as error:
+        job.optimizer.zero_grad(set_to_none=True)
+        if step and job.fabric.is_global_zero:
+            save(job, step)
+        if isinstance(error, DagmanError):
+            raise
+        why = str(error).strip().splitlines()[-1]
+        advice = "see to what it names, then run the same command to continue"
+        raise DagmanError("READER", "data", f"reading stopped ({why})", advice, exit_code=ExitCode.STOPPED) from error
+
+
+@torch.no_grad()
+def _validate(job: Job, step: int) -> float | None:
+    """Mean AMIP of the student on the validation cases: always the same views with the same cells hidden or dropped.
+
+    With attended hiding the cells follow the teacher's attention of the day.
+    """
+    seed, batch = job.config.optimisation.seed, job.config.optimisation.batch_size
+    dataset = ViewsDataset(job.store, job.config.data, seed, job.validation_rows)
+    knobs, total = job.rates(step).knobs, 0.0
+    job.module.eval()
+    for first in range(0, len(dataset), batch):
+        samples = [dataset[index] for index in range(first, min(first + batch, len(dataset)))]
+        views = job.fabric.to_device(collate(samples))
+        with job.fabric.autocast():
+            outcome = job.module(views, knobs, torch_generator(seed, "validation", first))
+        total += outcome.losses.amip.item() * len(samples)
+    job.module.train()
+    mean = total / len(dataset)
+    return mean if engine.all_finite([mean]) else None
+
+
+def _checkpoint(job: Job, done: int) -> None:
+    """Write weights and state; the other ranks wait."""
+    if job.fabric.is_global_zero:
+        save(job, done)
+    job.fabric.barrier()
