@@ -1,0 +1,256 @@
+"""Where the encoder looks: semantic attention of a whole CT on the scan's own grid, as NIfTI and as a picture.
+
+A crop's attention sums to 1 over its N cells; times N, 1 is what uniform attention would give every cell, whatever the
+crop. Crops overlap by half and are blended with Gaussian weights, so every map of every scan is on this one scale.
+Between the centres of cells the map is trilinear: a cell is 16 voxels of 2 mm wide at the paper's stage, and a
+smooth picture does not pretend to edges that are only those of the cells' grid.
+"""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32
+from torch.nn import functional
+
+from dagman import files
+from dagman.ct import bytestream, crops, grid
+from dagman.ct.prepare import PrepareConfig, prepare_volume
+from dagman.ct.read import read, read_mask
+from dagman.ct.store import AIR_HU, padded_crop
+from dagman.errors import DagmanError
+from dagman.figures import attention as figure
+from dagman.nets.swin import SwinEncoder
+from dagman.tasks.embed import encode
+from dagman.types import Features, Scan, Volume
+
+Triple = tuple[int, int, int]
+BLEND_SIGMA_RATIO = 0.125
+"""Standard deviation of the blending weights over the crop's side (MONAI's sliding window)."""
+_SMALLEST_BLEND = 1e-3
+
+
+class Grid(NamedTuple):
+    """A voxel grid in the world."""
+
+    shape: Triple
+    affine: Float[np.ndarray, "4 4"]
+
+
+class Outputs(NamedTuple):
+    """What `explain` wrote and found."""
+
+    nifti: Path
+    picture: Path
+    lowest: float
+    highest: float
+    """Range of the map over the body, times uniform."""
+    gain: float | None
+    """Mean attention in the mask over that in the body; None without a mask."""
+
+
+def explain(
+    encoder: SwinEncoder,
+    scan: Scan,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Literal["float32", "bf16"] = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> Outputs:
+    """Write `CASE_attention.nii.gz`, which lies over the scan in any viewer, and `CASE_attention.png`.
+
+    Args:
+        encoder: With semantic attention.
+        scan: Its mask, where it has one, is outlined and the planes go through its centre.
+        folder: Where the files go.
+        device: Where to compute.
+        precision: `bf16` computes under autocast.
+        progress: Hears of each finished crop.
+
+    Raises:
+        DagmanError: As `ct.read.read`; `E-NOATTENTION` for an encoder without semantic attention.
+
+    Reference:
+        Figure 5.
+    """
+    volume = read(scan)
+    mask = read_mask(scan.mask, volume).hu > 0 if scan.mask else None
+    values = attention_map(encoder, volume, device=device, precision=precision, progress=progress)
+    body = (volume.hu >= crops.LUNG_HU) & (values > 0)
+    nifti, picture = (folder / f"{scan.case_id}_attention{suffix}" for suffix in (".nii.gz", ".png"))
+    write_nifti(values, volume.affine, own_grid(scan, volume), nifti)
+    scene = figure.Scene(
+        title=scan.case_id,
+        hu=volume.hu,
+        attention=values,
+        mask=mask,
+        spacing_mm=volume.spacing_mm,
+        centre=centre(values, body, mask),
+        window_hu=encoder.preparation.window_hu,
+    )
+    figure.write_png(scene, picture)
+    seen = values[body] if body.any() else values
+    gain = None if mask is None else pointing_gain(values, mask, body)
+    return Outputs(nifti, picture, float(seen.min()), float(seen.max()), gain)
+
+
+def attention_map(
+    encoder: SwinEncoder,
+    volume: Volume,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Literal["float32", "bf16"] = "float32",
+    overlap_ratio: float = 0.5,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float32[np.ndarray, "x y z"]:
+    """Semantic attention of a CT, times uniform, on the volume's grid; 0 where no crop looked (far from the body).
+
+    Args:
+        encoder: With semantic attention; its `preparation` says how the CT is shown to it.
+        volume: Any spacing, RAS+.
+        device: Where to compute.
+        precision: `bf16` computes under autocast.
+        overlap_ratio: Of neighbouring crops, along every axis.
+        progress: Hears of each finished crop.
+
+    Raises:
+        DagmanError: `E-NOATTENTION` for an encoder without semantic attention.
+
+    Reference:
+        Equation 1, over overlapping crops.
+    """
+    if encoder.config.attention is None:
+        raise DagmanError(
+            "NOATTENTION", "encoder", "has no semantic attention", "give weights of a recipe with semantic attention"
+        )
+    preparation = encoder.preparation
+    prepared = prepare_volume(volume, PrepareConfig(spacing_mm=preparation.spacing_mm))
+    corners = crops.sliding(_triple(prepared.hu.shape), preparation.crop, overlap_ratio)
+    blend = _blending_weights(preparation.crop)
+    total, weight = (np.zeros(prepared.hu.shape, np.float32) for _ in range(2))
+    for number, corner in enumerate(corners, 1):
+        hu = padded_crop(prepared.hu, corner, preparation.crop, AIR_HU)
+        image = torch.from_numpy(crops.window(hu, preparation.window_hu))
+        features = encode(encoder, image[None, None], device=device, precision=precision)
+        inside, source = _overlap(prepared.hu.shape, corner, preparation.crop)
+        total[inside] += (blend * _times_uniform(features, encoder.config.grid(preparation.crop), preparation.crop))[
+            source
+        ]
+        weight[inside] += blend[source]
+        if progress:
+            progress(number, len(corners))
+    blended: np.ndarray = total / weight
+    return onto(blended, prepared.affine, Grid(_triple(volume.hu.shape), volume.affine))
+
+
+def _triple(shape: tuple[int, ...]) -> Triple:
+    x, y, z = shape
+    return x, y, z
+
+
+def _blending_weights(crop: Triple) -> np.ndarray:
+    axes = [np.exp(-0.5 * ((np.arange(side) - (side - 1) / 2) / (BLEND_SIGMA_RATIO * side)) ** 2) for side in crop]
+    weights = axes[0][:, None, None] * axes[1][:, None] * axes[2]
+    floored: np.ndarray = np.maximum(weights, _SMALLEST_BLEND).astype(np.float32)
+    return floored
+
+
+def _overlap(shape: tuple[int, ...], corner: Triple, crop: Triple) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The part of a crop that lies in the volume, as slices of the volume and of the crop."""
+    edges = [
+        (max(first, 0), min(first + side, num), first) for num, first, side in zip(shape, corner, crop, strict=True)
+    ]
+    inside = tuple(slice(low, high) for low, high, _ in edges)
+    return inside, tuple(slice(low - first, high - first) for low, high, first in edges)
+
+
+def _times_uniform(features: Features, cells: Triple, crop: Triple) -> np.ndarray:
+    assert features.attention is not None  # noqa: S101
+    row = features.attention.float().cpu().view(1, 1, *cells) * features.attention.shape[1]
+    voxels: np.ndarray = functional.interpolate(row, size=crop, mode="trilinear")[0, 0].numpy()
+    return voxels
+
+
+def onto(
+    values: Float32[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"], target: Grid
+) -> Float32[np.ndarray, "other_x other_y other_z"]:
+    """Values on another grid whose axes run along the same lines, in any order and direction.
+
+    Linear between voxel centres; up to half a voxel beyond the last one it counts, and 0 further out.
+    """
+    step = np.linalg.inv(affine) @ target.affine
+    order = [int(np.abs(step[:3, axis]).argmax()) for axis in range(3)]
+    for axis, source in enumerate(order):
+        num = values.shape[source]
+        where = step[source, axis] * np.arange(target.shape[axis]) + step[source, 3]
+        low = np.clip(np.floor(where + 1e-6).astype(np.int64), 0, num - 1)
+        inside = np.abs(where - (num - 1) / 2) <= num / 2 + 1e-6
+        share = np.clip(where - low, 0, 1)
+        weights = np.stack([inside * (1 - share), inside * share]).astype(np.float32)
+        weights = weights.reshape(2, *(-1 if other == source else 1 for other in range(3)))
+        near, far = values.take(low, source), values.take(np.minimum(low + 1, num - 1), source)
+        values = near * weights[0] + far * weights[1]
+    return np.ascontiguousarray(values.transpose(order))
+
+
+def own_grid(scan: Scan, volume: Volume) -> Grid:
+    """The grid of a scan as its file has it: the order and direction of the axes that `read` turned to RAS+.
+
+    Only NIfTI has one to be written back to; for other formats it is that of the volume, whose voxels are the same.
+    """
+    turned = Grid(_triple(volume.hu.shape), volume.affine)
+    if scan.kind != "nifti":
+        return turned
+    import nibabel
+
+    block = bytestream.head(scan.files[0], 540)
+    newer = block[4:7] == b"n+2"
+    header = nibabel.Nifti2Header(block, check=False) if newer else nibabel.Nifti1Header(block[:348], check=False)
+    own = Grid(_triple(header.get_data_shape()[:3]), header.get_best_affine().astype(float))
+    _, affine = grid.to_ras(np.empty(own.shape, np.bool_), own.affine)
+    same = grid.corner_distance_mm(affine, volume.affine, turned.shape) < 0.01 * min(volume.spacing_mm)
+    return own if same else turned
+
+
+def write_nifti(
+    values: Float32[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"], target: Grid, path: Path
+) -> None:
+    """Write values as float32 NIfTI on `target`, with both of its coordinate forms set."""
+    import nibabel
+
+    image = nibabel.Nifti1Image(onto(values, affine, target), target.affine)
+    image.set_qform(target.affine, code=1)
+    image.set_sform(target.affine, code=1)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = b"DAGMaN semantic attention, times uniform"
+    files.write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+
+
+def centre(
+    values: Float32[np.ndarray, "x y z"],
+    body: Bool[np.ndarray, "x y z"],
+    mask: Bool[np.ndarray, "x y z"] | None = None,
+) -> Triple:
+    """The voxel to cut planes through: the middle of the mask, else the body's most attended voxel."""
+    if mask is not None and mask.any():
+        x, y, z = (round(float(lines.mean())) for lines in np.nonzero(mask))
+        return x, y, z
+    inside = np.where(body, values, 0) if body.any() else values
+    return _triple(tuple(int(index) for index in np.unravel_index(inside.argmax(), inside.shape)))
+
+
+def pointing_gain(
+    values: Float32[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z"], body: Bool[np.ndarray, "x y z"]
+) -> float | None:
+    """The mask's share of the body's attention over its share of the body: 1 is what uniform attention gets.
+
+    None for an empty mask, or one outside the body.
+    """
+    inside = mask & body
+    if not inside.any() or values[body].sum() <= 0:
+        return None
+    return float(values[inside].mean(dtype=np.float64) / values[body].mean(dtype=np.float64))
