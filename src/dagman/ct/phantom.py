@@ -51,6 +51,11 @@ def patient_of(case: int) -> int:
     return 3 * group + min(place, 2)
 
 
+def is_malignant(seed: int, patient: int) -> bool:
+    """What the main nodule of a patient is: of patients 2n and 2n + 1, one is malignant and one benign."""
+    return bool((patient + generator(seed, "phantom.label", patient // 2).integers(2)) % 2)
+
+
 def make(
     seed: int,
     case: int,
@@ -77,7 +82,7 @@ def make(
         raise DagmanError("PHANTOM", case, f"a field of {shown} mm cuts the patient", "cover 280 x 240 x 150 mm")
     patient = patient_of(case)
     if malignant is None:
-        malignant = bool((patient + generator(seed, "phantom.label", patient // 2).integers(2)) % 2)
+        malignant = is_malignant(seed, patient)
     body, scan = generator(seed, "phantom", patient), generator(seed, "phantom.scan", case)
     canvas = Canvas(shape, spacing_mm, HEIGHT_MM)
     traits = anatomy.draw_patient(body, scan)

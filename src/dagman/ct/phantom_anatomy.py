@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dagman.ct.phantom_canvas import LABELS, Canvas, Field, Point, Slices, segment_distance
+from dagman.ct.phantom_canvas import LABELS, Canvas, Field, Number, Point, Slices, segment_distance
 
 FAT_HU, MUSCLE_HU = -105.0, 55.0
 CAGE_X_MM, CAGE_Y_MM = 126.0, 88.0
@@ -69,7 +69,7 @@ def _oval(x: np.ndarray, y: np.ndarray, a: "float | np.ndarray", b: "float | np.
     return np.sqrt(x * x + y * y) * (1 - 1 / size)  # type: ignore[no-any-return]
 
 
-def _bump(value: np.ndarray, middle: float, width: float) -> np.ndarray:
+def _bump(value: np.ndarray, middle: Number, width: Number) -> np.ndarray:
     return np.exp(-(((value - middle) / width) ** 2))
 
 
@@ -139,8 +139,8 @@ def paint_lungs(canvas: Canvas, chest: Chest, patient: Patient, rng: np.random.G
     inside = np.maximum(inside, z - 158)
     depth = np.full_like(x, 99.0)
     base = -858 + patient.emphysema_hu - 0.45 * y + 14 * canvas.smooth(rng, 18.0) + 9 * canvas.smooth(rng, 6.0)
-    for name, side, apex in (("lung_left", -1.0, 0.0), ("lung_right", 1.0, 3.0)):
-        lung = np.maximum(inside, middle - side * x + apex)
+    for name, side, inset in (("lung_left", -1.0, 5.0), ("lung_right", 1.0, -1.0)):
+        lung = np.maximum(inside, middle - side * x + inset)
         depth = np.minimum(depth, lung)
         oblique = np.abs(0.72 * (y + 8) - 0.69 * (z - 62) + 6 * np.sin(x / 30)) - 0.35
         hu = base + 150 * np.exp(-(np.clip(oblique, 0, 9) ** 2))
@@ -231,7 +231,7 @@ def paint_chest_organs(canvas: Canvas, chest: Chest, patient: Patient) -> None:
 
 def _paint_airways(canvas: Canvas) -> None:
     main: list[Point] = [(3, -10, 180), (2, -18, 130), (0, -22, 97)]
-    sides: list[tuple[list[Point], list[float]]] = [(main, [9, 8.5, 8.5])]
+    sides: list[tuple[list[Point], list[Number]]] = [(main, [9, 8.5, 8.5])]
     for side, drop in ((1.0, 26.0), (-1.0, 22.0)):
         hilum: Point = (side * 40, -26, 97 - drop)
         sides.append(([main[-1], hilum], [7.5, 5.5]))
@@ -252,7 +252,7 @@ def paint_abdomen(canvas: Canvas, chest: Chest, patient: Patient, rng: np.random
     x, y, z = canvas.at(box)
     ceiling = np.maximum(chest.cage[box] + 13, chest.above[box] + 2)
     texture, uneven = canvas.smooth(rng, 7.0), 5 * canvas.smooth(rng, 24.0)[box]
-    lower = 4 - 104 / (1 + np.exp(-(x - 22 + 0.75 * y) / 15)) + 0.2 * y + uneven
+    lower = 4 - 104 / (1 + np.exp(-(x - 4 + 0.75 * y) / 15)) + 0.2 * y + uneven
     liver = np.maximum(np.maximum(ceiling, 0.8 * (lower - z)), 0.8 * (-58 - x + 0.35 * y))
     liver = np.maximum(liver, 0.8 * (-(y + 34) - 1.1 * np.clip(x - 28, 0, None)) + 0.4 * uneven)
     canvas.paint(box, liver, rng.uniform(52, 64) + 0.95 * plus + 3 * texture[box], "liver")
@@ -261,7 +261,7 @@ def paint_abdomen(canvas: Canvas, chest: Chest, patient: Patient, rng: np.random
         canvas.tube([(20, -22, -8), (0.5 * end[0] + 8, 0.5 * end[1], end[2]), end], [4.5, 3.2, 1.2], veins)
     canvas.tube([(20, -26, 24), (21, -28, -40), (16, -30, -130)], [10, 10, 10], patient.venous_hu, "vessel")
     low, left = rng.uniform(-8, 8), rng.uniform(-6, 4)
-    box, spleen = canvas.ellipsoid((-84 + left, -42, -32 + low), (22, 38, 40), 0.45)
+    box, spleen = canvas.ellipsoid((-82 + left, -36, -38 + low), (27, 42, 46), 0.45)
     cover = np.maximum(chest.cage[box] + 13, chest.above[box] + 2)
     canvas.paint(box, np.maximum(spleen, cover), 50 + 1.5 * plus + 2 * texture[box], "spleen")
     _paint_stomach(canvas, chest, texture, rng)

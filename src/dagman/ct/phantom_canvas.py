@@ -24,7 +24,8 @@ NAMES = {
 LABELS = {name: label for label, name in NAMES.items()}
 Slices = tuple[slice, slice, slice]
 Field = Float[np.ndarray, "x y z"]
-Point = tuple[float, float, float]
+Number = int | float
+Point = tuple[Number, Number, Number]
 
 
 class Canvas:
@@ -71,7 +72,7 @@ class Canvas:
         field = np.tensordot(x, field, axes=1)
         return (y @ field) @ z.T  # type: ignore[no-any-return]
 
-    def around(self, low: Sequence[float], high: Sequence[float]) -> Slices:
+    def around(self, low: Point | np.ndarray, high: Point | np.ndarray) -> Slices:
         """Voxels that may hold the patient's box from `low` to `high` (warp and rotation allowed for)."""
         corners = np.array([[(low, high)[i][0], (low, high)[j][1]] for i in (0, 1) for j in (0, 1)])
         plane = corners * self.stretch[:2] @ self.world.T + self.shift
@@ -107,14 +108,16 @@ class Canvas:
         x, y, z = (axis[box] for axis in self.patient)
         return x, y, z
 
-    def paint(self, box: Slices, distance: Field, hu: "float | Field", label: str | None = None) -> None:
+    def paint(
+        self, box: Slices, distance: Field, hu: Number | Float[np.ndarray, "#x #y #z"], label: str | None = None
+    ) -> None:
         """Fill where `distance` (mm, negative inside) is below zero; voxels on the edge are filled in part."""
         cover = np.clip(0.5 - distance / float(np.mean(self.spacing_mm)), 0, 1)
         self.hu[box] += cover * (hu - self.hu[box])
         if label is not None:
             self.labels[box][cover > 0.5] = LABELS[label]
 
-    def ellipsoid(self, centre: Point, radii: Point, turn: float = 0.0) -> tuple[Slices, Field]:
+    def ellipsoid(self, centre: Point, radii: Point, turn: Number = 0.0) -> tuple[Slices, Field]:
         """Voxels round an ellipsoid of the patient, turned by `turn` radians in its axial plane, and distances."""
         reach = np.array(
             [max(radii[0], radii[1]) if turn else radii[0], max(radii[:2]) if turn else radii[1], radii[2]]
@@ -122,7 +125,7 @@ class Canvas:
         box = self.around(np.array(centre) - reach, np.array(centre) + reach)
         return box, self.oval(box, centre, radii, turn)
 
-    def oval(self, box: Slices, centre: Point, radii: Point, turn: float) -> Field:
+    def oval(self, box: Slices, centre: Point, radii: Point, turn: Number) -> Field:
         """Rough distance in mm to an ellipsoid of the patient, at the voxels of `box`."""
         x, y, z = self.at(box)
         u, v, w = x - centre[0], y - centre[1], z - centre[2]
@@ -132,7 +135,7 @@ class Canvas:
         )
         return (size - 1) * min(radii)
 
-    def tube(self, points: Sequence[Point], radii: Sequence[float], hu: float, label: str | None = None) -> None:
+    def tube(self, points: Sequence[Point], radii: Sequence[Number], hu: Number, label: str | None = None) -> None:
         """Paint a tube of the patient through `points`, its radius going linearly from point to point."""
         ends = np.array(points, np.float64)
         for first, last, r0, r1 in zip(ends[:-1], ends[1:], radii[:-1], radii[1:], strict=True):
@@ -142,7 +145,7 @@ class Canvas:
 
 
 def segment_distance(
-    point: "tuple[np.ndarray, np.ndarray, np.ndarray]", first: np.ndarray, last: np.ndarray, r0: float, r1: float
+    point: "tuple[np.ndarray, np.ndarray, np.ndarray]", first: np.ndarray, last: np.ndarray, r0: Number, r1: Number
 ) -> np.ndarray:
     """Distance in mm to a round cone from `first` (radius `r0`) to `last` (radius `r1`), negative inside."""
     axis = (last - first).astype(np.float32)

@@ -37,7 +37,7 @@ def draw_sheet(scans: Sequence[tuple[str, Volume, np.ndarray | None]]) -> Figure
         for axes, (plane, window_hu), name in zip(row, views, COLUMNS, strict=True):
             kept = [step for step, part in zip(volume.spacing_mm, plane, strict=True) if isinstance(part, slice)]
             _draw_plane(axes, volume.hu[plane], None if mask is None else mask[plane], window_hu, kept[1] / kept[0])
-            axes.set_title(f"{title}: {name}" if axes is row[0] else name, color="white", fontsize=8)
+            axes.set_title(f"{title}\n{name}" if axes is row[0] else name, color="white", fontsize=8)
     return figure
 
 
