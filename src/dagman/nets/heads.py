@@ -42,7 +42,7 @@ class ProjectionHead(nn.Module):
 
     def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape bottleneck"]:
         """The bottleneck: vectors of length 1."""
-        return functional.normalize(self.layers(features), dim=-1)
+        return functional.normalize(self.layers(features).float(), dim=-1)
 
     def logits(self, bottleneck: Float[Tensor, "*shape bottleneck"]) -> Float[Tensor, "*shape prototypes"]:
         """Cosines with the prototypes: linear in the bottleneck, so the mean's logits are the mean logits."""

@@ -249,12 +249,9 @@ class SemanticAttention(nn.Module):
         position = sine_cosine_position((grid[0], grid[1], grid[2]), width, cells.device)
         x = torch.cat([self.cls_token.expand(batch, 1, width), cells.flatten(1, 3) + position], dim=1)
         for block in self.blocks:
-            entering = x
-            x = block(x)
+            x, attention = block(x)
         normalised = self.norm(x)
-        last = self.blocks[-1]
-        assert isinstance(last, GlobalBlock)  # noqa: S101
-        return SemanticTokens(x[:, 1:], normalised[:, 1:], normalised[:, 0], last.attention_of_first(entering))
+        return SemanticTokens(x[:, 1:], normalised[:, 1:], normalised[:, 0], attention)
 
 
 class SwinEncoder(nn.Module):

@@ -68,33 +68,36 @@ class GlobalBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
-    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Two residual steps."""
-        query, key, value = self.heads(x)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
-
-    def heads(self, x: Float[Tensor, "batch tokens width"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (batch, heads, tokens, head width)."""
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens-1"]]:
+        """Two residual steps; also how the first token attends to the others (`attention_of_first`)."""
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        return query, key, value
+        mixed = _attend(query, key, value)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
+        return x + self.mlp(self.norm2(x)), attention_of_first(query, key)
 
-    @torch.no_grad()
-    def attention_of_first(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch others"]:
-        """How the first token attends to the others: mean over heads, rescaled to sum 1, in float32.
 
-        Args:
-            x: What enters the block. No gradient flows to it.
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The fused kernel; on CPUs in float32, because its bfloat16 gradient is several times slower there."""
+    if query.device.type != "cpu":
+        return functional.scaled_dot_product_attention(query, key, value)
+    with torch.autocast("cpu", enabled=False):
+        return functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
 
-        Reference: equation 1; only this one row of the attention matrix is computed.
-        """
-        query, key, _ = self.heads(x)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = query[:, :, :1].float() @ key.float().transpose(-2, -1) * query.shape[-1] ** -0.5
-            row = logits.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
-            renormalised: Tensor = row / row.sum(dim=-1, keepdim=True)
-        return renormalised
+
+@torch.no_grad()
+def attention_of_first(
+    query: Float[Tensor, "batch heads tokens head_width"], key: Float[Tensor, "batch heads tokens head_width"]
+) -> Float[Tensor, "batch tokens-1"]:
+    """How the first token attends to the others: mean over heads, rescaled to sum 1, in float32, without gradient.
+
+    Reference: equation 1; only this one row of the attention matrix is ever computed.
+    """
+    # products and a sum, not a matrix product, so that autocast leaves them in float32
+    logits = (query[:, :, :1].float() * key.float()).sum(dim=-1) * query.shape[-1] ** -0.5
+    row = logits.softmax(dim=-1).mean(dim=1)[:, 1:]
+    renormalised: Tensor = row / row.sum(dim=-1, keepdim=True)
+    return renormalised

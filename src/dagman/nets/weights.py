@@ -174,9 +174,9 @@ def _find(path: Path) -> Path:
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Tensors of a file and its description, None for a foreign one."""
     with file.open("rb") as stream:
-        start = stream.read(8)
-    # A safetensors file starts with the length of its header, eight bytes of which the last four are zero.
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[4:] != b"\0\0\0\0"):
+        start = stream.read(9)
+    # A safetensors file starts with the length of its header in eight bytes, then the header, which starts with {.
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{"):
         raise _refused(
             file,
             "is a pickle, which may run code when it is read",

@@ -197,7 +197,7 @@ def explicit_attention(
     query: Heads, key: Heads, value: Heads, bias: Float[Tensor, "heads tokens tokens"], layout: WindowLayout
 ) -> Heads:
     """Attention with its matrix written out, for training: the fused kernel has no fast gradient for the bias."""
-    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
+    logits = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).float().add_(bias)
     # Adding a constant leaves the gradient as it is, so autograd need not know.
     constant = logits.detach()
     for start, stop, mask in layout.masks:

@@ -1,0 +1,241 @@
+import io
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dagman.errors import DagmanError, ExitCode
+from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
+from dagman.nets.weights import export_monai, load_encoder, save_encoder
+from dagman.types import Preparation
+
+SIZES = SwinConfig(
+    embed_dim=12, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8), attention=AttentionConfig(stage=3, num_heads=4)
+)
+PREPARATION = Preparation(window_hu=(-1000.0, 400.0), crop=(64, 64, 32))
+
+
+@pytest.fixture
+def encoder() -> SwinEncoder:
+    torch.manual_seed(0)
+    encoder = SwinEncoder(SIZES).eval()
+    encoder.preparation = PREPARATION
+    return encoder
+
+
+@pytest.fixture
+def saved(encoder, tmp_path) -> Path:
+    path = tmp_path / "run" / "weights" / "model.safetensors"
+    save_encoder(encoder, path, {"recipe": "dagman-tiny", "role": "teacher"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def unetr():
+    from monai.networks.nets import SwinUNETR
+
+    torch.manual_seed(1)
+    return SwinUNETR(
+        in_channels=1,
+        out_channels=2,
+        feature_size=12,
+        depths=SIZES.depths,
+        num_heads=SIZES.num_heads,
+        window_size=SIZES.window,
+    ).eval()
+
+
+IMAGES = torch.rand(1, 1, 64, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+def refusal(path) -> DagmanError:
+    with pytest.raises(DagmanError) as error:
+        load_encoder(path)
+    assert error.value.exit_code == ExitCode.REFUSED
+    assert "\n" not in str(error.value)
+    return error.value
+
+
+def test_a_saved_encoder_comes_back_from_run_or_file(encoder, saved):
+    for path in (saved.parent.parent, saved, str(saved)):
+        loaded = load_encoder(path)
+        assert not loaded.training
+        assert loaded.config == SIZES
+        assert loaded.preparation == PREPARATION
+        assert loaded.report.share == 1
+        assert loaded.report.missing == loaded.report.unexpected == loaded.report.mismatched == ()
+        assert "100.0% of the Swin" in str(loaded.report)
+        assert "role teacher" in str(loaded.report)
+        for name, tensor in encoder.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+    assert torch.equal(loaded(IMAGES).attention, encoder(IMAGES).attention)
+
+
+def test_names_on_disk_are_monais_and_the_card_tells_the_rest(saved):
+    card = json.loads(saved.with_name("config.json").read_text())
+    assert set(card) == {"format", "recipe", "role", "network", "preparation"}
+    assert card["preparation"]["window_hu"] == [-1000.0, 400.0]
+    names = set(load_file(saved))
+    assert {name.split(".")[0] for name in names} == {"swinViT", "semantic_attention", "hidden_token"}
+    assert "swinViT.layers3.0.blocks.3.attn.qkv.bias" in names
+    assert "swinViT.layers4.0.downsample.reduction.weight" in names
+
+
+def test_a_file_without_its_header_is_read_by_its_config(encoder, saved):
+    save_file(load_file(saved), saved)
+    assert load_encoder(saved).preparation == PREPARATION
+    saved.with_name("config.json").unlink()
+    alone = load_encoder(saved)
+    assert alone.report.share == 1
+    assert alone.config.attention == AttentionConfig()
+    assert alone.report.kind == "MONAI"
+
+
+def test_export_is_what_swin_unetr_wants(encoder, unetr, tmp_path):
+    plain = SwinEncoder(replace(SIZES, attention=None)).eval()
+    plain.load_state_dict(encoder.state_dict(), strict=False)
+    report = export_monai(plain, tmp_path / "plain.safetensors")
+    assert "SwinUNETR(in_channels=1" in str(report)
+    assert report.unexpected == ("hidden_token",)
+    missing, unexpected = unetr.load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=False)
+    assert unexpected == []
+    assert [name for name in missing if name.startswith("swinViT.")] == []
+    for theirs, ours in zip(unetr.swinViT(IMAGES, normalize=True), plain(IMAGES).pyramid, strict=True):
+        assert (theirs - ours).abs().max() <= 1e-5
+    assert unetr(IMAGES).shape == (1, 2, 64, 64, 64)
+
+
+def test_export_with_semantic_attention_says_what_differs(encoder, saved, unetr, tmp_path):
+    report = export_monai(saved, tmp_path / "monai.safetensors")
+    assert "the fifth level differs" in str(report)
+    assert all(name.startswith("swinViT.") for name in report.loaded)
+    unetr.load_state_dict(load_file(tmp_path / "monai.safetensors"), strict=False)
+    differences = [
+        (theirs - ours).abs().max().item()
+        for theirs, ours in zip(unetr.swinViT(IMAGES), encoder(IMAGES).pyramid, strict=True)
+    ]
+    assert max(differences[:4]) <= 1e-5 < 1e-2 < differences[4]
+    with safe_open(tmp_path / "monai.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_swin_unetr_file_loads_with_sizes_read_off_its_tensors(unetr, prefix, tmp_path):
+    path = tmp_path / "unetr.safetensors"
+    save_file({prefix + name: tensor.contiguous() for name, tensor in unetr.state_dict().items()}, path)
+    encoder = load_encoder(path)
+    assert encoder.config == replace(SIZES, attention=AttentionConfig())
+    assert encoder.report.kind == "MONAI"
+    assert encoder.report.share == 1
+    assert all(name.startswith(("semantic_attention.", "hidden_token")) for name in encoder.report.missing)
+    assert not any("swinViT" in name or "stages" in name for name in encoder.report.unexpected)
+    for theirs, ours in zip(unetr.swinViT(IMAGES)[:4], encoder(IMAGES).pyramid, strict=False):
+        assert (theirs - ours).abs().max() <= 1e-5
+
+
+def test_a_swin_transformer_file_with_older_names_loads(unetr, tmp_path):
+    path = tmp_path / "ssl.safetensors"
+    older = {n.replace("linear1", "fc1").replace("linear2", "fc2"): t for n, t in unetr.swinViT.state_dict().items()}
+    save_file({f"module.{name}": tensor.contiguous() for name, tensor in older.items()}, path)
+    encoder = load_encoder(path)
+    assert encoder.report.share == 1
+    assert torch.equal(encoder.stages[2].blocks[1].mlp.linear2.weight, older["layers3.0.blocks.1.mlp.fc2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("zip", "pickle"),
+        ("legacy", "pickle"),
+        ("plain", "pickle"),
+        (b"", "damaged or no safetensors"),
+        (b"not at all", "damaged or no safetensors"),
+        (struct.pack("<Q", 2**62) + b"{}", "damaged or no safetensors"),
+    ],
+)
+def test_pickles_are_refused_by_their_content_and_never_read(content, word, encoder, tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    if isinstance(content, str):
+        import pickle
+
+        buffer = io.BytesIO()
+        payload = {"state_dict": Canary()}
+        if content == "plain":
+            pickle.dump(payload, buffer)
+        else:
+            torch.save(payload, buffer, _use_new_zipfile_serialization=content == "zip")
+        content = buffer.getvalue()
+    path = tmp_path / "renamed.safetensors"
+    path.write_bytes(content)
+    assert word in refusal(path).problem
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_large_header_is_no_pickle(encoder, tmp_path):
+    """A header of 0x010280 bytes begins as a pickle of protocol 2 does."""
+    path = tmp_path / "x.safetensors"
+    header = b'{"__metadata__":{}}'.ljust(0x010280)
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert "no Swin transformer" in refusal(path).problem
+
+
+def test_damage_nan_and_absence_are_refused(encoder, saved, tmp_path):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in refusal(saved).problem
+    assert "does not exist" in refusal(tmp_path).problem
+    assert "does not exist" in refusal(tmp_path / "no.safetensors").problem
+    with torch.no_grad():
+        encoder.stages[1].blocks[0].norm1.bias[3] = torch.nan
+    save_encoder(encoder, saved, {})
+    assert "NaN or infinite values in swinViT.layers2.0.blocks.0.norm1.bias" in refusal(saved).problem
+
+
+def test_ours_with_a_tensor_missing_or_from_the_future_is_refused(saved):
+    with safe_open(saved, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(saved)
+    save_file({n: t for n, t in tensors.items() if "cls_token" not in n}, saved, metadata=header)
+    assert "lacks semantic_attention.cls_token" in refusal(saved).problem
+    card = json.loads(header["dagman"])
+    save_file(tensors, saved, metadata={"dagman": json.dumps({**card, "format": 2})})
+    assert "has format 2, this version reads 1" in refusal(saved).problem
+
+
+def test_foreign_files_that_do_not_fit_are_refused(unetr, tmp_path):
+    path = tmp_path / "x.safetensors"
+    swin = {name: tensor.contiguous() for name, tensor in unetr.swinViT.state_dict().items()}
+    save_file({n: t for n, t in swin.items() if "layers4.0.blocks.1" not in n and "downsample.red" not in n}, path)
+    error = refusal(path)
+    assert "of the Swin's parameters, less than 95%" in error.problem
+    assert "stages.0.downsample.reduction.weight" in error.problem
+    save_file({**swin, "patch_embed.proj.weight": torch.zeros(12, 4, 2, 2, 2)}, path)
+    assert "this encoder takes (1, 2, 2, 2)" in refusal(path).problem
+    save_file({**swin, "layers1c.0.conv1.weight": torch.zeros(1)}, path)
+    assert "SwinUNETR-v2" in refusal(path).problem
+    save_file({n: t for n, t in swin.items() if "layers4.0.blocks" not in n}, path)
+    assert "no Swin of four stages" in refusal(path).problem
+    save_file({"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, path)
+    assert "no Swin transformer" in refusal(path).problem
+
+
+def test_writing_is_atomic(encoder, saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setenv("DAGMAN_FAULT", "file.before_replace:1:enospc")
+    monkeypatch.setattr("dagman.files._faults_seen", {})
+    with torch.no_grad():
+        encoder.hidden_token.add_(1)
+    with pytest.raises(DagmanError) as error:
+        save_encoder(encoder, saved, {})
+    assert error.value.exit_code == ExitCode.RESOURCES
+    assert saved.read_bytes() == before
+    assert sorted(file.name for file in saved.parent.iterdir()) == ["config.json", "model.safetensors"]
