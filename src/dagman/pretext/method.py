@@ -52,6 +52,8 @@ class HidingConfig:
         _require(0 <= self.ratio <= 1, "hidden.ratio", self.ratio, "choose a share from 0 to 1 (paper: 0.7)")
         _require(0 <= self.probability <= 1, "hidden.probability", self.probability, "choose a share from 0 to 1")
         _require(self.start_step >= 0, "hidden.start_step", self.start_step, "give 0 or more")
+        if self.kind == "random" or self.hints == "none":
+            return
         most = 1 - self.ratio if self.hints == "shift" else self.ratio
         _require(
             0 <= self.hint_ratio <= most + hiding.ROUNDING,
