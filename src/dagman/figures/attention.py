@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Num, Shaped
 
 from dagman import files
 
@@ -18,7 +18,7 @@ Triple = tuple[int, int, int]
 COLOUR_RANGE = 4.0
 """Colours run from 1/4 to 4 times uniform, on a logarithmic scale, the same in every picture."""
 _WIDTH_INCHES, _TALLEST_INCHES, _GAP_INCHES = 13.0, 8.0, 0.12
-_TOP_INCHES, _BOTTOM_INCHES, _BAR_INCHES = 0.5, 0.45, 1.0
+_TOP_INCHES, _BOTTOM_INCHES, _BAR_INCHES = 0.5, 0.45, 1.35
 _NARROWEST_INCHES = 7.0
 _DOTS_PER_INCH = 110
 
@@ -97,7 +97,7 @@ def write_png(scene: Scene, path: Path) -> None:
     files.write_bytes(path, picture.getvalue())
 
 
-def shown(volume: Num[np.ndarray, "x y z"], plane: Plane, centre: Triple) -> Num[np.ndarray, "rows columns"]:
+def shown(volume: Shaped[np.ndarray, "x y z"], plane: Plane, centre: Triple) -> Shaped[np.ndarray, "rows columns"]:
     """One plane of a RAS+ volume as it appears on the screen: top left is the first row and column.
 
     The patient's right (or front) is at the left, the front (or head) at the top.
@@ -145,13 +145,16 @@ def _write(axes: "Axes", right: float, up: float, text: str, **style: Any) -> No
 
 
 def colours() -> "ListedColormap":
-    """Blue below uniform, red above, clear at uniform: the CT shows where attention says nothing."""
+    """Blue below uniform, red above, clear at uniform: the CT shows where attention says nothing.
+
+    Blue is the fainter one: most of a focused map lies below uniform, and the anatomy there should stay readable.
+    """
     import matplotlib as mpl
     from matplotlib.colors import ListedColormap
 
     signed = np.linspace(-1, 1, 257)
     table = mpl.colormaps["coolwarm"](0.5 + 0.5 * np.sign(signed) * (0.35 + 0.65 * np.abs(signed)))
-    table[:, 3] = 0.65 * np.minimum(1, 1.6 * np.abs(signed))
+    table[:, 3] = np.where(signed > 0, 0.65, 0.35) * np.minimum(1, 1.6 * np.abs(signed))
     return ListedColormap(table)
 
 
