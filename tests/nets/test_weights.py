@@ -4,6 +4,7 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -145,6 +146,61 @@ def test_a_swin_transformer_file_with_older_names_loads(unetr, tmp_path):
     encoder = load_encoder(path)
     assert encoder.report.share == 1
     assert torch.equal(encoder.stages[2].blocks[1].mlp.linear2.weight, older["layers3.0.blocks.1.mlp.fc2.weight"])
+
+
+def smit_tensors() -> dict[str, torch.Tensor]:
+    """A state dict with the names and shapes of SMIT's encoder (12 wide, two blocks a stage), values by formula."""
+    shapes = {"mask_token": (1, 1, 12), "patch_embed.proj.weight": (12, 1, 2, 2, 2), "patch_embed.proj.bias": (12,)}
+    shapes |= {"patch_embed.norm.weight": (12,), "patch_embed.norm.bias": (12,)}
+    for stage, (width, heads) in enumerate([(12, 2), (24, 2), (48, 4), (96, 4)]):
+        parts = {"attn.relative_position_bias_table": (343, heads), "attn.qkv.weight": (3 * width, width)}
+        parts |= {"attn.proj.weight": (width, width), "attn.proj.bias": (width,)}
+        parts |= {"mlp.fc1.weight": (4 * width, width), "mlp.fc1.bias": (4 * width,)}
+        parts |= {"mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}
+        parts |= {f"norm{n}.{word}": (width,) for n in (1, 2) for word in ("weight", "bias")}
+        shapes |= {f"layers.{stage}.blocks.{n}.{name}": shape for n in (0, 1) for name, shape in parts.items()}
+        shapes |= {f"layers.{stage}.downsample.norm.{word}": (8 * width,) for word in ("weight", "bias")}
+        shapes |= {f"layers.{stage}.downsample.reduction.weight": (2 * width, 8 * width)}
+        shapes |= {f"norm{stage}.{word}": (width,) for word in ("weight", "bias")}
+    return {name: by_formula(name, shape) for name, shape in shapes.items()}
+
+
+def by_formula(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    values = np.sin(np.arange(np.prod(shape)) * 1.7 + len(name)) * 0.05
+    values += "norm" in name and name.endswith("weight")
+    return torch.from_numpy(values.reshape(shape).astype(np.float32))
+
+
+@torch.no_grad()
+def test_smit_weights_give_the_outputs_smits_code_means(tmp_path):
+    """Golden, of the same tensors, image and mask.
+
+    Computed with SwinTransformer_Unetr_Mask_In_Seperate of The-Veeraraghavan-Lab/SMIT, models/Trans.py at
+    ff019a1ab0cdbe0b520f9900b066d57791b8fe11, its window_reverse corrected: the permutation there, (0,1,3,5,2,4,6,7),
+    is that of window_partition and not its inverse, (0,1,4,2,5,3,6,7), so that tokens change places.
+    """
+    path = tmp_path / "smit.safetensors"
+    save_file({f"module.{name}": tensor for name, tensor in smit_tensors().items()}, path)
+    loaded = load_encoder(path)
+    assert loaded.report.kind == "SMIT"
+    assert loaded.report.share == 1
+    assert set(loaded.report.unexpected) == {f"norm{n}.{word}" for n in range(4) for word in ("weight", "bias")}
+    assert "hidden_token" in loaded.report.loaded
+    encoder = SwinEncoder(replace(loaded.config, attention=None)).eval()
+    encoder.load_state_dict(loaded.state_dict(), strict=False)
+    images = torch.from_numpy((0.5 + 0.5 * np.sin(np.arange(96**3) * 0.37)).astype(np.float32)).view(1, 1, 96, 96, 96)
+    hidden = torch.zeros(1, 6, 6, 6, dtype=torch.bool)
+    hidden[0, 0, 1, 2] = True
+    levels, _ = encoder.trunk(images, hidden.flatten(1))
+    third, final = levels[3].flatten(1, 3)[0], levels[4].flatten(1, 3)[0]
+    assert third.double().abs().mean().item() == pytest.approx(2.044917, abs=1e-5)
+    assert final.double().abs().mean().item() == pytest.approx(0.403435, abs=1e-5)
+    assert third[[0, 100, 215], [0, 50, 95]].tolist() == pytest.approx(
+        [0.2729038894176483, -2.7745373249053955, 2.801792860031128], abs=1e-5
+    )
+    assert final[[0, 13, 26], [0, 100, 191]].tolist() == pytest.approx(
+        [0.5400213003158569, 0.26668816804885864, -0.2544443905353546], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -264,10 +264,11 @@ def _from_foreign(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str
 
 
 def _from_smit(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
-    """SMIT's tensors so that this Swin computes what SMIT's does.
+    """SMIT's tensors so that this Swin computes what SMIT's does, were its windows returned to their places.
 
     Its merging takes the octants 011 and 101 in the other order, and its attention may have no bias on queries, keys
-    and values, which is a bias of zero here.
+    and values, which is a bias of zero here. It also shifts windows on maps that are no longer than a window, where
+    this Swin does not: crops with sides of 96 voxels and more have none.
     """
     named = {}
     for name, tensor in tensors.items():
@@ -281,7 +282,8 @@ def _from_smit(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, t
         named[ours] = tensor
         if ours.endswith(".qkv.weight"):
             named.setdefault(ours.replace("weight", "bias"), torch.zeros(len(tensor)))
-    return named, "SMIT", ("equal to SMIT's outputs for crops whose sides are over 64 voxels",)
+    note = "SMIT's code returns windows to other places of the map (its window_reverse); here they return to their own"
+    return named, "SMIT", (f"{note}, so outputs differ from what these weights were trained with",)
 
 
 def _infer_config(file: Path, named: Mapping[str, Tensor]) -> SwinConfig:
