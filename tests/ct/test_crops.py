@@ -15,7 +15,7 @@ sides = st.tuples(*[st.integers(1, 90)] * 3)
 
 @given(hu=st.integers(-1024, 32767), low=st.integers(-1000, 500), width=st.integers(1, 3000))
 def test_window_maps_its_edges_to_0_and_1(hu, low, width):
-    seen = window(np.array([low, low + width, hu], np.int16), (low, low + width))
+    seen = window(np.array([low, low + width, hu], np.int16), (float(low), float(low + width)))
     assert seen.dtype == np.float32
     np.testing.assert_allclose(seen, [0, 1, min(max((hu - low) / width, 0), 1)], atol=1e-6)
     assert seen.min() >= 0

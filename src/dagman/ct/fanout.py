@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from types import FrameType
@@ -55,8 +56,14 @@ def _pool(
             yield delayed(_in_worker)(work, scan)
 
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs + 1")
-    with contextlib.closing(pool(given())) as outcomes:
+    outcomes = pool(given())
+    try:
         yield from outcomes
+    finally:
+        with warnings.catch_warnings():
+            # joblib warns of tasks that were given up; that is what stopping means.
+            warnings.simplefilter("ignore", UserWarning)
+            outcomes.close()
 
 
 def _alone(work: Callable[[Scan], Outcome], scan: Scan, lost: Callable[[Scan], Outcome]) -> Outcome:

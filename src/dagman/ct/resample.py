@@ -38,7 +38,8 @@ def positions(num: int, spacing_mm: float, target_mm: float) -> Float[np.ndarray
         spacing_mm: Old voxel size.
         target_mm: New voxel size.
     """
-    num_target = max(1, int(np.floor(num * spacing_mm / target_mm + 0.5)))
+    # The small number lets a tie go up, whichever way the spacing was rounded.
+    num_target = max(1, int(np.floor(num * spacing_mm / target_mm + 0.5 + 1e-6)))
     steps = np.arange(num_target) - (num_target - 1) / 2
     return steps * (target_mm / spacing_mm) + (num - 1) / 2
 
@@ -126,8 +127,8 @@ def body_box(
 ) -> tuple[slice, slice, slice]:
     """The box around the body with a margin of air; the whole volume where nothing in it looks like a body.
 
-    Thin things (table top, blankets) vanish on a grid twice as coarse that takes the lowest of eight voxels; of what
-    is left, every connected part of some size counts.
+    Sheets of one or two voxels (table top, blankets) vanish on a grid twice as coarse that takes the lowest of three
+    voxels along each axis; of what is left, every connected part of some size counts.
 
     Args:
         hu: Intensities on cubic voxels.
@@ -136,10 +137,10 @@ def body_box(
     """
     from scipy import ndimage
 
-    even = [(0, num % 2) for num in hu.shape]
-    coarse = np.pad(hu > BODY_HU, even, mode="edge")
+    coarse = np.pad(hu > BODY_HU, [(0, max(3, num | 1) - num) for num in hu.shape], mode="edge")
     for axis in range(3):
-        coarse = coarse.take(range(0, coarse.shape[axis], 2), axis) & coarse.take(range(1, coarse.shape[axis], 2), axis)
+        line = np.moveaxis(coarse, axis, 0)
+        coarse = np.moveaxis(line[:-1:2] & line[1::2] & line[2::2], 0, axis)
     parts, num_parts = ndimage.label(coarse)
     sizes = np.bincount(parts.ravel(), minlength=num_parts + 1)[1:]
     boxes = [
