@@ -1,5 +1,6 @@
 """The map lies where the scan lies, on one scale, whatever the order of the file's axes."""
 
+import dataclasses
 from pathlib import Path
 
 import nibabel
@@ -13,12 +14,13 @@ from matplotlib.image import imread
 from torch.nn import functional
 
 from dagman.ct.index import index
+from dagman.ct.phantom import make as make_phantom
 from dagman.ct.read import read
 from dagman.errors import DagmanError
 from dagman.figures import attention as figure
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
 from dagman.tasks import attention
-from dagman.types import Preparation, Volume
+from dagman.types import Features, Preparation, Volume
 
 CROP = (32, 32, 32)
 NETWORK = SwinConfig(
@@ -26,18 +28,47 @@ NETWORK = SwinConfig(
 )
 
 
-class Brightness(SwinEncoder):
-    """Attends to a cell in proportion to its brightness, so that where it looks is known."""
+class Planted(SwinEncoder):
+    """An encoder whose attention is known: `look` of the images, in place of what the network would compute."""
+
+    def look(self, images):
+        raise NotImplementedError
 
     def forward(self, images, hidden=None, dropped=None):
-        features = super().forward(images, hidden, dropped)
-        bright = functional.avg_pool3d(images, self.config.cell_side).flatten(1) ** 2 + 1e-3
-        return features._replace(attention=bright / bright.sum(dim=1, keepdim=True))
+        looks = self.look(images).flatten(1)
+        batch, cells = looks.shape
+        nothing = torch.zeros(batch, self.config.cell_width)
+        return Features(
+            tokens=nothing[:, None].expand(batch, cells, -1),
+            cls=nothing,
+            attention=looks / looks.sum(dim=1, keepdim=True),
+            pooled=torch.zeros(batch, self.config.final_width),
+            pyramid=(),
+        )
 
 
-def make(kind=SwinEncoder, crop=CROP):
+class Brightness(Planted):
+    """Attends to a cell by the square of its brightness."""
+
+    def look(self, images):
+        return functional.avg_pool3d(images, self.config.cell_side) ** 2 + 1e-3
+
+
+class UpThenDown(Planted):
+    """Attends to the upper half of every second crop and to the lower half of the others."""
+
+    calls = 0
+
+    def look(self, images):
+        looks = torch.full((1, 8, 8, 8), 1e-9)
+        looks[..., 4:] = 1
+        self.calls += 1
+        return looks if self.calls % 2 else looks.flip(-1)
+
+
+def make(kind=SwinEncoder, crop=CROP, stage=1):
     torch.manual_seed(0)
-    encoder = kind(NETWORK).eval()
+    encoder = kind(dataclasses.replace(NETWORK, attention=AttentionConfig(stage=stage, num_heads=4))).eval()
     encoder.preparation = Preparation(crop=crop)
     return encoder
 
@@ -185,11 +216,34 @@ def test_planes_go_through_the_mask_or_the_most_attended_voxel_of_the_body():
 
 
 def test_a_dicom_series_gets_its_map_over_the_same_world(tmp_path, real_data):
-    (scan, *_), _ = index([min(path for path in (real_data / "dicom_series").iterdir() if path.is_dir())])
-    found = attention.explain(make(Brightness, (64, 64, 64)), scan, tmp_path)
+    (scan,), _ = index([real_data / "dicom_series" / "lung_dx_A0002_B40f"])
+    found = attention.explain(make(Brightness, (128, 128, 128), stage=3), scan, tmp_path)
     volume, written = read(scan), nibabel.load(found.nifti)
     assert written.shape == volume.hu.shape
     np.testing.assert_allclose(written.affine, volume.affine, atol=1e-4)
+    # It looks at what is bright, and knows the patient from the air around.
+    values, body = written.get_fdata(), attention.body_of(volume)
+    assert 0.2 < body.mean() < 0.8
+    assert values[volume.hu > 100].mean() > 2 * values[volume.hu < -900].mean()
+
+
+def test_the_body_is_the_patient_with_lungs_and_without_the_table():
+    phantom = make_phantom(0, 0)
+    found = attention.body_of(phantom.volume)
+    truth = phantom.organs > 0
+    assert (found & truth).sum() / truth.sum() > 0.95
+    assert (found & ~truth).sum() / found.sum() < 0.05
+    air = Volume(hu=np.full((20, 20, 20), -1000, np.int16), affine=np.eye(4))
+    assert attention.body_of(air).all()
+
+
+def test_neighbouring_crops_blend_without_seams_also_at_the_border():
+    hu = np.full((48, 32, 32), 40, np.int16)
+    values = attention.attention_map(make(UpThenDown), Volume(hu=hu, affine=np.diag([2.0, 2.0, 2.0, 1.0])))
+    assert values[0, :, 31].min() == pytest.approx(2, abs=0.01)
+    assert values[47, :, 31].max() == pytest.approx(0, abs=0.01)
+    # The Gaussian weights let the map change by half a unit a voxel; a seam would be a step of one.
+    assert np.abs(np.diff(values, axis=0)).max() < 0.6
 
 
 @pytest.mark.parametrize(

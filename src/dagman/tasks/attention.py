@@ -20,6 +20,7 @@ from dagman import files
 from dagman.ct import bytestream, crops, grid
 from dagman.ct.prepare import PrepareConfig, prepare_volume
 from dagman.ct.read import read, read_mask
+from dagman.ct.resample import BODY_HU
 from dagman.ct.store import AIR_HU, padded_crop
 from dagman.errors import DagmanError
 from dagman.figures import attention as figure
@@ -30,7 +31,8 @@ from dagman.types import Features, Scan, Volume
 Triple = tuple[int, int, int]
 BLEND_SIGMA_RATIO = 0.125
 """Standard deviation of the blending weights over the crop's side (MONAI's sliding window)."""
-_SMALLEST_BLEND = 1e-3
+BODY_GRID_MM = 4.0
+"""Fine enough to tell the body from the table, coarse enough to take no time."""
 
 
 class Grid(NamedTuple):
@@ -80,7 +82,7 @@ def explain(
     volume = read(scan)
     mask = read_mask(scan.mask, volume).hu > 0 if scan.mask else None
     values = attention_map(encoder, volume, device=device, precision=precision, progress=progress)
-    body = (volume.hu >= crops.LUNG_HU) & (values > 0)
+    body = body_of(volume)
     nifti, picture = (folder / f"{scan.case_id}_attention{suffix}" for suffix in (".nii.gz", ".png"))
     write_nifti(values, volume.affine, own_grid(scan, volume), nifti)
     scene = figure.Scene(
@@ -93,7 +95,7 @@ def explain(
         window_hu=encoder.preparation.window_hu,
     )
     figure.write_png(scene, picture)
-    seen = values[body] if body.any() else values
+    seen = values[body & (values > 0)]
     gain = None if mask is None else pointing_gain(values, mask, body)
     return Outputs(nifti, picture, float(seen.min()), float(seen.max()), gain)
 
@@ -154,9 +156,10 @@ def _triple(shape: tuple[int, ...]) -> Triple:
 
 def _blending_weights(crop: Triple) -> np.ndarray:
     axes = [np.exp(-0.5 * ((np.arange(side) - (side - 1) / 2) / (BLEND_SIGMA_RATIO * side)) ** 2) for side in crop]
-    weights = axes[0][:, None, None] * axes[1][:, None] * axes[2]
-    floored: np.ndarray = np.maximum(weights, _SMALLEST_BLEND).astype(np.float32)
-    return floored
+    # A plain product, without the floor that others give it: the share of each crop then changes along an axis in the
+    # same way everywhere, and no seam appears at the border of the volume.
+    weights: np.ndarray = (axes[0][:, None, None] * axes[1][:, None] * axes[2]).astype(np.float32)
+    return weights
 
 
 def _overlap(shape: tuple[int, ...], corner: Triple, crop: Triple) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
@@ -230,6 +233,23 @@ def write_nifti(
     files.write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
 
 
+def body_of(volume: Volume) -> Bool[np.ndarray, "x y z"]:
+    """The patient with lungs and bowel gas, without table and clothes: the largest thick thing, holes filled."""
+    from scipy import ndimage
+
+    steps = [max(1, round(BODY_GRID_MM / size)) for size in volume.spacing_mm]
+    coarse = volume.hu[:: steps[0], :: steps[1], :: steps[2]] > BODY_HU
+    parts, num_parts = ndimage.label(ndimage.binary_erosion(coarse, border_value=1))
+    if num_parts == 0:
+        return np.ones(volume.hu.shape, np.bool_)
+    largest = parts == np.bincount(parts.ravel())[1:].argmax() + 1
+    grown = ndimage.binary_dilation(largest) & coarse
+    filled = np.stack([ndimage.binary_fill_holes(plane) for plane in np.moveaxis(grown, 2, 0)], axis=2)
+    nearest = [np.arange(num) // step for num, step in zip(volume.hu.shape, steps, strict=True)]
+    body: np.ndarray = filled[np.ix_(*nearest)]
+    return body
+
+
 def centre(
     values: Float32[np.ndarray, "x y z"],
     body: Bool[np.ndarray, "x y z"],
@@ -239,7 +259,7 @@ def centre(
     if mask is not None and mask.any():
         x, y, z = (round(float(lines.mean())) for lines in np.nonzero(mask))
         return x, y, z
-    inside = np.where(body, values, 0) if body.any() else values
+    inside = np.where(body, values, 0)
     return _triple(tuple(int(index) for index in np.unravel_index(inside.argmax(), inside.shape)))
 
 
