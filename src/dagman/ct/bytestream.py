@@ -72,6 +72,24 @@ def read_plain(path: Path, offset: int, count: int) -> np.ndarray:
     return data
 
 
+def check_deflated(path: Path, offset: int, limit: int) -> None:
+    """Refuse a raw deflate stream that unpacks to more than `limit` bytes, without keeping what it unpacks to.
+
+    Raises:
+        DagmanError: `E-BOMB`.
+    """
+    unpack = zlib.decompressobj(-15)
+    size = 0
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        data = stream.read(_CHUNK)
+        while data and not unpack.eof:
+            size += len(unpack.decompress(data, _CHUNK))
+            if size > limit:
+                raise DagmanError("BOMB", path, f"unpacks to more than {limit} bytes of DICOM", "remove the file")
+            data = unpack.unconsumed_tail or stream.read(_CHUNK)
+
+
 def inflate(path: Path, offset: int, count: int, *, gzip: bool) -> np.ndarray:
     """Exactly `count` bytes from a gzip or zlib stream that begins at `offset`, read to its end.
 

@@ -56,7 +56,7 @@ def read(paths: Sequence[Path], max_voxels: int) -> tuple[np.ndarray, np.ndarray
     check_alike(frames)
     ordered, affine = stack(source, frames)
     columns, rows = ordered[0].shape
-    if columns * rows * len(ordered) > max_voxels:
+    if columns * rows * len(ordered) > max_voxels or min(columns, rows) < 1:
         sides = f"{columns} x {rows} x {len(ordered)}"
         raise DagmanError("DIMS", source, f"declares {sides} voxels, the most is {max_voxels:.3g}", _EXPORT)
     return _voxels(ordered), affine, 1.0, 0.0
@@ -81,9 +81,8 @@ def _voxels(frames: list[Frame]) -> np.ndarray:
 
 def _frames(path: Path, num_files: int) -> list[Frame]:
     header = open_header(path)
-    modality = pixels.word(header, "Modality")
-    if modality != "CT":
-        raise DagmanError("MODALITY", path, f"is {modality or 'of no modality'}, not CT", "give CT images")
+    if pixels.word(header, "Modality") != "CT":
+        raise DagmanError("MODALITY", path, "is no CT image", "give CT images")
     if pixels.word(header, "BurnedInAnnotation") == "YES":
         raise DagmanError("BURNEDIN", path, "carries text burned into its pixels", "leave the series out")
     count = int(_number(path, header, "NumberOfFrames", 1))
@@ -112,7 +111,7 @@ def open_header(path: Path) -> Any:
         DagmanError: `E-DICOM` when it cannot be parsed.
     """
     with pixels.parsing("DICOM", path, "its header is broken", _EXPORT):
-        return pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        return pixels.parse(path, header_only=True)
 
 
 def _frame(path: Path, header: Any, group: Callable[[str], Any], index: int) -> Frame:
@@ -264,8 +263,8 @@ def _check_steps(source: Path, ordered: list[Frame], places: np.ndarray) -> floa
         raise DagmanError(
             "GAP",
             source,
-            f"{wrong.size} of {steps.size} steps are not {usual:.4g} mm ({where} mm; about {missing} slices missing)",
-            "copy the missing slices into the series",
+            f"{wrong.size} of {steps.size} steps are not {usual:.4g} mm ({where} mm; slices missing: about {missing})",
+            "copy the missing slices into the series" if missing else _CONVERT,
         )
     return float(places[-1] - places[0]) / steps.size
 

@@ -88,7 +88,7 @@ def run(task: str, subject: Path, arguments: dict[str, Any], limits: Limits) -> 
         _idle.clear()
         server = _Server()
     with _shared_file() as note, _shared_file() as voxels:
-        request = {"task": task, "arguments": arguments, "memory_bytes": limits.memory_bytes}
+        request = {"task": task, "arguments": arguments, "memory_bytes": limits.memory_bytes, "subject": str(subject)}
         note.write(json.dumps(request).encode())
         note.flush()
         try:
@@ -202,7 +202,7 @@ def _answer(tasks: dict[str, Any], request: dict[str, Any], voxels: int) -> dict
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
-    subject = (request["arguments"].get("paths") or ["?"])[0]
+    subject = request["subject"]
     try:
         value, array = tasks[request["task"]](**request["arguments"])
         if array is None:

@@ -59,7 +59,8 @@ def check_hu(path: Path, hu: np.ndarray) -> None:
     """Refuse numbers that cannot be Hounsfield units of a patient.
 
     Padding (up to -1024) is set aside first. Then: nothing negative, or hardly anything below -20 beside much
-    above 300, is a raw, windowed or MR image; a spread below 20 is a normalised one; all below -400 is shifted.
+    above 300, is a raw, windowed or MR image; a spread below 20 is a normalised one; all below -400, or much that is
+    neither padding nor as bright as air, is shifted.
     Cropped organs pass: they hold fat or noise below -20, or nothing above 300.
 
     Raises:
@@ -70,7 +71,8 @@ def check_hu(path: Path, hu: np.ndarray) -> None:
         raise DagmanError("EMPTY", path, f"every voxel is {flat[0]:g}", "leave it out or export the scan again")
     sample = flat[:: max(1, flat.size // _SAMPLES)]
     tissue = sample[sample > PADDING_HU]
-    why = _not_hu(tissue)
+    too_dark = float(np.mean((sample > -1900) & (sample < -1100)))
+    why = f"{too_dark:.0%} are darker than air" if too_dark > 0.1 else _not_hu(tissue)
     if why:
         p1, p50, p99 = np.percentile(sample, [1, 50, 99])
         raise DagmanError(

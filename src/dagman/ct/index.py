@@ -18,6 +18,8 @@ from dagman.types import Scan
 PATIENT_KEY = "dagman patient hash 1"
 """The default key of `patient`. It is public: see `index`."""
 _BATCH = 200
+_SNIFF_BYTES = 2 * 2**30
+"""Enough for any header; not for one that unpacks without end."""
 _ENDINGS = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha|\.gz)$", re.IGNORECASE)
 
 
@@ -192,6 +194,7 @@ def _place(source: Path, path: Path) -> str:
 
 def sniff_files(paths: Sequence[Path], limits: guard.Limits, key: str = PATIENT_KEY) -> list[dict[str, Any]]:
     """What each file is, by its content, in guarded batches; a batch that fails is gone through file by file."""
+    limits = dataclasses.replace(limits, memory_bytes=min(limits.memory_bytes, _SNIFF_BYTES))
     facts: list[dict[str, Any]] = []
     for start in range(0, len(paths), _BATCH):
         batch = [str(path) for path in paths[start : start + _BATCH]]

@@ -1,6 +1,7 @@
 """Stored pixel values of one DICOM file, before any rescaling."""
 
 import contextlib
+import mmap
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pydicom
-from pydicom.uid import CTImageStorage, RLELossless
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, RLELossless
 
+from dagman.ct import bytestream
 from dagman.errors import DagmanError
 
 Decode: TypeAlias = Callable[[int], np.ndarray]
@@ -21,6 +23,8 @@ _DESCRIBING = (
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PhotometricInterpretation", "PixelData",
 )  # fmt: skip
+_DEFLATED_BYTES = 2**28
+_DECOMPRESS = "decompress the series, for example with `gdcmconv --raw`"
 _COPY = "copy or export this slice again"
 
 
@@ -33,6 +37,19 @@ def parsing(code: str, path: Path, problem: str, advice: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DagmanError(code, path, f"{problem} ({type(error).__name__})", advice) from None
+
+
+def parse(path: Path, *, header_only: bool) -> Any:
+    """The data set of one file.
+
+    Read through a memory map, which hands out no more than the file has, whatever length an element claims.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(1024)
+    if start[128:132] == b"DICM" and DeflatedExplicitVRLittleEndian.encode() in start:
+        bytestream.check_deflated(path, 144 + int.from_bytes(start[140:144], "little"), _DEFLATED_BYTES)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return pydicom.dcmread(mapped, stop_before_pixels=header_only, force=True)
 
 
 def word(header: Any, name: str) -> str:
@@ -48,25 +65,25 @@ def open_file(path: Path) -> Decode:
         DagmanError: `E-SLICE` when it is cut short or broken, `E-CODEC` when its compression cannot be decoded here.
     """
     with parsing("SLICE", path, "is cut short or broken", _COPY):
-        data = pydicom.dcmread(path, force=True)
+        data = parse(path, header_only=False)
         syntax = data.file_meta.get("TransferSyntaxUID")
         stored = data.get("PixelData")
     if not isinstance(stored, bytes):
         raise DagmanError("SLICE", path, "has no pixels", _COPY)
-    if syntax is None or not syntax.is_compressed:
-        return _native(path, data, stored)
-    if syntax == RLELossless:
-        return _run_length(path, data)
-    if syntax not in _THROUGH_SIMPLEITK:
-        raise DagmanError(
-            "CODEC", path, f"is compressed as {syntax}", "decompress the series, for example with `gdcmconv --raw`"
-        )
-    return _simpleitk(path, data)
+    with parsing("SLICE", path, "its pixels are badly described", _COPY):
+        if syntax is None or not syntax.is_compressed:
+            return _native(path, data, stored)
+        if syntax == RLELossless:
+            return _run_length(path, data)
+        if syntax in _THROUGH_SIMPLEITK:
+            return _simpleitk(path, data)
+        name = syntax if syntax.name != syntax else "something unknown"
+        raise DagmanError("CODEC", path, f"is compressed as {name}", _DECOMPRESS)
 
 
 def _native(path: Path, data: Any, stored: bytes) -> Decode:
-    rows, columns, frames = data.Rows, data.Columns, int(data.get("NumberOfFrames") or 1)
-    allocated, signed = data.get("BitsAllocated"), data.get("PixelRepresentation") == 1
+    rows, columns, frames = int(data.Rows), int(data.Columns), int(data.get("NumberOfFrames") or 1)
+    allocated, signed = int(data.BitsAllocated), int(data.PixelRepresentation) == 1
     if allocated not in (8, 16, 32):
         raise DagmanError("SLICE", path, f"allocates {allocated} bits a pixel", _COPY)
     each = rows * columns * allocated // 8
@@ -108,7 +125,7 @@ def _simpleitk(path: Path, data: Any) -> Decode:
     """JPEG, JPEG-LS and JPEG 2000 by GDCM, shown nothing but the pixels and what describes them."""
     if int(data.get("NumberOfFrames") or 1) != 1:
         problem = "is a compressed multi-frame file"
-        raise DagmanError("CODEC", path, problem, "decompress the series, for example with `gdcmconv --raw`")
+        raise DagmanError("CODEC", path, problem, _DECOMPRESS)
     bare = pydicom.Dataset()
     bare.file_meta = pydicom.dataset.FileMetaDataset()
     bare.file_meta.TransferSyntaxUID = data.file_meta.TransferSyntaxUID

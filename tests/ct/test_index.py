@@ -1,0 +1,358 @@
+"""Indexing: every source, every junk, names and patients, and nothing private kept."""
+
+import csv
+import os
+import random
+import re
+import socket
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+
+from dagman.ct.index import Problem, index
+from dagman.ct.read import read
+from dagman.errors import DagmanError
+
+sys.path.append(str(Path(__file__).parents[1] / "corpus"))
+import make_corpus
+from make_corpus import AFFINE, CANARY, FILES, PHANTOM_HU, SERIES
+
+
+def rejected(problems: list[Problem]) -> list[str]:
+    return sorted(problem.code for problem in problems if not problem.ignored)
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        FILES["good.mha" if name.endswith("mha") else "good.nii.gz"][1](path)
+
+
+def series(folder: Path, uid: str, *, value: int = 0, patient: str = CANARY, prefix: str = "s") -> None:
+    """A clean series of its own, all HU shifted by `value`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, data in enumerate(make_corpus.slices()):
+        data.SeriesInstanceUID = f"{make_corpus.UID}.{uid}"
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"{make_corpus.UID}.{uid}.{k}"
+        data.PatientID = patient
+        data.RescaleIntercept = -1024 + value
+        make_corpus.save(data, folder / f"{prefix}{k:02d}")
+
+
+def test_folder_with_everything_gives_every_scan_once(tmp_path: Path) -> None:
+    write(tmp_path, "a.nii.gz", "sub/b.mha", "sub/deeper/c.nii.gz")
+    series(tmp_path / "dicom", "5")
+    (tmp_path / "thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0" * 100)
+    (tmp_path / "README.md").write_text("words")
+    (tmp_path / "dicom" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "._a.nii.gz").write_bytes(b"resource fork")
+    scans, problems = index([tmp_path])
+    assert [(scan.kind, len(scan.files)) for scan in scans] == [("nifti", 1), ("mha", 1), ("nifti", 1), ("dicom", 16)]
+    assert [scan.case_id for scan in scans][:3] == ["a", "b", "c"]
+    assert re.fullmatch(r"ct-[0-9a-f]{10}", scans[3].case_id)
+    assert rejected([p for p in problems if "DICOMDIR" not in p.source]) == []
+
+
+def test_interleaved_series_are_never_mixed(tmp_path: Path) -> None:
+    for value, uid in ((0, "5"), (30, "6"), (60, "7")):
+        series(tmp_path / "x", uid, value=value, prefix=f"{uid}_")
+    names = sorted((tmp_path / "x").iterdir())
+    random.Random(0).shuffle(names)
+    for number, path in enumerate(names):
+        path.rename(path.with_name(f"IM{number:04d}"))
+    scans, problems = index([tmp_path])
+    assert rejected(problems) == []
+    found = sorted(int(np.unique(read(scan).hu - PHANTOM_HU).item()) for scan in scans)
+    assert found == [0, 30, 60]
+
+
+def test_one_series_spread_over_folders_is_one_case(tmp_path: Path) -> None:
+    series(tmp_path / "all", "5")
+    for number, path in enumerate(sorted((tmp_path / "all").iterdir())):
+        (tmp_path / "split" / str(number % 3)).mkdir(parents=True, exist_ok=True)
+        path.rename(tmp_path / "split" / str(number % 3) / path.name)
+    (scan,) = index([tmp_path])[0]
+    assert np.array_equal(read(scan).hu, PHANTOM_HU)
+
+
+def test_same_series_uid_of_two_patients_is_two_cases(tmp_path: Path) -> None:
+    series(tmp_path / "a", "5", patient="one")
+    series(tmp_path / "b", "5", patient="two")
+    scans, _ = index([tmp_path])
+    assert len({scan.case_id for scan in scans}) == len({scan.patient for scan in scans}) == len(scans) == 2
+
+
+def test_other_modalities_are_listed_once_with_counts(tmp_path: Path) -> None:
+    series(tmp_path / "ct", "5")
+    for name in ("mr", "pet", "rtdose", "secondary-capture"):
+        SERIES[name][1](tmp_path / name)
+    scans, problems = index([tmp_path])
+    assert len(scans) == 1
+    texts = sorted(p.problem for p in problems if p.code == "MODALITY")
+    assert texts == [f"a series of 16 {name} objects, not CT" for name in ("MR", "OT", "PT", "RTDOSE")]
+
+
+def test_localizers_are_left_out_and_counted(tmp_path: Path) -> None:
+    SERIES["good-localizer"][1](tmp_path / "s")
+    (scan,), problems = index([tmp_path])
+    assert len(scan.files) == 16
+    assert "1 localizer images are left out of a series of 17" in problems[0].problem
+    assert problems[0].ignored
+
+
+def test_result_does_not_depend_on_the_order_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "b/ct.nii.gz", "a/ct.nii.gz", "c.mha")
+    series(tmp_path / "z", "5")
+    series(tmp_path / "y", "6")
+    expected = index([tmp_path])
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: sorted(listed(folder), key=lambda name: hash((name, "x"))))
+    assert index([tmp_path]) == expected
+
+
+def test_case_ids_are_unique_safe_and_the_same_elsewhere(tmp_path: Path) -> None:
+    names = ["p1/ct.nii.gz", "p2/ct.nii.gz", "Case 1.nii.gz", "-rf.nii.gz", "ä.nii.gz", "x" * 230 + ".nii.gz"]
+    hostile = ["<img src=x onerror=alert(1)>.nii.gz", "new\nline.nii.gz", "plain.nii.gz", "PLAIN.nii.gz", "%2e.nii.gz"]
+    for place in ("one", "two"):
+        write(tmp_path / place / "data", *names, *hostile)
+        with (Path(os.fsdecode(os.fsencode(tmp_path / place / "data") + b"/\xff\xfe.nii.gz"))).open("wb") as stream:
+            stream.write(make_corpus.packed())
+    ids = [[scan.case_id for scan in index([tmp_path / place / "data"])[0]] for place in ("one", "two")]
+    assert ids[0] == ids[1]
+    assert len({case_id.lower() for case_id in ids[0]}) == len(ids[0]) == len(names) + len(hostile) + 1
+    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", case_id) for case_id in ids[0])
+    for scan in index([tmp_path / "one"])[0]:
+        assert np.array_equal(read(scan).hu, PHANTOM_HU)
+
+
+def test_links_pipes_and_devices_are_passed_over_quickly(tmp_path: Path) -> None:
+    write(tmp_path, "a.nii.gz")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "self.nii.gz").symlink_to("self.nii.gz")
+    (tmp_path / "gone.nii.gz").symlink_to("nowhere")
+    os.link(tmp_path / "a.nii.gz", tmp_path / "hard.nii.gz")
+    (tmp_path / "soft.nii.gz").symlink_to("a.nii.gz")
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    (tmp_path / "zero.nii.gz").symlink_to("/dev/zero")
+    (tmp_path / "random.nii").symlink_to("/dev/urandom")
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = Path.cwd()
+        os.chdir(tmp_path)
+        listener.bind("socket.nii")
+        os.chdir(here)
+        start = time.monotonic()
+        scans, problems = index([tmp_path])
+    assert time.monotonic() - start < 5
+    assert [scan.case_id for scan in scans] == ["a"]
+    reasons = {p.problem.split("(")[1].split(")")[0]: int(p.problem.split()[0]) for p in problems}
+    assert reasons == {
+        "already seen under another name": 3,
+        "link to nothing or unreadable": 2,
+        "no regular file": 4,
+    }
+    assert all(problem.ignored for problem in problems)
+
+
+def test_pipe_as_a_source_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.nii")
+    scans, problems = index([tmp_path / "pipe.nii"])
+    assert scans == []
+    assert rejected(problems) == ["SKIPPED"]
+
+
+def test_overlapping_sources_give_a_scan_once(tmp_path: Path) -> None:
+    write(tmp_path, "a.nii.gz", "b.nii.gz")
+    assert len(index([tmp_path, tmp_path / "a.nii.gz", tmp_path])[0]) == 2
+
+
+def test_missing_source_is_refused_and_empty_folder_is_empty(tmp_path: Path) -> None:
+    with pytest.raises(DagmanError, match=r"E-GONE .*nowhere"):
+        index([tmp_path / "nowhere"])
+    assert index([tmp_path]) == ([], [])
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_dicomdir_and_tag_values_are_never_paths(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    series(outside, "9")
+    inside = tmp_path / "in"
+    series(inside, "5", patient="../../outside")
+    directory = make_corpus.one_slice(0)
+    directory.file_meta.MediaStorageSOPClassUID = directory.SOPClassUID = "1.2.840.10008.1.3.10"
+    record = pydicom.Dataset()
+    record.ReferencedFileID = ["..", "outside", "s00"]
+    directory.DirectoryRecordSequence = [record]
+    make_corpus.save(directory, inside / "DICOMDIR")
+    (scan,), _ = index([inside])
+    assert all(path.parent == inside for path in scan.files)
+
+
+def test_deflated_bomb_costs_its_own_file_only(tmp_path: Path) -> None:
+    write(tmp_path, "good.nii.gz")
+    make_corpus.SERIES["good-deflated"][1](tmp_path / "s")
+    file = tmp_path / "s" / "s003.dcm"
+    head = file.read_bytes()[:1000]
+    start = 132 + 12 + int.from_bytes(head[140:144], "little")
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = [head[:start], packer.compress(b"\x09\0\x10\x10OB\0\0" + (3 << 28).to_bytes(4, "little"))]
+    bomb += [packer.compress(bytes(1 << 26)) for _ in range(12)]
+    file.write_bytes(b"".join([*bomb, packer.flush()]))
+    assert file.stat().st_size < 1e6
+    scans, problems = index([tmp_path])
+    assert rejected(problems) == ["BOMB"]
+    assert "s003.dcm" in next(p for p in problems if p.code == "BOMB").source
+    assert "good" in [scan.case_id for scan in scans]
+
+
+# -------------------------------------------------------------------------------------- patients and privacy
+
+
+def test_patient_is_a_keyed_hash(tmp_path: Path) -> None:
+    series(tmp_path / "a", "5", patient="P-1")
+    series(tmp_path / "b", "6", patient="P-1 ")
+    series(tmp_path / "c", "7", patient="P-2")
+    series(tmp_path / "d", "8", patient="")
+    by_folder = {scan.source.name: scan.patient for scan in index([tmp_path])[0]}
+    other_key = {scan.source.name: scan.patient for scan in index([tmp_path], key="secret")[0]}
+    assert by_folder["a"] == by_folder["b"] != by_folder["c"]
+    assert by_folder["d"] is None
+    assert re.fullmatch("[0-9a-f]{12}", by_folder["a"])
+    assert by_folder["a"] != other_key["a"] == other_key["b"]
+
+
+def test_no_text_of_a_header_leaves_the_reader(tmp_path: Path) -> None:
+    """Every text tag holds the canary, also nested and private; so do a NIfTI's text fields."""
+    for number, name in enumerate(["good", "gap-1", "mr", "good-localizer", "no-rescale", "truncated-slice"]):
+        SERIES[name][1](tmp_path / name)
+        for path in (tmp_path / name).iterdir():
+            data = pydicom.dcmread(path)
+            nested = pydicom.Dataset()
+            nested.PatientName = nested.CodeMeaning = CANARY
+            data.RequestAttributesSequence = [nested]
+            for keyword in ("StationName", "ProtocolName", "ImageComments", "AccessionNumber", "StudyID"):
+                setattr(data, keyword, CANARY)
+            data.SeriesInstanceUID = f"{make_corpus.UID}.{number}"
+            data.save_as(path)
+    write(tmp_path, "a.nii.gz", "b.mha")
+    (tmp_path / "bad.nii").write_bytes(make_corpus.nifti(dim_1=-1))
+    assert CANARY.encode() in (tmp_path / "bad.nii").read_bytes()
+    scans, problems = index([tmp_path])
+    texts = repr(scans) + repr(problems)
+    for scan in scans:
+        try:
+            texts += repr(read(scan).affine)
+        except DagmanError as error:
+            texts += str(error) + repr(error) + repr(error.__cause__) + repr(error.__context__)
+    assert len(scans) >= 6
+    for word in CANARY.split("^"):
+        assert word not in texts
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def table(path: Path, rows: list[dict[str, str]]) -> Path:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_table_gives_files_folders_labels_masks_and_patients(tmp_path: Path) -> None:
+    write(tmp_path, "images/a.nii.gz")
+    series(tmp_path / "dicom" / "x", "5")
+    nibabel.save(nibabel.Nifti1Image((PHANTOM_HU > 0).astype("u1"), AFFINE), tmp_path / "m.nii.gz")
+    rows = [
+        {
+            "case_id": "one",
+            "image": "images/a.nii.gz",
+            "label": "1",
+            "mask": "m.nii.gz",
+            "split": "train",
+            "patient": "7",
+        },
+        {"case_id": "two", "image": "dicom/x", "label": "", "mask": "", "split": "test", "patient": "8"},
+    ]
+    scans, problems = index([table(tmp_path / "t.csv", rows), tmp_path])
+    assert rejected(problems) == []
+    assert [(s.case_id, s.kind, s.label, s.split, s.patient) for s in scans] == [
+        ("one", "nifti", "1", "train", "7"),
+        ("two", "dicom", None, "test", "8"),
+    ]
+    assert scans[0].mask == tmp_path / "m.nii.gz"
+    assert len(scans[1].files) == 16
+
+
+def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
+    write(tmp_path, "a.nii.gz", "b.nii.gz", "c.nii.gz", "d.nii.gz")
+    series(tmp_path / "two", "5")
+    series(tmp_path / "two", "6", prefix="t")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "cut.nii.gz").write_bytes(make_corpus.packed()[:10])
+    rows = [
+        {"case_id": "good", "image": "a.nii.gz", "patient": "1"},
+        {"case_id": "", "image": "b.nii.gz", "patient": "1"},
+        {"case_id": "x3", "image": "", "patient": "1"},
+        {"case_id": "good", "image": "c.nii.gz", "patient": "1"},
+        {"case_id": "x5", "image": "a.nii.gz", "patient": "1"},
+        {"case_id": "x6", "image": "missing.nii.gz", "patient": "1"},
+        {"case_id": "../x7", "image": "d.nii.gz", "patient": "1"},
+        {"case_id": "x8", "image": "two", "patient": "1"},
+        {"case_id": "x9", "image": "none", "patient": "1"},
+        {"case_id": "x10", "image": "d.nii.gz", "patient": ""},
+        {"case_id": "x11", "image": "cut.nii.gz", "patient": "1"},
+        {"case_id": "x12", "image": "b.nii.gz", "patient": "1", "mask": "nomask.nii.gz"},
+    ]
+    path = table(tmp_path / "t.csv", rows)
+    scans, problems = index([path])
+    assert [scan.case_id for scan in scans] == ["good"]
+    numbers = [int(p.source.rpartition(":")[2]) for p in problems if p.code == "TABLE"]
+    assert numbers == [3, 4, 5, 6, 7, 8, 9, 10, 11, 13]
+    assert [p.source for p in problems if p.code == "FORMAT"] == [str(tmp_path / "cut.nii.gz")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "case_id\n1\n",
+        "case_id;image\n1;2\n",
+        "case_id,image,lable\n1,2,3\n",
+        "case_id,image,image\n1,2,3\n",
+        "\xff\xfe",
+    ],
+)
+def test_what_is_no_table_of_scans_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DagmanError, match=r"E-TABLE .*t.csv"):
+        index([tmp_path / "t.csv"])
+
+
+def test_table_from_a_spreadsheet_with_byte_order_mark(tmp_path: Path) -> None:
+    write(tmp_path, "a.nii.gz")
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfcase_id,image\r\nq,a.nii.gz\r\n,,\r\n")
+    scans, problems = index([tmp_path / "t.csv"])
+    assert [scan.case_id for scan in scans] == ["q"]
+    assert problems == []
+
+
+# ------------------------------------------------------------------------------------------------- real data
+
+
+def test_real_tree_is_indexed_without_decoding(real_data: Path) -> None:
+    scans, problems = index([real_data / "ct_corpus", real_data / "sts", real_data / "dicom_series"])
+    kinds = [scan.kind for scan in scans]
+    assert (kinds.count("nifti"), kinds.count("dicom")) == (92, 2)
+    assert rejected(problems) == []
+    assert [p.problem for p in problems if p.source.endswith("dicom_series")] == [
+        "39 files are no scans (1 .csv, 38 .xml)"
+    ]
