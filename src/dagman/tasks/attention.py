@@ -190,6 +190,9 @@ def onto(
     for axis, source in enumerate(order):
         num = values.shape[source]
         where = step[source, axis] * np.arange(target.shape[axis]) + step[source, 3]
+        if len(where) == num and np.allclose(np.sort(where), np.arange(num), rtol=0, atol=1e-3):
+            values = values if step[source, axis] > 0 else np.flip(values, source)
+            continue
         low = np.clip(np.floor(where + 1e-6).astype(np.int64), 0, num - 1)
         inside = np.abs(where - (num - 1) / 2) <= num / 2 + 1e-6
         share = np.clip(where - low, 0, 1)

@@ -4,6 +4,10 @@ Whatever is chosen (scaling, regularisation, threshold) is chosen by `fit` from 
 training rows only. Scores of different folds come from different models and are never ranked against each other: the
 AUC counts the (positive, negative) pairs within each fold, so that it equals the mean of the folds' AUCs weighted by
 their pairs, and constant scores give exactly 0.5.
+
+The intervals draw patients again and keep the fitted probes: they say how far the score of these probes may be off for
+want of test patients, not how much another training set would change them. Under random labels (60 to 200 patients)
+they hold 0.5 in about nine of ten simulated studies.
 """
 
 from collections.abc import Mapping
@@ -256,6 +260,7 @@ def summary(result: ProbeResult) -> dict[str, Any]:
         "warning": None if result.group_by == "patient" else "not grouped by patient: scores may be too good",
         "folds": len(result.probes),
         "seed": result.seed,
+        "interval": "95 %, bias-corrected and accelerated bootstrap over patients, probes not refitted",
         **{name: vars(score) for name, score in scores.items()},
         "fold_auc": result.fold_auc(),
         "strengths": [part.strength for part in result.probes],
