@@ -171,30 +171,36 @@ def _noise(canvas: Canvas, body: np.ndarray, rng: np.random.Generator) -> np.nda
     return dose * wide * (0.45 + 0.75 * depth) * (fine + 0.3 * depth * coarse)  # type: ignore[no-any-return]
 
 
-def write(folder: Path, num_cases: int, *, seed: int = 0) -> Path:
+def write(folder: Path, num_cases: int, *, seed: int = 0, workers: int = 1) -> Path:
     """Write a cohort of phantoms as NIfTI images, masks of the main nodules and a table for `dagman prepare`.
 
     Args:
         folder: Where `images/`, `masks/` and `cases.csv` go.
         num_cases: Scans; about three quarters as many patients.
         seed: The cohort's.
+        workers: Processes; -1 for one on each core.
 
     Returns:
         The table `cases.csv`: case_id, image, label (`benign` or `malignant`), mask, patient.
     """
-    rows = []
-    for case in range(num_cases):
-        phantom = make(seed, case)
-        name = f"phantom_{case:03d}"
-        image, mask = Path("images") / f"{name}.nii.gz", Path("masks") / f"{name}.nii.gz"
-        _write_nifti(folder / image, phantom.volume.hu, phantom.volume.affine)
-        _write_nifti(folder / mask, (phantom.nodule_mask == 1).astype(np.uint8), phantom.volume.affine)
-        label = "malignant" if phantom.nodules[0].malignant else "benign"
-        rows.append([name, str(image), label, str(mask), f"patient_{phantom.patient:03d}"])
+    from joblib import Parallel, delayed
+
+    rows = Parallel(n_jobs=workers)(delayed(_write_case)(folder, seed, case) for case in range(num_cases))
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([["case_id", "image", "label", "mask", "patient"], *rows])
     files.write_text(folder / "cases.csv", table.getvalue())
     return folder / "cases.csv"
+
+
+def _write_case(folder: Path, seed: int, case: int) -> list[str]:
+    """Write one case; its row of the table."""
+    phantom = make(seed, case)
+    name = f"phantom_{case:03d}"
+    image, mask = Path("images") / f"{name}.nii.gz", Path("masks") / f"{name}.nii.gz"
+    _write_nifti(folder / image, phantom.volume.hu, phantom.volume.affine)
+    _write_nifti(folder / mask, (phantom.nodule_mask == 1).astype(np.uint8), phantom.volume.affine)
+    label = "malignant" if phantom.nodules[0].malignant else "benign"
+    return [name, str(image), label, str(mask), f"patient_{phantom.patient:03d}"]
 
 
 def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:

@@ -1,0 +1,67 @@
+"""The `dagman` command: one verb is one function call. Heavy imports wait until a verb needs them."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from cyclopts import App
+
+from dagman import __version__
+from dagman.cli import encoder, scans, training
+from dagman.errors import DagmanError, ExitCode
+
+app = App(
+    name="dagman",
+    help="Turn unlabelled CT scans into an encoder that makes small labelled studies work, and show what it looks at.",
+    version=__version__,
+    help_format="plaintext",
+)
+classify = App(name="classify", help="Predict labels from a pretrained encoder's features.", help_format="plaintext")
+app.command(scans.check)
+app.command(scans.prepare)
+app.command(training.pretrain)
+app.command(encoder.embed)
+app.command(classify)
+classify.command(encoder.probe)
+app.command(encoder.attention)
+app.command(encoder.export)
+app.command(encoder.info)
+app.command(training.demo)
+
+
+def main() -> None:
+    """Run the command line and leave with an exit code of the contract."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one verb; every error becomes one line on standard error and an exit code."""
+    try:
+        code = app(arguments, result_action="return_value", exit_on_error=True)
+    except DagmanError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; run the same command to continue", file=sys.stderr)
+        return int(ExitCode.STOPPED)
+    except MemoryError:
+        advice = "close other programs, or lower --optimisation.batch-size, then --data.crop"
+        print(f"E-MEMORY dagman: out of memory; {advice}", file=sys.stderr)
+        return int(ExitCode.RESOURCES)
+    except Exception as error:
+        return _bug(error)
+    return int(code or 0)
+
+
+def _bug(error: Exception) -> int:
+    """One line for what should not have happened; the traceback only when asked for."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(where.filename).name}:{where.lineno}"
+    print(
+        f"E-BUG {place}: {type(error).__name__}; run again with DAGMAN_DEBUG=1 for the details and report them",
+        file=sys.stderr,
+    )
+    if os.environ.get("DAGMAN_DEBUG"):
+        traceback.print_exception(error)
+    return int(ExitCode.BUG)

@@ -1,0 +1,191 @@
+"""The verbs that use an encoder: embed, classify probe, attention, export, info."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from dagman.cli.watching import Output, Sources, next_step, progress, require, say
+from dagman.errors import DagmanError, ExitCode
+
+
+def embed(
+    *,
+    weights: Path,
+    data: Annotated[Path, Parameter(name=["--input", "-i"])],
+    output: Output,
+    which: Literal["pooled", "cls", "both"] = "pooled",
+    device: str = "cpu",
+    batch_size: int = 4,
+) -> int:
+    """Turn every case of a prepared store into one vector; write a CSV.
+
+    The crop is centred on the case's mask where it has one; else the mean over crops that cover the scan is taken.
+
+    Args:
+        weights: A run folder or a .safetensors file.
+        data: A prepared store.
+        output: The CSV file: case_id, patient, label, f0, f1, ...
+        which: Mean of the final tokens, [CLS], or both.
+        device: `cpu` or `cuda`.
+        batch_size: Crops at a time; no influence on the result.
+    """
+    from dagman.ct.store import PreparedStore
+    from dagman.nets.weights import load_encoder
+    from dagman.tasks import embed as embedding
+    from dagman.tasks.table import write_csv
+
+    encoder = load_encoder(weights)
+    say(str(encoder.report))
+    store = PreparedStore(data)
+    with progress("Embedding") as tell:
+        table = embedding.embed(encoder, store, which=which, device=device, batch_size=batch_size, progress=tell)
+    write_csv(table, output)
+    say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
+    next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe")
+    return ExitCode.OK
+
+
+def probe(
+    *,
+    features: Annotated[Path, Parameter(name=["--input", "-i"])],
+    output: Output,
+    labels: Path | None = None,
+    positive: str | None = None,
+    folds: int = 3,
+    seed: int = 0,
+    group_by: Literal["patient", "case"] = "patient",
+    unlabelled: Literal["refuse", "leave_out"] = "refuse",
+) -> int:
+    """Linear probe: logistic regression on frozen features, cross-validated by patient, with 95 % intervals.
+
+    Args:
+        features: CSV written by `dagman embed`.
+        output: Folder for predictions.csv and result.json.
+        labels: CSV `case_id,label`, in place of the labels of the prepared store.
+        positive: The positive label, where labels are words.
+        folds: Folds of the cross-validation.
+        seed: Of the folds and the bootstrap.
+        group_by: `case` where patients are unknown; the result is stamped.
+        unlabelled: What to do about cases without label.
+    """
+    from dagman.tasks import classify as classifying
+    from dagman.tasks.labels import override
+    from dagman.tasks.table import read_csv
+
+    table = read_csv(features)
+    if labels:
+        table = override(table, labels)
+    result = classifying.probe(
+        table, positive=positive, folds=folds, seed=seed, group_by=group_by, unlabelled=unlabelled
+    )
+    found = classifying.summary(result)
+    grouped = f"{found['patients']} patients" if found["patients"] else "patients unknown"
+    say(f"{found['cases']} cases ({found['positive']} {found['positive_label']}), {grouped}, {folds} folds")
+    for name in ("auc", "sensitivity", "specificity", "balanced_accuracy"):
+        print(f"{name.replace('_', ' '):18s} {getattr(result, name)()}")
+    if found["warning"]:
+        say(f"Note: {found['warning']}")
+    say(f"wrote {', '.join(map(str, classifying.write(result, output)))}")
+    return ExitCode.OK
+
+
+def attention(
+    *,
+    weights: Path,
+    sources: Sources,
+    output: Output,
+    mask: Path | None = None,
+    device: str = "cpu",
+) -> int:
+    """Show where an encoder looks: semantic attention on the scan's own grid as NIfTI, and a picture.
+
+    Args:
+        weights: A run folder or a .safetensors file.
+        sources: A CT file, DICOM folder, or CSV with masks.
+        output: Folder for CASE_attention.nii.gz and CASE_attention.png.
+        mask: Label map of a single CT, outlined in the picture.
+        device: `cpu` or `cuda`.
+    """
+    from dagman.ct.index import index
+    from dagman.nets.weights import load_encoder
+    from dagman.tasks.attention import explain
+
+    encoder = load_encoder(weights)
+    scans, problems = index(sources)
+    if mask:
+        require(
+            len(scans) == 1, "--mask", f"was given with {len(scans)} scans", "give one CT, or a CSV with a mask column"
+        )
+        scans = [replace(scans[0], mask=mask)]
+    failed = [problem for problem in problems if not problem.ignored]
+    for problem in failed:
+        say(str(problem))
+    done = 0
+    for scan in scans:
+        try:
+            with progress(f"Attention of {scan.case_id}") as tell:
+                found = explain(encoder, scan, output, device=device, progress=tell)
+        except DagmanError as error:
+            say(str(error))
+            continue
+        done += 1
+        gain = "" if found.gain is None else f", {found.gain:.2f} times the body's mean inside the mask"
+        say(f"{scan.case_id}: {found.lowest:.2f} to {found.highest:.2f} times uniform over the body{gain}")
+        say(f"wrote {found.nifti} and {found.picture}")
+    if not done:
+        return ExitCode.NOTHING_USABLE
+    return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
+
+
+def export(*, weights: Path, output: Output, to: Literal["monai"] = "monai") -> int:
+    """Write an encoder for another program.
+
+    Args:
+        weights: A run folder or a .safetensors file.
+        output: The .safetensors file to write.
+        to: `monai`: the keys `swinViT.*` that MONAI's SwinUNETR loads.
+    """
+    from dagman.nets.weights import export_monai
+
+    say(str(export_monai(weights, output)))
+    say(f"wrote {output} for {to}")
+    return ExitCode.OK
+
+
+def info(thing: str) -> int:
+    """Say what a recipe, a run folder, a weights file or a prepared store is.
+
+    Args:
+        thing: A recipe's name or a path.
+    """
+    from dagman import config as configs
+    from dagman import recipes
+    from dagman.ct.store import MANIFEST, PreparedStore
+    from dagman.nets.weights import load_encoder
+    from dagman.run import Run
+
+    path = Path(thing)
+    if thing in recipes.RECIPES:
+        print(configs.to_yaml(recipes.get(thing)), end="")
+    elif (path / MANIFEST).is_file():
+        store = PreparedStore(path)
+        patients = {row.get("patient") for row in store.rows}
+        labelled = sum(row.get("label") is not None for row in store.rows)
+        print(
+            f"{len(store)} prepared cases of {len(patients)} patients, {labelled} with a label, store {store.store_id}"
+        )
+        print(json.dumps(store.settings))
+    elif Run(path).config_file.is_file():
+        rows = Run(path).metrics()
+        print(f"run after {rows[-1]['step'] if rows else 0} steps")
+        print(Run(path).config_file.read_text(), end="")
+    elif path.exists():
+        encoder = load_encoder(path)
+        print(encoder.report)
+        print(encoder.preparation)
+    else:
+        raise configs.unknown("THING", thing, [*recipes.RECIPES, "a path that exists"])
+    return ExitCode.OK

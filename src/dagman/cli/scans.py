@@ -1,0 +1,93 @@
+"""The verbs that turn files into a prepared store: check, prepare."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from dagman.cli.watching import Output, Sources, next_step, progress, require, say
+from dagman.errors import ExitCode
+
+if TYPE_CHECKING:
+    from dagman.ct.prepare import Summary
+
+
+def check(
+    *sources: Path,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    workers: int = 2,
+) -> int:
+    """List every scan and every problem of some sources at once; write nothing.
+
+    Args:
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, or CSV tables.
+        as_json: Print one JSON object instead of lines.
+        workers: Scans read at a time.
+    """
+    from dagman.ct import read
+
+    require(sources, "dagman check", "was given no source", "give files, folders or CSV tables")
+    rows, problems = read.check(sources, num_workers=workers)
+    if as_json:
+        print(json.dumps({"scans": rows, "problems": [problem.row() for problem in problems]}, indent=2))
+    else:
+        for row in rows:
+            shape, spacing = ("x".join(map(str, row[key])) for key in ("shape", "spacing_mm"))
+            print(f"{row['case_id']}: {row['format']}, {shape} voxels of {spacing} mm, {row['source']}")
+        for problem in problems:
+            print(problem)
+    lost = sum(not problem.ignored for problem in problems)
+    say(f"{len(rows)} scans can be used; {lost} problems; {len(problems) - lost} other files passed over")
+    if not rows:
+        return ExitCode.NOTHING_USABLE
+    next_step(f"dagman prepare -i {shlex.join(map(str, sources))} -o prepared")
+    return ExitCode.REJECTED if lost else ExitCode.OK
+
+
+def prepare(
+    *,
+    sources: Sources,
+    output: Output,
+    spacing_mm: float = 2.0,
+    resampling: Literal["antialiased", "linear"] = "antialiased",
+    storage: Literal["blosc2", "npy"] = "blosc2",
+    workers: int | None = None,
+) -> int:
+    """Bring CTs into one form: RAS+, cubic voxels, cropped to the body, int16 HU, a manifest with checksums.
+
+    Run again, it continues and adds what is new. What cannot be used honestly goes to rejected.jsonl.
+
+    Args:
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, or a CSV `case_id,image[,label][,mask][,split]
+            [,patient]`.
+        output: Folder for the prepared store.
+        spacing_mm: Side of the voxels.
+        resampling: `linear` keeps three times the noise of sub-millimetre slices.
+        storage: `npy` for machines without blosc2.
+        workers: Processes; one for each core by default.
+    """
+    from dagman.ct.prepare import PrepareConfig
+    from dagman.ct.prepare import prepare as prepare_all
+
+    config = PrepareConfig(spacing_mm=spacing_mm, resampling=resampling, storage=storage)
+    with progress("Preparing") as tell:
+        summary = prepare_all(sources, output, config, workers=workers, progress=tell)
+    _describe(summary, output)
+    if summary.exit_code is not ExitCode.NOTHING_USABLE:
+        next_step(f"dagman pretrain dagman-tiny --data {output} -o runs/first")
+    return summary.exit_code
+
+
+def _describe(summary: "Summary", output: Path) -> None:
+    """Say what a preparation found and wrote."""
+    from dagman.train.cost import duration
+
+    there = f", {summary.already_there} were there already" if summary.already_there else ""
+    say(f"{summary.stored} cases prepared in {duration(summary.seconds)}{there}; wrote {output}")
+    if summary.rejected:
+        codes = ", ".join(f"{count} E-{code}" for code, count in summary.codes.items())
+        say(f"{summary.rejected} rejected ({codes}); reasons and advice in {output / 'rejected.jsonl'}")
+    for same in summary.duplicates:
+        say(f"same voxels: {', '.join(same)}")

@@ -1,0 +1,134 @@
+"""The verbs that train: pretrain, and the demo of the whole chain."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from dagman.cli.watching import Output, Switch, Watcher, next_step, progress, say
+from dagman.errors import DagmanError, ExitCode
+
+if TYPE_CHECKING:
+    from dagman.train.settings import PretrainConfig
+
+
+def pretrain(
+    recipe: str,
+    /,
+    *settings: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    data: Path,
+    output: Output,
+    steps: int | None = None,
+    epochs: int | None = None,
+    config: Annotated[Path | None, Parameter(name=["--config", "-c"])] = None,
+    seed: int | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    devices: int = 1,
+    workers: int = 0,
+    checkpoint_every: int = 100,
+    fresh: Switch = False,
+    dry_run: Switch = False,
+) -> int:
+    """Pretrain an encoder; stopped and started again with the same command, it goes on bit for bit.
+
+    Args:
+        recipe: `dagman-tiny` (two CPU cores, minutes) or `dagman-swin` (the paper's sizes, GPUs).
+        settings: Any setting by its dotted name, such as `--method.losses.ampd 0`; `dagman info RECIPE` lists them.
+        data: A prepared store.
+        output: The run folder.
+        steps: Length of the run in optimizer steps; all schedules scale to it.
+        epochs: Length of the run in epochs.
+        config: YAML file of settings, overridden by flags.
+        seed: Of everything that is drawn.
+        device: Where to compute; by default the GPU where there is one.
+        devices: Processes that share a step (GPUs of this machine).
+        workers: Processes that read crops ahead, for each device.
+        checkpoint_every: Steps between two checkpoints.
+        fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
+        dry_run: Say what would be done and what it would cost, and stop.
+    """
+    from dagman import config as configs
+    from dagman import recipes
+    from dagman.ct.store import PreparedStore
+    from dagman.train import pretrain as training
+
+    chosen = recipes.with_length(recipes.get(recipe), steps, epochs)
+    if config:
+        chosen = configs.override(chosen, configs.read_yaml(config))
+    chosen = configs.override(chosen, dotted(settings))
+    if seed is not None:
+        chosen = configs.override(chosen, {"optimisation.seed": seed})
+    store = PreparedStore(data)
+    if dry_run:
+        print(configs.to_yaml(chosen), end="")
+        say(_size(chosen, len(store), devices))
+        return ExitCode.OK
+    if fresh and output.exists():
+        aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        output.rename(aside)
+        say(f"moved the earlier run to {aside}")
+    with progress("Pretraining") as tell:
+        result = training.pretrain(
+            chosen,
+            store,
+            output,
+            devices=devices,
+            device=device,
+            workers=workers,
+            checkpoint_every=checkpoint_every,
+            listeners=[Watcher(tell)],
+        )
+    if result.status == "stopped":
+        return ExitCode.STOPPED
+    say(f"wrote {output / 'weights'} and {output / 'progress.png'}")
+    next_step(f"dagman embed --weights {output} -i {data} -o {output / 'features.csv'}")
+    return ExitCode.OK
+
+
+def _size(config: "PretrainConfig", num_volumes: int, devices: int) -> str:
+    """What a run would be, without its weights."""
+    import torch
+
+    from dagman.pretext.codistill import CoDistillation
+    from dagman.train.cost import size_line
+
+    with torch.device("meta"):
+        module = CoDistillation(config.encoder, config.method, mean_intensity=0.0, crop=config.data.crop)
+    steps = config.optimisation.total_steps(num_volumes, devices)
+    return f"{num_volumes} volumes, {steps} steps; {size_line(module)}"
+
+
+def dotted(tokens: Sequence[str]) -> dict[str, str]:
+    """`--name value` and `--name=value` pairs as a dictionary.
+
+    Raises:
+        DagmanError: `E-USAGE` for a word that is no flag, or a flag without value.
+    """
+    values, rest = {}, list(tokens)
+    while rest:
+        flag = rest.pop(0)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not name:
+            raise DagmanError("USAGE", flag, "is no setting", "write --name value, such as --method.losses.ampd 0")
+        if not equals:
+            if not rest:
+                raise DagmanError("USAGE", flag, "has no value", f"write {flag} VALUE")
+            value = rest.pop(0)
+        values[name] = value
+    return values
+
+
+def demo(*, output: Output = Path("demo"), data: Path | None = None, steps: int | None = None) -> int:
+    """Run the whole chain on synthetic CTs, or on your own: prepare, pretrain, probe, attention.
+
+    Args:
+        output: Folder for everything that is made; run again, it continues.
+        data: Your CTs: a folder, or a CSV whose labels, masks and patients are used as far as they go.
+        steps: Pretraining steps, in place of what suits six minutes on two cores.
+    """
+    from dagman import demo as demonstration
+
+    demonstration.run(output, data, steps=steps, say=say, progress=progress, listener=Watcher)
+    return ExitCode.OK

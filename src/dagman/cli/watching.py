@@ -1,0 +1,109 @@
+"""What a person sees of long work: lines, a bar with the time left, the next command."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from cyclopts import Parameter
+
+from dagman.errors import DagmanError
+
+Sources = Annotated[list[Path], Parameter(name=["--input", "-i"], consume_multiple=True, negative=())]
+Output = Annotated[Path, Parameter(name=["--output", "-o"])]
+Switch = Annotated[bool, Parameter(negative=())]
+
+
+class Tell(Protocol):
+    """Hears how far a piece of work is."""
+
+    def __call__(self, done: int, total: int, note: str = "", /) -> None:
+        """Units done, units in all, and what came last."""
+
+
+def require(holds: object, subject: str, problem: str, advice: str) -> None:
+    """Refuse a command line that cannot be meant.
+
+    Raises:
+        DagmanError: `E-USAGE`.
+    """
+    if not holds:
+        raise DagmanError("USAGE", subject, problem, advice)
+
+
+def say(text: str = "") -> None:
+    """A line for the person who watches (standard error, so that standard output can be piped)."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def next_step(command: str) -> None:
+    """The last line of a verb: what to run next."""
+    say(f"Next: {command}")
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Tell]:
+    """A callable (done, total, note): a bar on a terminal, elsewhere a line every ten seconds, with the time left."""
+    if not sys.stderr.isatty():
+        yield _lines(title)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, note="")
+
+        def tell(done: int, total: int, note: str = "", /) -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield tell
+
+
+def _lines(title: str, every_seconds: float = 10.0) -> Tell:
+    from dagman.train.cost import duration
+
+    started, first, last = time.monotonic(), -1, 0.0
+
+    def tell(done: int, total: int, note: str = "", /) -> None:
+        nonlocal started, first, last
+        now = time.monotonic()
+        if first < 0:
+            first, started = done, now
+        if now - last < every_seconds and done < total:
+            return
+        last = now
+        left = f", {duration((now - started) * (total - done) / (done - first))} left" if first < done < total else ""
+        say(f"{title} {done}/{total}{left}{', ' + note if note else ''}")
+
+    return tell
+
+
+class Watcher:
+    """Shows a run's progress and messages to the person who watches."""
+
+    def __init__(self, tell: Callable[[int, int, str], None]) -> None:
+        self.tell = tell
+        self.total = 0
+
+    def on_start(self, step: int, total_steps: int) -> None:
+        """Remember the length of the run."""
+        self.total = total_steps
+        self.tell(step, total_steps, "")
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        """Show the step and its losses."""
+        terms = [f"{name} {row[name]:.3f}" for name in ("total", "amip", "ampd", "aitd", "gitd") if row.get(name)]
+        self.tell(row["step"], self.total, ", ".join(terms))
+
+    def on_message(self, text: str) -> None:
+        """Pass a message on."""
+        say(text)

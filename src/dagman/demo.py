@@ -1,0 +1,211 @@
+"""The whole chain in a few minutes: prepare, pretrain, probe beside the baselines, look at the attention."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from dagman import config as configs
+from dagman import files, recipes
+from dagman.ct import phantom
+from dagman.ct.index import index
+from dagman.ct.prepare import prepare
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError, ExitCode
+from dagman.figures import phantom as sheets
+from dagman.nets.swin import SwinEncoder
+from dagman.nets.weights import load_encoder
+from dagman.run import Run
+from dagman.tasks import classify
+from dagman.tasks.attention import explain
+from dagman.tasks.embed import embed, untrained, voxels
+from dagman.train.pretrain import Listener, pretrain
+
+NUM_PHANTOMS = 48
+STEPS = 300
+"""About three minutes of pretraining on two cores."""
+LUNG_WINDOW_HU = "-1000,400"
+NUM_PICTURES = 2
+
+READINGS = {
+    "image_error_ratio": "image error relative to predicting each view's visible mean (below 1: it learns)",
+    "pooled_spread": "spread of the pooled features (0: collapsed, 1: as different as random directions)",
+    "aitd_teacher_entropy": "teacher entropy of the [CLS] token / ln K (1: no signal yet)",
+    "attention_entropy": "attention entropy / ln N (1: looks everywhere alike)",
+    "attention_peak": "attention peak, times uniform",
+}
+
+Say = Callable[[str], None]
+Tell = Callable[[int, int, str], None]
+Show = Callable[[str], AbstractContextManager[Tell]]
+
+
+def run(
+    folder: Path,
+    data: Path | None,
+    *,
+    steps: int | None,
+    say: Say,
+    progress: Show,
+    listener: Callable[[Tell], Listener],
+) -> None:
+    """Prepare, pretrain `dagman-tiny`, probe, and look; what is finished already is not done again.
+
+    Args:
+        folder: Where everything goes.
+        data: The user's CTs; None for phantoms.
+        steps: Pretraining steps.
+        say: Shows a line.
+        progress: Makes the bar of a piece of work.
+        listener: Makes what watches the pretraining.
+
+    Raises:
+        DagmanError: What any of the verbs raises; `E-NODATA` where no scan can be used.
+    """
+    source = data or _phantoms(folder / "phantoms", say)
+    say(f"1/4 Preparing {source}")
+    with progress("Preparing") as tell:
+        summary = prepare([source], folder / "prepared", progress=tell)
+    say(f"    {summary.stored + summary.already_there} cases ready, {summary.rejected} rejected")
+    if summary.exit_code is ExitCode.NOTHING_USABLE:
+        raise DagmanError(
+            "NODATA",
+            source,
+            "holds no scan that can be used",
+            f"see {folder / 'prepared' / 'rejected.jsonl'}",
+            exit_code=ExitCode.NOTHING_USABLE,
+        )
+    store = PreparedStore(folder / "prepared")
+    say("2/4 Pretraining dagman-tiny")
+    recipe = recipes.with_length(recipes.get("dagman-tiny"), steps or STEPS, None)
+    recipe = configs.override(recipe, {"data.window_hu": LUNG_WINDOW_HU})
+    with progress("Pretraining") as tell:
+        result = pretrain(recipe, store, folder / "run", listeners=[listener(tell)])
+    if result.status == "stopped":
+        raise DagmanError(
+            "STOPPED",
+            folder,
+            f"stopped at step {result.step}",
+            "run the same command to continue",
+            exit_code=ExitCode.STOPPED,
+        )
+    encoder = load_encoder(folder / "run")
+    say("3/4 Probing what its features know")
+    found = {"training": _training(Run(folder / "run")), "probe": _probe(encoder, store, folder, say)}
+    say("4/4 Looking at its attention")
+    pictures = _pictures(encoder, source, folder / "attention", say)
+    files.write_json(folder / "summary.json", found)
+    _report(found, folder, pictures, say)
+
+
+def _phantoms(folder: Path, say: Say) -> Path:
+    table = folder / "cases.csv"
+    if not table.exists():
+        say(f"0/4 Painting {NUM_PHANTOMS} synthetic chest CTs with benign and malignant nodules")
+        phantom.write(folder, NUM_PHANTOMS, workers=-1)
+        shown = [
+            (f"case {case}", made.volume, made.nodule_mask) for case in range(4) for made in [phantom.make(0, case)]
+        ]
+        sheets.save_sheet(folder / "sheet.png", shown)
+    return table
+
+
+def _training(run: Run) -> dict[str, float]:
+    """How the pretraining ended: means over its last twentieth."""
+    rows = run.metrics()
+    last = rows[-max(1, len(rows) // 20) :]
+    means = {name: sum(row[name] for row in last) / len(last) for name in READINGS}
+    return {"steps": rows[-1]["step"], "seconds_per_step": sum(row["seconds"] for row in rows) / len(rows), **means}
+
+
+def _probe(encoder: SwinEncoder, store: PreparedStore, folder: Path, say: Say) -> list[dict[str, Any]]:
+    """Probe the pretrained encoder, the same encoder untrained, and raw voxels; empty without usable labels."""
+    classes = {row.get("label") for row in store.rows} - {None}
+    if len(classes) != 2:
+        say(f"    no probe: {len(classes)} classes of labels; a CSV with a label column of two classes gives one")
+        return []
+    tables = {
+        "pretrained": embed(encoder, store),
+        "untrained": embed(untrained(encoder), store),
+        "raw voxels": voxels(store, encoder.preparation),
+    }
+    positive = max(map(str, classes))
+    try:
+        results = {
+            name: classify.probe(table, positive=positive, unlabelled="leave_out") for name, table in tables.items()
+        }
+    except DagmanError as error:
+        say(f"    no probe: {error}")
+        return []
+    for name, result in results.items():
+        classify.write(result, folder / "probe" / name.replace(" ", "-"))
+    differences = {row["features"]: row["first_minus_this"] for row in classify.beside(results)}
+    return [
+        {
+            "features": name,
+            "first_minus_this": differences[name] and vars(differences[name]),
+            **classify.summary(result),
+        }
+        for name, result in results.items()
+    ]
+
+
+def _pictures(encoder: SwinEncoder, source: Path, folder: Path, say: Say) -> list[Path]:
+    scans, _ = index([source])
+    chosen = [scan for scan in scans if scan.mask] or scans
+    pictures = []
+    for scan in chosen[:NUM_PICTURES]:
+        try:
+            pictures.append(explain(encoder, scan, folder).picture)
+        except DagmanError as error:
+            say(f"    {error}")
+    return pictures
+
+
+def _report(found: dict[str, Any], folder: Path, pictures: list[Path], say: Say) -> None:
+    """Print the table, what it means, and where everything lies."""
+    training, rows = found["training"], found["probe"]
+    say("")
+    say(f"After {training['steps']} steps of {training['seconds_per_step']:.2f} s:")
+    for name, meaning in READINGS.items():
+        say(f"  {training[name]:6.3f}  {meaning}")
+    if rows:
+        first = rows[0]
+        say("")
+        say(
+            f"{first['positive_label']} or {first['negative_label']}: {first['cases']} cases of {first['patients']} "
+            f"patients, {first['folds']} folds by patient, 95 % intervals by patient bootstrap"
+        )
+        say(f"  {'features':12s} {'AUC':24s} pretrained minus this")
+        for row in rows:
+            say(f"  {row['features']:12s} {_interval(row['auc']):24s} {_interval(row['first_minus_this'])}")
+        say(verdict(rows))
+    say("")
+    say(f"Wrote {folder}: prepared/ run/progress.png probe/ attention/ summary.json")
+    for picture in pictures:
+        say(f"  {picture}")
+    say(f"Next: dagman pretrain dagman-tiny --data {folder / 'prepared'} -o runs/longer --steps 5000")
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Whether pretraining beat the untrained encoder, in words that the interval carries."""
+    gained = next(row["first_minus_this"] for row in rows if row["features"] == "untrained")
+    if gained["low"] is not None and gained["low"] > 0:
+        return "Pretraining beats the untrained encoder here: the interval of the difference lies above 0."
+    if gained["high"] is not None and gained["high"] < 0:
+        return (
+            "The untrained encoder is better here: so short a pretraining unlearns more than it learns; "
+            "docs/learning.md shows what longer runs do."
+        )
+    return (
+        "A few minutes of pretraining do not beat the untrained encoder here: the interval of the difference holds 0; "
+        "docs/learning.md shows what longer runs do."
+    )
+
+
+def _interval(estimate: dict[str, Any] | None) -> str:
+    if not estimate or estimate["value"] is None:
+        return ""
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
