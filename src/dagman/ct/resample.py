@@ -148,7 +148,7 @@ def body_box(
         for box, size in zip(ndimage.find_objects(parts), sizes, strict=True)
         if size >= SMALLEST_PART_RATIO * sizes.max()
     ]
-    margin = int(np.ceil(MARGIN_MM / voxel_mm)) + 1
+    margin = int(np.ceil(MARGIN_MM / voxel_mm)) + 2  # the coarse grid may miss the outermost two
     low = np.array([[2 * edge.start - margin for edge in box] for box in boxes]).reshape(-1, 3)
     high = np.array([[2 * edge.stop + margin for edge in box] for box in boxes]).reshape(-1, 3)
     if not boxes:

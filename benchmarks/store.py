@@ -1,0 +1,139 @@
+"""How long a random training crop takes, from the storages a prepared volume could have.
+
+    python benchmarks/store.py [--data FOLDER_OF_NIFTI] [--json benchmarks/results/store.json]
+
+Writes one volume at 2 mm in each storage, checks that every crop is the same, and prints the median time of a random
+128^3 crop by one process with one thread (files in the page cache; the CPU time is what a busy machine does not
+change), beside the file's size and the time to write it.
+Without `--data` the volume is 300^3 voxels of tissue with 12 HU of noise.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import nibabel as nib
+import numpy as np
+
+from dagman.ct.index import index
+from dagman.ct.prepare import PrepareConfig, prepare_volume
+from dagman.ct.read import read
+from dagman.ct.store import padded_crop, write_array
+
+CROP = (128, 128, 128)
+
+
+def blosc2_writer(codec: blosc2.Codec, level: int) -> Callable[[Path, np.ndarray], None]:
+    """A writer of chunks of 64^3 and blocks of 32^3."""
+
+    def write(path: Path, hu: np.ndarray) -> None:
+        settings = {"codec": codec, "clevel": level, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
+        blosc2.asarray(hu, urlpath=str(path), mode="w", chunks=(64,) * 3, blocks=(32,) * 3, cparams=settings)
+
+    return write
+
+
+def crop_blosc2(path: Path, corner: tuple[int, ...]) -> np.ndarray:
+    """A crop as `PreparedStore` reads it: the file is opened for every crop."""
+    return padded_crop(blosc2.open(str(path), mode="r", dparams={"nthreads": 1}), corner, CROP, -1024)
+
+
+def crop_npy(path: Path, corner: tuple[int, ...]) -> np.ndarray:
+    """A crop of a memory-mapped array, copied as a batch needs it."""
+    return padded_crop(np.load(path, mmap_mode="r"), corner, CROP, -1024).copy()
+
+
+def crop_nifti(path: Path, corner: tuple[int, ...]) -> np.ndarray:
+    """A crop of a compressed NIfTI, which has to be read from its beginning."""
+    return padded_crop(np.asarray(nib.load(path).dataobj), corner, CROP, -1024)
+
+
+STORAGES: dict[str, tuple[str, Callable[[Path, np.ndarray], Any], Callable[[Path, tuple[int, ...]], np.ndarray]]] = {
+    "b2nd lz4 (the store's)": (".b2nd", write_array, crop_blosc2),
+    "b2nd zstd level 1": (".b2nd", blosc2_writer(blosc2.Codec.ZSTD, 1), crop_blosc2),
+    "b2nd zstd level 5": (".b2nd", blosc2_writer(blosc2.Codec.ZSTD, 5), crop_blosc2),
+    "npy": (".npy", write_array, crop_npy),
+    "nii.gz": (".nii.gz", lambda path, hu: nib.save(nib.Nifti1Image(hu, np.eye(4)), path), crop_nifti),
+}
+
+
+def volumes(data: Path | None) -> dict[str, np.ndarray]:
+    """Prepared volumes to measure on, at least as long as the crop."""
+    if data is None:
+        return {"noise of 12 HU, 300^3": np.random.default_rng(0).normal(40, 12, (300,) * 3).astype(np.int16)}
+    prepared = {scan.case_id: prepare_volume(read(scan), PrepareConfig()).hu for scan in index([data])[0]}
+    return {case_id: hu for case_id, hu in prepared.items() if min(hu.shape) >= 128}
+
+
+def measure(hu: np.ndarray, folder: Path, num_crops: int) -> list[dict[str, Any]]:
+    """Milliseconds per crop, MiB and seconds to write, for each storage; storages take turns."""
+    draws = np.random.default_rng(1)
+    corners = [tuple(int(draws.integers(0, num - 127)) for num in hu.shape) for _ in range(num_crops)]
+    rows = {}
+    for name, (suffix, write, _) in STORAGES.items():
+        path = folder / f"{len(rows)}{suffix}"
+        started = time.perf_counter()
+        write(path, hu)
+        rows[name] = {"path": path, "write_s": time.perf_counter() - started, "wall": [], "cpu": []}
+    for corner in corners:
+        expected = padded_crop(hu, corner, CROP, -1024)
+        for name, (_, _, crop) in STORAGES.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            found = crop(rows[name]["path"], corner)
+            rows[name]["wall"].append(time.perf_counter() - wall)
+            rows[name]["cpu"].append(time.process_time() - cpu)
+            if not np.array_equal(found, expected):
+                raise SystemExit(f"{name} gave another crop")
+    return [
+        {
+            "storage": name,
+            "crop_ms": round(1000 * float(np.median(row["wall"])), 2),
+            "crop_cpu_ms": round(1000 * float(np.median(row["cpu"])), 2),
+            "mib": round(row["path"].stat().st_size / 2**20, 1),
+            "write_s": round(row["write_s"], 2),
+        }
+        for name, row in rows.items()
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": model, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "blosc2": blosc2.__version__}
+
+
+def main() -> None:
+    """Measure, print, and write the figures if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of CTs to prepare and measure on")
+    parser.add_argument("--crops", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "crop": CROP, "volumes": []}
+    print(f"{results['machine']}\n")
+    for name, hu in volumes(arguments.data).items():
+        with tempfile.TemporaryDirectory() as folder:
+            rows = measure(hu, Path(folder), arguments.crops)
+        results["volumes"].append({"volume": name, "shape": hu.shape, "storages": rows})
+        print(f"{name}, {' x '.join(map(str, hu.shape))} voxels")
+        print(f"  {'storage':<24}{'ms a 128^3 crop':>16}{'of CPU':>8}{'MiB':>8}{'s to write':>12}")
+        for row in rows:
+            print(
+                f"  {row['storage']:<24}{row['crop_ms']:>16}{row['crop_cpu_ms']:>8}{row['mib']:>8}{row['write_s']:>12}"
+            )
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
