@@ -123,7 +123,6 @@ def test_rows_of_other_folds_and_labels_of_the_same_fold_do_not_touch_a_predicti
     flipped[test[1:]] = ~flipped[test[1:]]
     again, probes = classify.cross_validate(changed, flipped, groups, fold, seed=0)
     assert again[test[0]] == probability[test[0]]
-    assert again[fold == 0] == pytest.approx(again[fold == 0])
     assert 0 < probes[1].threshold < 1
 
 
