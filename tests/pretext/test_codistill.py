@@ -154,6 +154,14 @@ def test_bfloat16_autocast_gives_the_losses_of_single_precision() -> None:
         assert other.item() == pytest.approx(one.item(), rel=0.02), name
 
 
+def test_logits_are_single_precision_under_autocast() -> None:
+    network = build().student
+    bottleneck = nn.functional.normalize(torch.randn(50, 8), dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network.logits("ampd", bottleneck)
+    assert torch.equal(logits, network.logits("ampd", bottleneck))
+
+
 # ---- what is hidden from whom -----------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ def test_effective_rank_counts_directions(rows: int) -> None:
     assert diagnostics.effective_rank(drawn(16).expand(rows, 16)).item() == pytest.approx(1, abs=1e-3)
     for rank in (2, 4):
         spanned = basis[torch.arange(rows) % rank]
-        assert diagnostics.effective_rank(spanned).item() == pytest.approx(rank, rel=1e-3)
+        assert diagnostics.effective_rank(spanned).item() == pytest.approx(rank, rel=0.01)
 
 
 def test_effective_rank_against_singular_values() -> None:

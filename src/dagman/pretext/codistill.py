@@ -147,7 +147,8 @@ class CoDistillation(nn.Module):
         """
         images = torch.cat([views.u, views.v])
         teacher = self._teach(images, generator)
-        hidden = self._hide(teacher.attention if knobs.attended else None, len(images), generator).to(images.device)
+        hidden = self._hide(teacher.attention if knobs.attended else None, len(images), generator)
+        hidden = hidden.to(images.device, non_blocking=True)
         student = self.student.encoder(images, hidden)
         compared = self._distil(student, teacher, hidden, knobs)
         values = {name: one.loss for name, one in compared.items()}
@@ -167,7 +168,8 @@ class CoDistillation(nn.Module):
         if self.method.dropped_ratio:
             cells = math.prod(self.grid)
             count = hiding.floor_count(self.method.dropped_ratio, cells)
-            dropped = hiding.random(len(images), cells, count=count, generator=generator).to(images.device)
+            dropped = hiding.random(len(images), cells, count=count, generator=generator)
+            dropped = dropped.to(images.device, non_blocking=True)
         features = self.teacher.encoder(images, None, dropped)
         guide = features
         if self.method.guide == "clean" and dropped is not None:
@@ -195,7 +197,7 @@ class CoDistillation(nn.Module):
                 hints=config.hints,
                 generator=generator,
             )
-        return hidden & touched.to(hidden.device)
+        return hidden & touched.to(hidden.device, non_blocking=True)
 
     def _distil(self, student: Features, teacher: Targets, hidden: Tensor, knobs: Knobs) -> dict[str, Compared]:
         """AITD and GITD across the views, AMPD on each view's hidden cells (equations 2 to 4)."""

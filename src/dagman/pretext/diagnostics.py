@@ -11,7 +11,7 @@ from torch.nn import functional
 from dagman.pretext import losses
 from dagman.types import Features
 
-RANK_ROWS = 256
+RANK_ROWS = 128
 """Vectors of which the effective rank is taken: enough to see a collapse, cheap at any size."""
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2

@@ -56,7 +56,7 @@ def attended(
     hidden = _mark(order[:, first:last], cells)
     if hints == "attmask":
         revealed = random(batch, shown, count=floor_count(hint_ratio * ratio, cells), generator=generator)
-        hidden.scatter_(1, order[:, :shown], ~revealed.to(order.device))
+        hidden.scatter_(1, order[:, :shown], ~revealed.to(order.device, non_blocking=True))
     return hidden
 
 
