@@ -502,6 +502,9 @@ def register_series() -> None:
     series("truncated-slice", "SLICE", one(4, PixelData=PHANTOM_HU[:, :, 4].T.tobytes()[:-90]))
     series("longer-slice", "SLICE", one(4, PixelData=bytes(22 * 18 * 2 + 500)))
     series("no-pixels", "SLICE", one(4, PixelData=None))
+    series("good-many-tags", "", many_tags)
+    series("good-deep-sequences", "", deep)
+    SERIES["undefined-length"] = "SLICE", undefined_length
     SERIES["file-cut"] = "SLICE", cut_file
     series("unknown-codec", "CODEC", encapsulated("1.2.840.10008.1.2.4.53"))
     series("broken-j2k", "SLICE", encapsulated(JPEG2000Lossless))
@@ -520,6 +523,31 @@ def register_series() -> None:
     series("rows-65535", "DIMS", each(Rows=65535, Columns=65535))
     series("frames-1000", "MULTIFRAME", each(NumberOfFrames=1000))
     series("raw-values", "NOTHU", each(RescaleIntercept=0))
+
+
+def deep(data: list[Dataset]) -> None:
+    """A private sequence 200 levels deep in one slice."""
+    outer = Dataset()
+    for _ in range(200):
+        inner, outer = outer, Dataset()
+        outer.PatientComments = CANARY
+        outer.RequestAttributesSequence = Sequence([inner])
+    data[3].RequestAttributesSequence = Sequence([outer])
+
+
+def many_tags(data: list[Dataset]) -> None:
+    """Twenty thousand private elements in one slice."""
+    for number in range(20_000):
+        data[3].add_new(0x00110000 + 0x1000 + (number % 0xE000) + (number // 0xE000) * 0x20000, "LO", "x")
+
+
+def undefined_length(folder: Path) -> None:
+    """Native pixels of undefined length, never ended."""
+    SERIES["good"][1](folder)
+    path = folder / "s004.dcm"
+    data = path.read_bytes()
+    place = data.rindex(b"\xe0\x7f\x10\x00OW") + 8
+    path.write_bytes(data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :])
 
 
 def again(data: list[Dataset]) -> list[Dataset]:

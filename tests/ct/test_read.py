@@ -16,7 +16,7 @@ import pydicom
 import pytest
 import SimpleITK
 
-from dagman.ct import guard, pixels
+from dagman.ct import guard, hounsfield, pixels
 from dagman.ct.index import Problem, index
 from dagman.ct.read import Limits, check, read, read_mask
 from dagman.errors import DagmanError
@@ -164,6 +164,21 @@ def test_order_of_slices_does_not_matter(tmp_path: Path) -> None:
         assert same_scan(read(Scan(case_id="a", files=shuffled, kind="dicom")))
 
 
+def test_file_that_vanishes_is_named(tmp_path: Path) -> None:
+    FILES["good.nii"][1](tmp_path / "a.nii")
+    (scan,) = index([tmp_path])[0]
+    (tmp_path / "a.nii").unlink()
+    with pytest.raises(DagmanError, match=r"E-GONE .*a.nii"):
+        read(scan)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    FILES["good.nii"][1](tmp_path / "a.nii")
+    (tmp_path / "a.nii").chmod(0)
+    assert outcome(tmp_path / "a.nii").code == "PERM"
+
+
 # --------------------------------------------------------------------------------------------------- masks
 
 
@@ -294,6 +309,17 @@ def test_works_in_threads_and_in_joblib_workers(tmp_path: Path) -> None:
     assert all(same_scan(volume) for volume in volumes)
 
 
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_fork_of_a_reader_gets_its_own_server(tmp_path: Path) -> None:
+    FILES["good.nii"][1](tmp_path / "a.nii")
+    (scan,) = index([tmp_path])[0]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if same_scan(read(scan)) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert same_scan(read(scan))
+
+
 def test_detached_file_is_never_opened(tmp_path: Path) -> None:
     secret = tmp_path / "secret.raw"
     secret.write_bytes(PHANTOM_HU.tobytes(order="F"))
@@ -389,6 +415,38 @@ def test_real_sarcomas_and_their_masks_agree_with_nibabel(real_data: Path) -> No
         agree_with_nibabel(image, nibabel.load(path))
         mask = read_mask(path.with_name(path.name.replace("_ct", "_gtv")), image)
         assert mask.hu.any()
+
+
+def wrong_units(hu: np.ndarray) -> dict[str, np.ndarray]:
+    """The same scan as it is found when nobody rescaled it, or somebody rescaled it for a network."""
+    return {
+        "stored": hu + 1024,
+        "air at 0": hu + 1000,
+        "subtracted twice": hu - 1024,
+        "soft tissue window on 0..255": np.clip((hu + 160) / 400, 0, 1) * 255,
+        "wide window in whole numbers": np.rint(np.clip((hu + 1000) / 1400, 0, 1) * 255),
+        "-1..1": np.clip((hu + 160) / 200 - 1, -1, 1),
+        "standardised": (hu - hu.mean()) / hu.std(),
+        "thousandths": hu / 1000,
+    }
+
+
+def test_real_scans_in_wrong_units_are_refused_and_their_crops_accepted(real_data: Path) -> None:
+    draw = np.random.default_rng(0)
+    for scan in index([real_data / "ct_corpus"])[0]:
+        volume = read(scan)
+        hu = volume.hu[::4, ::4].astype(np.float32)
+        for name, values in wrong_units(hu).items():
+            with pytest.raises(DagmanError, match="E-NOTHU"):
+                hounsfield.check_hu(Path(name), values)
+        size = [min(round(64 / mm), side) for mm, side in zip(volume.spacing_mm, volume.hu.shape, strict=True)]
+        crops = 0
+        while crops < 4:
+            start = [draw.integers(0, side - n + 1) for side, n in zip(volume.hu.shape, size, strict=True)]
+            crop = volume.hu[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+            if np.mean(crop > -500) > 0.5:
+                hounsfield.check_hu(Path(scan.case_id), crop)
+                crops += 1
 
 
 def test_other_real_formats_agree_with_simpleitk(real_data: Path) -> None:

@@ -45,7 +45,8 @@ def read(paths: Sequence[Path], max_voxels: int) -> tuple[np.ndarray, np.ndarray
 
     Raises:
         DagmanError: `E-DICOM`, `E-MODALITY`, `E-RESCALE`, `E-NOTHU`, `E-BURNEDIN`, `E-MULTIFRAME`, `E-NOFORM`,
-            `E-MIXED`, `E-AFFINE`, `E-SPACING`, `E-SMALL`, `E-DUPPOS`, `E-GAP`, `E-TILT`, `E-DIMS`, `E-SLICE`, `E-CODEC`.
+            `E-MIXED`, `E-AFFINE`, `E-SPACING`, `E-SMALL`, `E-DUPPOS`, `E-GAP`, `E-TILT`, `E-DIMS`, `E-SLICE`,
+            `E-CODEC`.
     """
     frames = []
     for path in paths:

@@ -61,8 +61,12 @@ class _Server:
         theirs.close()
 
     def close(self) -> None:
+        """Let the process end; in a fork of its owner, only let go of it."""
         self.socket.close()
-        self.process.wait()
+        if self.owner == os.getpid():
+            self.process.wait()
+        else:
+            self.process.returncode = 0
 
 
 _idle: list[_Server] = []
@@ -83,10 +87,7 @@ def run(task: str, subject: Path, arguments: dict[str, Any], limits: Limits) -> 
     Raises:
         DagmanError: What the task raised; `E-TIMEOUT`, `E-MEMORY` or `E-CRASH` when its process was ended.
     """
-    server = _idle.pop() if _idle else _Server()
-    if server.owner != os.getpid():
-        _idle.clear()
-        server = _Server()
+    server = _take()
     with _shared_file() as note, _shared_file() as voxels:
         request = {"task": task, "arguments": arguments, "memory_bytes": limits.memory_bytes, "subject": str(subject)}
         note.write(json.dumps(request).encode())
@@ -112,6 +113,16 @@ def run(task: str, subject: Path, arguments: dict[str, Any], limits: Limits) -> 
             code, about, problem, advice, exit_code = reply["error"]
             raise DagmanError(code, about, problem, advice, exit_code=ExitCode(exit_code))
         return reply["value"], _array(voxels, reply)
+
+
+def _take() -> _Server:
+    """An idle server of this very process, or a new one."""
+    while _idle:
+        server = _idle.pop()
+        if server.owner == os.getpid():
+            return server
+        server.close()
+    return _Server()
 
 
 def _array(voxels: IO[bytes], reply: dict[str, Any]) -> np.ndarray | None:
@@ -154,9 +165,7 @@ def _shared_file() -> IO[bytes]:
 def close() -> None:
     """End this process's idle reading processes."""
     while _idle:
-        server = _idle.pop()
-        if server.owner == os.getpid():
-            server.close()
+        _idle.pop().close()
 
 
 def _serve(connection: socket.socket) -> None:

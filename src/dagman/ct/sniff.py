@@ -11,10 +11,10 @@ from dagman.errors import DagmanError
 _DETACHED = {".mhd", ".nhdr", ".hdr", ".img"}
 _NAMED = (".nii", ".nii.gz", ".nrrd", ".mha", ".dcm")
 _ADVICE = "give a .nii, .nii.gz, .nrrd or .mha file or DICOM images"
-_MODALITIES = frozenset(
-    "ANN AR ASMT AU BI BMD CR CT CTPROTOCOL DG DMS DOC DX ECG EPS ES FID GM HC HD IO IOL IVOCT IVUS KER KO LEN LS MG "
+_MODALITIES = (
+    " ANN AR ASMT AU BI BMD CR CT CTPROTOCOL DG DMS DOC DX ECG EPS ES FID GM HC HD IO IOL IVOCT IVUS KER KO LEN LS MG "
     "MR M3D NM OAM OCT OP OPM OPT OPV OSS OT PA PLAN PR PT PX REG RESP RF RG RTDOSE RTIMAGE RTINTENT RTPLAN RTRAD "
-    "RTRECORD RTSEGANN RTSTRUCT RWV SEG SM SMR SR SRF STAIN TEXTUREMAP TG US VA XA XC".split()  # noqa: SIM905
+    "RTRECORD RTSEGANN RTSTRUCT RWV SEG SM SMR SR SRF STAIN TEXTUREMAP TG US VA XA XC "
 )
 """The standard's words (CS 0008,0060): any other text in that place could be anything."""
 _DICOMDIR = "1.2.840.10008.1.3.10"
@@ -102,6 +102,6 @@ def _dicom_facts(path: Path, key: bytes) -> dict[str, Any]:
         "kind": "dicom",
         "series": hashlib.sha256(series.encode()).hexdigest()[:10] if series else "",
         "patient": hmac.new(key, patient.encode(), "sha256").hexdigest()[:12] if patient else None,
-        "modality": modality if modality in _MODALITIES else "unknown",
+        "modality": modality if f" {modality} " in _MODALITIES else "unknown",
         "localizer": "LOCALIZER" in [str(item).upper() for item in words],
     }
