@@ -85,7 +85,8 @@ def png(rows: Sequence[Mapping[str, Any]], num_prototypes: int, title: str) -> b
     Returns:
         A PNG file.
     """
-    figure = Figure(figsize=(15, 11), dpi=80, layout="constrained")
+    figure = Figure(figsize=(15, 11), dpi=80)
+    figure.subplots_adjust(left=0.04, right=0.985, bottom=0.05, top=0.91, wspace=0.14, hspace=0.33)
     figure.suptitle(title, fontsize=13)
     step = np.array([row["step"] for row in rows], dtype=float)
     for axes, panel in zip(figure.subplots(3, 3).flat, panels(num_prototypes), strict=True):

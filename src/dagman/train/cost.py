@@ -38,11 +38,11 @@ def encoder_flops(encoder: SwinConfig, crop: tuple[int, int, int]) -> float:
         encoder: Sizes of the network.
         crop: Sides of the view in voxels (x, y, z).
     """
-    tokens, width = math.prod(crop) / 8, encoder.embed_dim
-    flops = 2 * 8 * tokens * width
+    tokens, width = math.prod(crop) // 8, encoder.embed_dim
+    flops = 2.0 * 8 * tokens * width
     for stage, depth in enumerate(encoder.depths, 1):
         flops += depth * _block_flops(tokens, width, encoder.window**3, encoder.mlp_ratio)
-        tokens, width = tokens / 8, 2 * width
+        tokens, width = tokens // 8, 2 * width
         flops += 2 * tokens * 4 * width * width
         if encoder.attention and encoder.attention.stage == stage:
             blocks = encoder.attention.num_blocks
@@ -50,7 +50,7 @@ def encoder_flops(encoder: SwinConfig, crop: tuple[int, int, int]) -> float:
     return flops
 
 
-def _block_flops(tokens: float, width: int, attended: float, mlp_ratio: float) -> float:
+def _block_flops(tokens: int, width: int, attended: int, mlp_ratio: float) -> float:
     """A transformer block in which each token attends to `attended` others."""
     return 2 * tokens * width * ((4 + 2 * mlp_ratio) * width + 2 * attended)
 

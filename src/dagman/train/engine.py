@@ -92,9 +92,9 @@ def loader(
 
 
 def _leave_signals(_: int) -> None:
-    """A stop is the training process's to handle: it still wants the batches under way."""
-    for name in StopRequest.SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
+    """Ctrl-C reaches the whole process group, but the training process still wants the batches under way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning_fabric import Fabric
@@ -25,6 +25,7 @@ from dagman.types import Preparation, Views
 _HELD_OUT = ("validation", "test")
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Is told how a run goes on: a progress bar, a picture."""
 
@@ -158,7 +159,7 @@ def batches(job: Job, start: int, workers: int) -> Iterator[Views]:
 
 
 def save(job: Job, done: int) -> None:
-    """Encoders first, state last: what a kill leaves between is written again when the run goes on."""
+    """Encoders before the state: what a kill leaves between is written again when the run goes on."""
     card = {
         "recipe": job.config.recipe,
         "method": configs.to_dict(job.config.method),
@@ -169,9 +170,9 @@ def save(job: Job, done: int) -> None:
     folder = job.run.weights
     save_encoder(job.module.student.encoder, folder / "student.safetensors", card | {"role": "student"})
     save_encoder(job.module.teacher.encoder, folder / "model.safetensors", card | {"role": "teacher"})
-    draw(job)
     tensors = checkpoints.state(job.module, job.optimizer)
     checkpoints.save(job.run.checkpoints, done, tensors, job.identity, keep=job.keep)
+    draw(job)
 
 
 def draw(job: Job) -> None:

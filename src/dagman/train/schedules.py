@@ -17,6 +17,8 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
     """
     if step >= total - 1:
         return end
+    if step <= 0:
+        return start
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / (total - 1)))
 
 

@@ -1,0 +1,178 @@
+"""What is not finite never gets into the network, and a collapse is named."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import small, write_store
+from test_resume import rows
+
+from dagman.ct.datasets import ViewsDataset
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError, ExitCode
+from dagman.pretext.codistill import CoDistillation, Outcome
+from dagman.run import Run
+from dagman.train import checkpoints
+from dagman.train.health import ALARMS, Watch
+from dagman.train.pretrain import pretrain
+
+
+@pytest.fixture
+def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts a NaN or an infinity into the second step: its batch, loss, one gradient, or the teacher's means."""
+    place, value = request.param
+    calls = {"forward": 0}
+    forward, read = CoDistillation.forward, ViewsDataset.__getitem__
+
+    def poisoned_forward(self: CoDistillation, *arguments: Any) -> Outcome:
+        calls["forward"] += 1
+        outcome = forward(self, *arguments)
+        if calls["forward"] != 2:
+            return outcome
+        if place == "loss":
+            return outcome._replace(losses=outcome.losses._replace(total=outcome.losses.total * value))
+        if place == "gradient":
+            weight = self.student.encoder.hidden_token
+            weight.register_hook(lambda gradient: gradient * value if calls["forward"] == 2 else gradient)
+            # The hook must stand before the graph is built.
+            return forward(self, *arguments)
+        if place == "means":
+            return outcome._replace(means={name: mean * value for name, mean in outcome.means.items()})
+        return outcome
+
+    def poisoned_read(self: ViewsDataset, sample: int) -> Any:
+        u, v, row, padding = read(self, sample)
+        return (u * value if place == "batch" and sample == 1 else u), v, row, padding
+
+    monkeypatch.setattr(CoDistillation, "forward", poisoned_forward)
+    monkeypatch.setattr(ViewsDataset, "__getitem__", poisoned_read)
+    yield
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        ("batch", float("nan")),
+        ("batch", float("inf")),
+        ("loss", float("nan")),
+        ("loss", float("inf")),
+        ("gradient", float("nan")),
+        ("means", float("nan")),
+    ],
+    indirect=True,
+    ids=str,
+)
+def test_a_value_that_is_not_finite_skips_the_step_and_nothing_else(
+    store: PreparedStore, tmp_path: Path, poison: None
+) -> None:
+    run = Run(tmp_path / "run")
+    config = small(steps=3)
+    config = replace(config, method=replace(config.method, center_momentum=0.5))
+    assert pretrain(config, store, run.folder, checkpoint_every=1, keep=3).status == "finished"
+    assert [row["skipped"] for row in run.metrics()] == [0, 1, 1]
+    assert [row["skipped_in_a_row"] for row in run.metrics()] == [0, 1, 0]
+    saved = [checkpoints._read(path, _identity(path))[1] for path in sorted(run.checkpoints.iterdir())]
+    assert all(bool(tensor.isfinite().all()) for state in saved for tensor in state.values())
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert any(not torch.equal(saved[1][name], saved[2][name]) for name in saved[1] if "teacher" in name)
+    line = next(line for line in run.log_file.read_text().splitlines() if "skipped" in line)
+    assert "step 2 skipped, not finite: " in line
+    assert "volumes case-" in line
+
+
+def _identity(path: Path) -> str:
+    return str(json.loads((path / "manifest.json").read_text())["run"])
+
+
+def test_steps_skipped_in_a_row_end_the_run_and_keep_the_last_checkpoint(
+    store: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ViewsDataset.__getitem__
+
+    def poisoned(self: ViewsDataset, sample: int) -> Any:
+        u, v, row, padding = read(self, sample)
+        return (u * float("nan") if sample >= 1 else u), v, row, padding
+
+    monkeypatch.setattr(ViewsDataset, "__getitem__", poisoned)
+    with pytest.raises(DagmanError, match="E-UNHEALTHY") as caught:
+        pretrain(small(steps=20), store, tmp_path / "run", checkpoint_every=1)
+    assert caught.value.exit_code is ExitCode.UNHEALTHY
+    assert "6 steps in a row up to step 7" in caught.value.problem
+    assert len(rows(tmp_path / "run")) == 6
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    tensors = checkpoints._read(newest, _identity(newest))[1]
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def test_validation_and_test_cases_are_not_trained_on(
+    store: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+    read = ViewsDataset.__getitem__
+
+    def noted(self: ViewsDataset, sample: int) -> Any:
+        found = read(self, sample)
+        seen.append(("training" if len(self) == 2 else "validation", found[2]))
+        return found
+
+    monkeypatch.setattr(ViewsDataset, "__getitem__", noted)
+    split = write_store(tmp_path / "store", ["validation", None, "train", "test"])
+    pretrain(small(steps=4), split, tmp_path / "run", checkpoint_every=2)
+    assert {row for what, row in seen if what == "training"} == {1, 2}
+    assert {row for what, row in seen if what == "validation"} == {0}
+    values = [row.get("validation_amip") for row in rows(tmp_path / "run")]
+    assert [value is not None for value in values] == [False, True, False, True]
+    assert all(0 < value < 1 for value in values if value)
+
+
+def test_a_store_without_training_cases_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DagmanError, match="E-NODATA") as caught:
+        pretrain(small(), write_store(tmp_path / "store", ["validation", "test"]), tmp_path / "run")
+    assert caught.value.exit_code is ExitCode.NOTHING_USABLE
+
+
+def healthy(step: int) -> dict[str, Any]:
+    values = {"pooled_spread": 0.4, "tokens_spread": 0.5, "image_error_ratio": 0.8, "attention_entropy": 0.98}
+    return {"step": step, **values, **{f"{term}_teacher_entropy": 0.7 for term in ("aitd", "ampd", "gitd")}}
+
+
+@pytest.mark.parametrize("alarm", ALARMS, ids=lambda alarm: f"{alarm.name} {alarm.column}")
+def test_each_alarm_rings_once_within_50_steps_of_the_onset(alarm: Any) -> None:
+    bad = next(value for value in (0.0, 2.0, 1.0) if alarm.is_bad(value))
+    watch, onset = Watch(400), 250
+    rang = [
+        (step, message)
+        for step in range(1, 401)
+        for message in watch.see(healthy(step) | ({alarm.column: bad} if step > onset else {}))
+    ]
+    assert len(rang) == 1
+    step, message = rang[0]
+    assert onset < step <= onset + 50
+    assert message.startswith(f"ALARM {alarm.name}: {alarm.column} is ")
+
+
+def test_a_bad_spell_that_passes_rings_nothing() -> None:
+    watch = Watch(1000)
+    assert not [m for step in range(1, 1000) for m in watch.see(healthy(step) | {"pooled_spread": 0.3 * (step % 19)})]
+
+
+def test_a_value_missing_from_a_skipped_step_neither_adds_nor_forgives() -> None:
+    watch = Watch(1000)
+    messages = [watch.see({"step": step, "pooled_spread": None if step % 2 else 0.0}) for step in range(1, 41)]
+    assert [bool(message) for message in messages] == [False] * 39 + [True]
+
+
+def test_a_forced_collapse_rings_and_a_short_healthy_run_does_not(store: PreparedStore, tmp_path: Path) -> None:
+    config = small(steps=55, learning_rate=1e-4)
+    hot = replace(config.method, class_temperature=(50.0, 50.0), patch_temperature=(50.0, 50.0))
+    pretrain(replace(config, method=hot), store, tmp_path / "hot")
+    log = (tmp_path / "hot" / "log.txt").read_text()
+    assert {f"{term}_teacher_entropy" for term in ("aitd", "ampd", "gitd")} == {
+        line.split(": ")[1].split()[0] for line in log.splitlines() if "ALARM teacher uniform" in line
+    }
+    pretrain(config, store, tmp_path / "healthy")
+    assert "ALARM" not in (tmp_path / "healthy" / "log.txt").read_text()

@@ -1,0 +1,210 @@
+"""Interrupted equals uninterrupted, bit for bit: the rows of the metrics, the weights, the whole state."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import small, write_store
+
+from dagman import files
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError, ExitCode
+from dagman.run import TIMING, Run
+from dagman.train.pretrain import PretrainConfig, Result, pretrain
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics, without what depends on the clock."""
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in Run(folder).metrics()]
+
+
+def final_state(folder: Path) -> dict[str, str]:
+    """Hashes of the encoders and of the last checkpoint: student, teacher, heads, centers, moments."""
+    last = max((folder / "checkpoints").iterdir())
+    paths = [folder / "weights" / "model.safetensors", folder / "weights" / "student.safetensors"]
+    return {path.name: files.sha256_file(path) for path in [*paths, last / "state.safetensors"]}
+
+
+class StopAfter:
+    """Asks for a stop while a given step is recorded, as a scheduler would: by a signal."""
+
+    def __init__(self, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+
+    def on_start(self, step: int, total_steps: int) -> None:
+        self.on_step({"step": step})
+
+    def on_message(self, text: str) -> None: ...
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        if row["step"] == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def interrupted(config: PretrainConfig, store: PreparedStore, folder: Path, *stops: int, **how: Any) -> Result:
+    """A run that is stopped after each of the steps and started again, with fresh objects every time."""
+    for stop in stops:
+        # The signal comes with the row before, or at the start: one more step ends.
+        result = pretrain(config, store, folder, listeners=[StopAfter(stop - 1)], **how)
+        assert (result.status, result.step) == ("stopped", stop)
+    return pretrain(config, store, folder, **how)
+
+
+@pytest.fixture(scope="module")
+def whole(store: PreparedStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert pretrain(small(), store, folder).status == "finished"
+    return folder
+
+
+def test_a_run_stopped_after_every_single_step_equals_one_that_was_not(
+    store: PreparedStore, whole: Path, tmp_path: Path
+) -> None:
+    assert interrupted(small(), store, tmp_path / "run", 1, 2, 3, 4, 5).step == 6
+    assert rows(tmp_path / "run") == rows(whole)
+    assert final_state(tmp_path / "run") == final_state(whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bf16", "steps": 3}, {"accumulate": 2, "batch_size": 2, "steps": 3}],
+    ids=["bf16", "accumulated"],
+)
+def test_the_same_in_bf16_and_with_accumulation(store: PreparedStore, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = small(**changes)
+    pretrain(config, store, tmp_path / "whole")
+    interrupted(config, store, tmp_path / "run", 1, 2)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+
+
+SCRIPT = """
+import sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from small_run import small
+from dagman.ct.store import PreparedStore
+from dagman.train.pretrain import pretrain
+result = pretrain(small(), PreparedStore(Path(sys.argv[1])), Path(sys.argv[2]), checkpoint_every=2)
+sys.exit(75 if result.status == "stopped" else 0)
+"""
+
+
+def start(store: PreparedStore, folder: Path, fault: str = "") -> subprocess.Popen[bytes]:
+    environment = os.environ | {"DAGMAN_FAULT": fault, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(store.folder), str(folder), str(Path(__file__).parent)]
+    return subprocess.Popen(command, env=environment)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(Run(folder).metrics()) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_process_killed_at_once_goes_on_from_its_checkpoint(
+    store: PreparedStore, whole: Path, tmp_path: Path
+) -> None:
+    process = start(store, tmp_path / "run")
+    wait_for_step(tmp_path / "run", 3)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    before = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
+    assert "step-00000002" in before
+    assert pretrain(small(), store, tmp_path / "run", checkpoint_every=2).status == "finished"
+    assert "goes on after step" in (tmp_path / "run" / "log.txt").read_text()
+    assert rows(tmp_path / "run") == rows(whole)
+    assert final_state(tmp_path / "run") == final_state(whole)
+
+
+def test_a_process_asked_to_stop_returns_75_and_continues_in_another(
+    store: PreparedStore, whole: Path, tmp_path: Path
+) -> None:
+    process = start(store, tmp_path / "run")
+    wait_for_step(tmp_path / "run", 1)
+    process.terminate()
+    assert process.wait(60) == ExitCode.STOPPED
+    done = len(rows(tmp_path / "run"))
+    assert 1 < done < 6
+    assert (tmp_path / "run" / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
+    assert start(store, tmp_path / "run").wait(60) == 0
+    assert rows(tmp_path / "run") == rows(whole)
+    assert final_state(tmp_path / "run") == final_state(whole)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(store: PreparedStore, whole: Path) -> None:
+    before = final_state(whole), rows(whole), len(list((whole / "checkpoints").iterdir()))
+    assert pretrain(small(), store, whole).status == "complete"
+    assert (final_state(whole), rows(whole), len(list((whole / "checkpoints").iterdir()))) == before
+    assert "already complete: 6 of 6 steps" in (whole / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "changed"),
+    [
+        ("optimisation.steps: 6 -> 12", {"steps": 12}),
+        ("optimisation.learning_rate: 0.001 -> 0.002", {"learning_rate": 2e-3}),
+        ("optimisation.seed: 0 -> 1", {"seed": 1}),
+        ("optimisation.batch_size: 1 -> 2", {"batch_size": 2}),
+    ],
+)
+def test_changed_settings_are_refused_with_the_difference(
+    store: PreparedStore, whole: Path, field: str, changed: dict[str, Any]
+) -> None:
+    with pytest.raises(DagmanError, match="E-RESUME") as caught:
+        pretrain(small(**changed), store, whole)
+    assert caught.value.exit_code is ExitCode.REFUSED
+    assert field in str(caught.value)
+    assert "another output folder" in caught.value.advice
+
+
+def test_other_data_and_another_network_are_refused(store: PreparedStore, whole: Path, tmp_path: Path) -> None:
+    config = small()
+    with pytest.raises(DagmanError, match=r"encoder.drop_path: 0.1 -> 0.2"):
+        pretrain(replace(config, encoder=replace(config.encoder, drop_path=0.2)), store, whole)
+    with pytest.raises(DagmanError, match=r"data_store\.store: .*data_store.volumes: 4 -> 3"):
+        pretrain(config, write_store(tmp_path / "other", [None] * 3), whole)
+
+
+def test_two_at_once_in_one_folder_the_second_is_told(store: PreparedStore, tmp_path: Path) -> None:
+    with files.folder_lock(tmp_path / "run"), pytest.raises(DagmanError, match="E-LOCKED"):
+        pretrain(small(), store, tmp_path / "run")
+
+
+def test_workers_change_no_row(store: PreparedStore, whole: Path, tmp_path: Path) -> None:
+    pretrain(small(), store, tmp_path / "run", workers=2)
+    assert rows(tmp_path / "run") == rows(whole)
+    assert final_state(tmp_path / "run") == final_state(whole)
+
+
+def test_the_folder_holds_what_other_verbs_read(whole: Path) -> None:
+    run = Run(whole)
+    assert run.config()["optimisation"]["steps"] == 6
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
+    wanted = {"total", "amip", "ampd", "aitd", "gitd", "learning_rate", "weight_decay", "momentum", "grad_norm"}
+    wanted |= {"class_temperature", "patch_temperature", "aitd_teacher_entropy", "pooled_spread", "skipped", *TIMING}
+    assert wanted <= set(run.metrics()[0])
+    environment = run.environment()
+    assert environment["versions"]["threads"] == 1
+    assert environment["data"]["volumes"] == 4
+    assert run.progress_file.read_bytes().startswith(b"\x89PNG")
+    card = json.loads((run.weights / "config.json").read_text())
+    assert (card["recipe"], card["role"], card["steps"]) == ("small", "teacher", 6)
+    assert card["preparation"] == {
+        "spacing_mm": 2.0,
+        "orientation": "RAS",
+        "window_hu": [-175.0, 250.0],
+        "crop": [32, 64, 64],
+    }
+    assert list(run.tensorboard.iterdir())
