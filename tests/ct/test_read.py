@@ -320,6 +320,21 @@ def test_fork_of_a_reader_gets_its_own_server(tmp_path: Path) -> None:
     assert same_scan(read(scan))
 
 
+def test_killed_caller_leaves_no_process_behind(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.nii")
+    program = (
+        "from pathlib import Path; from dagman.types import Scan; from dagman.ct.read import read;"
+        f"read(Scan(case_id='a', files=(Path({str(tmp_path / 'pipe.nii')!r}),), kind='nifti'))"
+    )
+    caller = psutil.Popen([sys.executable, "-c", program])
+    while len(family := caller.children(recursive=True)) < 2:
+        time.sleep(0.05)
+    caller.kill()
+    caller.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+
+
 def test_detached_file_is_never_opened(tmp_path: Path) -> None:
     secret = tmp_path / "secret.raw"
     secret.write_bytes(PHANTOM_HU.tobytes(order="F"))
