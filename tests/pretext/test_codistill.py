@@ -161,8 +161,7 @@ def test_logits_are_single_precision_under_autocast() -> None:
 def test_hiding_follows_the_teachers_attention_to_the_same_view(guide: str) -> None:
     method = dataclasses.replace(DAGMAN, guide=guide)
     model = part_ways(build(method))
-    views = smooth_views()
-    outcome, hidden, dropped = run(model, views)
+    outcome, hidden, dropped = run(model, views := smooth_views())
     unseen = dropped if guide == "noisy" else torch.zeros_like(dropped)
     images = torch.cat([views.u, views.v]).split(1)
     rows = [
