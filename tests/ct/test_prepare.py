@@ -402,31 +402,38 @@ if __name__ == "__main__":
 """
 
 
-def test_sigterm_stops_two_workers_cleanly_and_leaves_no_process(tmp_path):
-    for i in range(8):
-        save(tmp_path / "in" / f"{i:02d}.nii", phantom(i, shape=(80, 70, 60)))
-    program = tmp_path / "program.py"
+def signalled(folder: Path, number: int) -> tuple[int, str]:
+    """Prepare with two workers, send a signal after the first case; exit code and last words. No process may stay."""
+    program = folder / "program.py"
     program.write_text(STOPPED)
-    command = [sys.executable, str(program), str(tmp_path / "in"), str(tmp_path / "out")]
+    command = [sys.executable, str(program), str(folder / "in"), str(folder / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("1 "):
-                break
+        before, now = (int(process.stdout.readline().split()[0]) for _ in range(2))
+        assert before < now < 8
         family = psutil.Process(process.pid).children(recursive=True)
-        assert family
+        assert len(family) >= 2
         started = time.monotonic()
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, said = process.communicate(timeout=30)
     assert time.monotonic() - started < 10
-    assert process.returncode == ExitCode.STOPPED
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    return process.returncode, said
+
+
+def test_sigkill_and_sigterm_end_every_worker_and_the_same_command_continues(tmp_path):
+    for i in range(8):
+        save(tmp_path / "in" / f"{i:02d}.nii", phantom(i, shape=(80, 70, 60)))
+    code, _ = signalled(tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    code, said = signalled(tmp_path, signal.SIGTERM)
+    assert code == ExitCode.STOPPED
     assert said.startswith("E-STOPPED")
     assert "run the same command to continue" in said
     assert len(said.splitlines()) == 1
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
     summary = prepare([tmp_path / "in"], tmp_path / "out", workers=1)
-    assert 1 <= summary.already_there < 8
+    assert 2 <= summary.already_there < 8
     assert summary.stored == 8 - summary.already_there
     PreparedStore(tmp_path / "out").verify()
 

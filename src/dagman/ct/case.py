@@ -61,7 +61,7 @@ def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarr
     low, high = store.AIR_HU, np.iinfo(np.int16).max
     outside = np.count_nonzero(volume.hu < low) + np.count_nonzero(volume.hu > high)
     hu = resample.resample(
-        np.clip(volume.hu, low, high),
+        np.clip(volume.hu, low, high) if outside else volume.hu,
         volume.spacing_mm,
         config.spacing_mm,
         antialias=config.resampling == "antialiased",

@@ -1,11 +1,14 @@
 """One task for each scan, on several processes; a worker that dies costs one scan, and a signal ends all of them."""
 
 import contextlib
+import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -78,10 +81,24 @@ def _alone(work: Callable[[Scan], Outcome], scan: Scan, lost: Callable[[Scan], O
 
 
 def _in_worker(work: Callable[[Scan], Outcome], scan: Scan) -> tuple[Scan, Outcome]:
+    _follow_parent()
     # Ctrl-C reaches every process of a terminal: only the main one shall answer.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return scan, work(scan)
+
+
+@cache
+def _follow_parent() -> None:
+    """End this worker when the process that started it is gone, killed perhaps: nobody waits for its work."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
