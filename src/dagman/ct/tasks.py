@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.ma  # np.percentile imports it at first use, which every fork would pay for
 import pydicom
 
 from dagman.ct import dicom, grid, hounsfield, nifti, pixels, sniff, textheader
