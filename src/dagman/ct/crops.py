@@ -80,20 +80,24 @@ def two_views(
 
     Reference: section 3.1 ("two randomly cropped views"); the ratios are the defaults of `DataConfig`.
     """
-    best, most = None, -1.0
     inside = np.minimum(crop, store.shape(row)).prod()
-    for _ in range(TRIES):
+
+    def draw() -> tuple[float, Pair]:
         corners = overlapping_corners(store.shape(row), crop, overlap_ratio, generator)
         low = np.minimum(*corners)
         x, y, z = (np.maximum(*corners) + crop - low).tolist()
         both = store.hu(row, tuple(low.tolist()), (x, y, z))
         u, v = (padded_crop(both, np.subtract(corner, low).tolist(), crop, 0) for corner in corners)
         body = min(np.count_nonzero(view >= LUNG_HU) / inside for view in (u, v))
-        if body > most:
-            best, most = Pair(u, v, corners), body
-        if body >= body_ratio:
+        return body, Pair(u, v, corners)
+
+    most, best = draw()
+    for _ in range(TRIES - 1):
+        if most >= body_ratio:
             break
-    assert best is not None  # noqa: S101  (TRIES > 0)
+        body, pair = draw()
+        if body > most:
+            most, best = body, pair
     return best
 
 
