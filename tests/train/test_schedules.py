@@ -1,12 +1,13 @@
 """Schedules in closed form: end values exact, shapes as the paper and its predecessors have them."""
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
-from small_run import small
 from hypothesis import given
 from hypothesis import strategies as st
+from small_run import small
 
 from dagman.errors import DagmanError
 from dagman.train import schedules
@@ -34,7 +35,7 @@ def test_warm_up_is_a_line_to_the_peak_then_a_cosine_to_the_end() -> None:
     assert values[:10] == pytest.approx([8e-5 * (step + 1) for step in range(10)])
     assert values[9] == max(values) == 8e-4
     assert values[-1] == 1e-6
-    assert all(later < earlier for earlier, later in zip(values[9:], values[10:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(values[9:]))
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (2, 1), (5, 5), (5, 0)])

@@ -119,13 +119,14 @@ def _step(job: Job, step: int, source: Iterator[Views], stop: engine.StopRequest
         job.model, job.optimizer, max_norm=optimisation.gradient_clip, error_if_nonfinite=False
     )
     values = _measure(job, outcomes, norm, stop)
-    finite = engine.all_finite([values["total"], values["grad_norm"], values.pop("means")])
+    finite = engine.all_finite([values["total"], values["grad_norm"], values["means"]])
     if finite:
         job.optimizer.step()
         job.module.update_teacher(now.momentum)
         job.module.move_centers(*[outcome.means for outcome in outcomes])
     job.optimizer.zero_grad(set_to_none=True)
     _count_skipped(job, step, seen, values, finite)
+    del values["means"]
     seconds = time.perf_counter() - began
     return {
         "step": step + 1,
@@ -184,7 +185,7 @@ def _count_skipped(job: Job, step: int, seen: list[Tensor], values: Mapping[str,
     job.skipped += 1
     job.skipped_in_a_row += 1
     cases = ", ".join(str(job.store.rows[row]["case_id"]) for rows in seen for row in rows.tolist())
-    bad = ", ".join(f"{name} {value}" for name, value in values.items() if not engine.all_finite([value]))
+    bad = ", ".join([f"{name} {value}" for name, value in values.items() if not engine.all_finite([value])][:4])
     job.say(f"step {step + 1} skipped, not finite: {bad}; volumes {cases}")
     if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
         raise DagmanError(
