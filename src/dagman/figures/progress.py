@@ -86,7 +86,7 @@ def png(rows: Sequence[Mapping[str, Any]], num_prototypes: int, title: str) -> b
         A PNG file.
     """
     figure = Figure(figsize=(15, 11), dpi=80)
-    figure.subplots_adjust(left=0.04, right=0.985, bottom=0.05, top=0.91, wspace=0.14, hspace=0.33)
+    figure.subplots_adjust(left=0.05, right=0.985, bottom=0.05, top=0.91, wspace=0.19, hspace=0.33)
     figure.suptitle(title, fontsize=13)
     step = np.array([row["step"] for row in rows], dtype=float)
     for axes, panel in zip(figure.subplots(3, 3).flat, panels(num_prototypes), strict=True):
@@ -114,6 +114,8 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
         axes.axhline(height, color="black", linestyle=":", linewidth=1, label=label)
     if panel.logarithmic:
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, loc="best")
     else:

@@ -1,0 +1,42 @@
+"""What a run will cost, against PyTorch's own count."""
+
+import pytest
+import torch
+from small_run import small
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dagman.figures import progress
+from dagman.nets.swin import SwinConfig, SwinEncoder
+from dagman.train import cost
+
+
+def test_operations_are_those_that_pytorch_counts() -> None:
+    config, crop = small().encoder, (64, 64, 64)
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+    ):
+        SwinEncoder(config).eval()(torch.rand(1, 1, *crop))
+    assert cost.encoder_flops(config, crop) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_the_paper_size_is_extrapolated_by_operations() -> None:
+    factor = cost.encoder_flops(SwinConfig(), (128, 128, 128)) / cost.encoder_flops(small().encoder, (32, 64, 64))
+    line = cost.time_line(small(batch_size=2), 2.0, 30, 10, 1)
+    assert line.startswith("2.00 s a step, about 60 s left")
+    assert f"on these 10 volumes would take about {cost.duration(factor * 8000)} here" in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(45, "45 s"), (600, "10 min"), (90 * 60, "90 min"), (36000, "10 h"), (86400 * 30, "30 days")]
+)
+def test_durations_are_for_people(seconds: float, words: str) -> None:
+    assert cost.duration(float(seconds)) == words
+
+
+def test_a_picture_is_drawn_of_few_of_many_and_of_missing_values() -> None:
+    for count in (1, 40, 5000):
+        rows = [{"step": step + 1, "amip": 1 / (step + 1), "ampd": None} for step in range(count)]
+        assert progress.png(rows, 64, "run").startswith(b"\x89PNG")
