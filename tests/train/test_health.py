@@ -10,7 +10,7 @@ import torch
 from small_run import small, write_store
 from test_resume import rows
 
-from dagman.ct.datasets import ViewsDataset
+from dagman.ct.datasets import DataConfig, ViewsDataset
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.pretext.codistill import CoDistillation, Knobs, Outcome
@@ -169,7 +169,7 @@ def test_a_value_missing_from_a_skipped_step_neither_adds_nor_forgives() -> None
 
 
 def test_a_forced_collapse_rings_and_a_short_healthy_run_does_not(store: PreparedStore, tmp_path: Path) -> None:
-    config = small(steps=52, learning_rate=1e-4)
+    config = replace(small(steps=52, learning_rate=1e-4), data=DataConfig(crop=(32, 32, 32)))
     hot = replace(config.method, class_temperature=(50.0, 50.0), patch_temperature=(50.0, 50.0))
     pretrain(replace(config, method=hot), store, tmp_path / "hot")
     log = (tmp_path / "hot" / "log.txt").read_text()

@@ -143,6 +143,20 @@ def test_a_process_asked_to_stop_returns_75_and_continues_in_another(
     assert final_state(tmp_path / "run") == final_state(whole)
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    store: PreparedStore, whole: Path, tmp_path: Path
+) -> None:
+    pretrain(small(), store, tmp_path / "run", checkpoint_every=4)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1000] + bytes(1000))
+    assert pretrain(small(), store, tmp_path / "run", checkpoint_every=4).status == "finished"
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "checkpoint step-00000006 is damaged: state.safetensors is not what was written" in log
+    assert "goes on after step 4; 2 later steps are done again" in log
+    assert rows(tmp_path / "run") == rows(whole)
+    assert final_state(tmp_path / "run") == final_state(whole)
+
+
 def test_a_finished_run_says_so_and_changes_nothing(store: PreparedStore, whole: Path) -> None:
     before = final_state(whole), rows(whole), len(list((whole / "checkpoints").iterdir()))
     assert pretrain(small(), store, whole).status == "complete"

@@ -1,7 +1,10 @@
 """What a run will take, said before it takes it: sizes, memory, time, and what the paper's size would cost here."""
 
 import math
+import resource
+import sys
 
+import torch
 from torch import nn
 
 from dagman.nets.swin import SwinConfig
@@ -64,10 +67,19 @@ def time_line(config: PretrainConfig, seconds_per_step: float, steps_left: int, 
     factor = encoder_flops(SwinConfig(), PAPER_CROP) / encoder_flops(config.encoder, config.data.crop)
     paper = pair * factor * num_volumes * PAPER_EPOCHS
     return (
-        f"{seconds_per_step:.2f} s a step, about {duration(seconds_per_step * steps_left)} left; the paper's size "
+        f"{seconds_per_step:.2f} s a step, about {duration(seconds_per_step * steps_left)} left, "
+        f"at most {peak_memory_gib():.2f} GiB used so far; the paper's size "
         f"(embedding 48, crop 128^3, {PAPER_EPOCHS} epochs) on these {num_volumes} volumes would take about "
         f"{duration(paper)} here, if time grows with the encoder's operations ({factor:.3g} times as many a pair)"
     )
+
+
+def peak_memory_gib() -> float:
+    """Most memory used so far: the GPU's where there is one, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def duration(seconds: float) -> str:
