@@ -53,7 +53,10 @@ def write_store(folder: Path, num_volumes: int) -> PreparedStore:
     """A prepared store of phantoms, which need no resampling."""
     if not (folder / MANIFEST).exists():
         rows = Parallel(n_jobs=-1)(delayed(_write_volume)(folder, case) for case in range(num_volumes))
-        files.write_json(folder / SETTINGS, {"format": FORMAT, "storage": "npy", "spacing_mm": SPACING_MM[0]})
+        files.write_json(
+            folder / SETTINGS,
+            {"format": FORMAT, "storage": "npy", "spacing_mm": SPACING_MM[0], "resampling": "antialiased"},
+        )
         files.write_text(folder / MANIFEST, "".join(map(files.json_line, rows)))
     return PreparedStore(folder)
 

@@ -15,13 +15,19 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
 from dagman import files
-from dagman.run import describe_environment
+from dagman.ct.store import PreparedStore
+from dagman.nets.weights import load_encoder
+from dagman.run import Run, describe_environment
+from dagman.tasks import classify
+from dagman.tasks.embed import embed, untrained, voxels
 
 CUBE_MM = 24.0
 """Side of the cube that marks where a probe's crop is centred."""
@@ -123,3 +129,92 @@ def _row(case_id: str, image: Path, mask: Path, label: str, patient: str) -> dic
         "mask": str(mask.resolve()),
         "patient": patient,
     }
+
+
+PROBES = {
+    "lung metastasis": (metastasis, "1", 64),
+    "tumour or not": (tumour_or_not, "tumour", 32),
+    "side of the body": (side_of_body, "right", 64),
+}
+"""Name -> table, positive label, side of the crop in voxels of 2 mm."""
+
+
+def probe(name: str, data: Path, work: Path) -> dict[str, Any]:
+    """Probe the pretrained encoder beside the untrained one and raw voxels."""
+    write, positive, side = PROBES[name]
+    place = work / name.replace(" ", "-")
+    place.mkdir(parents=True, exist_ok=True)
+    dagman("prepare", "-i", write(data, place), "-o", place / "prepared")
+    store = PreparedStore(place / "prepared")
+    encoder = load_encoder(work / "run")
+    encoder.preparation = replace(encoder.preparation, crop=(side,) * 3)
+    tables = {
+        "pretrained": embed(encoder, store),
+        "untrained": embed(untrained(encoder), store),
+        "raw voxels": voxels(store, encoder.preparation),
+    }
+    results = {kind: classify.probe(table, positive=positive) for kind, table in tables.items()}
+    differences = {row["features"]: row["first_minus_this"] for row in classify.beside(results)}
+    summaries = {kind: classify.summary(result) for kind, result in results.items()}
+    for kind, difference in differences.items():
+        summaries[kind]["pretrained_minus_this"] = difference and vars(difference)
+    return {"crop": side, **summaries}
+
+
+def training(run: Run) -> dict[str, Any]:
+    """First and last twentieth of the run's metrics."""
+    rows = run.metrics()
+    part = max(1, len(rows) // 20)
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    summary = {
+        when: {name: round(float(np.mean([row[name] for row in some])), 5) for name in names}
+        for when, some in (("first", rows[:part]), ("last", rows[-part:]))
+    }
+    seconds = float(np.median([row["seconds"] for row in rows]))
+    return {"steps": len(rows), "seconds_per_step_median": round(seconds, 3), **summary}
+
+
+def main() -> None:
+    """Run the chain and write what it came to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "real_data.json")
+    arguments = parser.parse_args()
+    data, work = arguments.data, arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    unlabelled = work / "prepared"
+    seconds = {}
+    sources = (data / "ct_corpus", metastasis(data, work), data / "dicom_series")
+    seconds["prepare"] = dagman("prepare", "-i", *sources, "-o", unlabelled)
+    seconds["pretrain"] = dagman(
+        "pretrain", "dagman-tiny", "--data", unlabelled, "-o", work / "run", "--steps", str(arguments.steps)
+    )
+    lidc = data / "ct_corpus" / "lidc_idri_0314.nii.gz"
+    nodule = data / "lidc" / "LIDC-IDRI-0314_nodule_votes.nii.gz"
+    seconds["attention"] = dagman(
+        "attention", "--weights", work / "run", "-i", lidc, "--mask", nodule, "-o", work / "attention"
+    )
+    store = PreparedStore(unlabelled)
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": describe_environment(),
+        "cases": len(store),
+        "rejected": len(files.read_lines(unlabelled / "rejected.jsonl")),
+        "seconds_per_scan_median": float(np.median([row["seconds"] for row in store.rows])),
+        "seconds": {verb: round(value, 1) for verb, value in seconds.items()},
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "training": training(Run(work / "run")),
+        "probes": {name: probe(name, data, work) for name in PROBES},
+    }
+    files.write_json(arguments.json, result)
+    for name, found in result["probes"].items():
+        for kind in ("pretrained", "untrained", "raw voxels"):
+            auc = found[kind]["auc"]
+            print(f"{name:18s} {kind:12s} AUC {auc['value']:.3f} ({auc['low']} to {auc['high']})")
+    print(f"wrote {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()

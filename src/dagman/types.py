@@ -6,7 +6,7 @@ spacing is (x, y, z) in mm; `hidden` is boolean, True where a network cannot see
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -57,6 +57,7 @@ class Preparation:
 
     spacing_mm: float = 2.0
     orientation: str = "RAS"
+    resampling: Literal["antialiased", "linear"] = "antialiased"
     window_hu: tuple[float, float] = (-175.0, 250.0)
     """Mapped to [0, 1] and clipped."""
     crop: tuple[int, int, int] = (128, 128, 128)

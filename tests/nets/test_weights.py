@@ -54,10 +54,10 @@ def unetr():
 IMAGES = torch.rand(1, 1, 64, 64, 64, generator=torch.Generator().manual_seed(2))
 
 
-def refusal(path) -> DagmanError:
+def refusal(path, code=ExitCode.REFUSED) -> DagmanError:
     with pytest.raises(DagmanError) as error:
         load_encoder(path)
-    assert error.value.exit_code == ExitCode.REFUSED
+    assert error.value.exit_code == code
     assert "\n" not in str(error.value)
     return error.value
 
@@ -248,8 +248,8 @@ def test_damage_nan_and_absence_are_refused(encoder, saved, tmp_path):
     whole = saved.read_bytes()
     saved.write_bytes(whole[: len(whole) // 2])
     assert "damaged" in refusal(saved).problem
-    assert "does not exist" in refusal(tmp_path).problem
-    assert "does not exist" in refusal(tmp_path / "no.safetensors").problem
+    assert "does not exist" in refusal(tmp_path, ExitCode.USAGE).problem
+    assert "does not exist" in refusal(tmp_path / "no.safetensors", ExitCode.USAGE).problem
     with torch.no_grad():
         encoder.stages[1].blocks[0].norm1.bias[3] = torch.nan
     save_encoder(encoder, saved, {})

@@ -27,7 +27,9 @@ def volume(number: int, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def write_store(folder: Path, splits: list[str | None]) -> PreparedStore:
-    files.write_json(folder / "prepare.json", {"format": FORMAT, "storage": "npy", "spacing_mm": 2.0})
+    files.write_json(
+        folder / "prepare.json", {"format": FORMAT, "storage": "npy", "spacing_mm": 2.0, "resampling": "antialiased"}
+    )
     rows = []
     for number, split in enumerate(splits):
         path = array_path(folder, "volumes", f"case-{number}", "npy")

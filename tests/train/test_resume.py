@@ -218,6 +218,7 @@ def test_the_folder_holds_what_other_verbs_read(whole: Path) -> None:
     assert card["preparation"] == {
         "spacing_mm": 2.0,
         "orientation": "RAS",
+        "resampling": "antialiased",
         "window_hu": [-175.0, 250.0],
         "crop": [32, 64, 64],
     }

@@ -167,7 +167,7 @@ def _find(path: Path) -> Path:
     """The weights a path means."""
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
-        raise _refused(file, "does not exist", "give a run folder or a .safetensors file")
+        raise DagmanError("WEIGHTS", file, "does not exist", "give a run folder or a .safetensors file")
     return file
 
 

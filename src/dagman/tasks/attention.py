@@ -130,7 +130,9 @@ def attention_map(
             "NOATTENTION", "encoder", "has no semantic attention", "give weights of a recipe with semantic attention"
         )
     preparation = encoder.preparation
-    prepared = prepare_volume(volume, PrepareConfig(spacing_mm=preparation.spacing_mm))
+    prepared = prepare_volume(
+        volume, PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
+    )
     corners = crops.sliding(_triple(prepared.hu.shape), preparation.crop, overlap_ratio)
     blend = _blending_weights(preparation.crop)
     total, weight = (np.zeros(prepared.hu.shape, np.float32) for _ in range(2))

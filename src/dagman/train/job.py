@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -115,7 +115,12 @@ def prepare(
     mean = mean_intensity(store, config.data, seed, rows=train)
     module = CoDistillation(config.encoder, config.method, mean_intensity=mean, crop=config.data.crop)
     for encoder in (module.teacher.encoder, module.student.encoder):
-        encoder.preparation = replace(Preparation(), window_hu=config.data.window_hu, crop=config.data.crop)
+        encoder.preparation = Preparation(
+            spacing_mm=float(store.settings["spacing_mm"]),
+            resampling=store.settings["resampling"],
+            window_hu=config.data.window_hu,
+            crop=config.data.crop,
+        )
     job.module = module.train()
     job.model, job.optimizer = fabric.setup(job.module, engine.adamw(module))
     job.say(

@@ -1,0 +1,180 @@
+"""Verbs as a user runs them: exit codes, one-line errors, what is written."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from dagman.ct import phantom
+
+TINY = (
+    *("--encoder.embed-dim", "12", "--encoder.depths", "2,2,2,2", "--data.crop", "32,64,64"),
+    *("--method.heads.num-prototypes", "64", "--method.heads.hidden-width", "64", "--optimisation.batch-size", "1"),
+    *("--data.window-hu", "-1000,400"),
+)
+
+
+def dagman(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dagman", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms prepared and a tiny encoder pretrained on them."""
+    folder = tmp_path_factory.mktemp("chain")
+    table = phantom.write(folder / "phantoms", 12)
+    assert dagman("prepare", "-i", table, "-o", folder / "prepared", "--workers", "1").returncode == 0
+    trained = dagman(
+        "pretrain", "dagman-tiny", *TINY, "--data", folder / "prepared", "-o", folder / "run", "--steps", "2"
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert "Next: dagman embed" in trained.stderr
+    return folder
+
+
+def test_help_comes_in_half_a_second_and_names_every_verb() -> None:
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        result = dagman("--help")
+        times.append(time.monotonic() - started)
+    assert all(verb in result.stdout for verb in ("prepare", "check", "pretrain", "embed", "classify", "attention"))
+    assert min(times) < 0.5
+
+
+def test_importing_dagman_imports_nothing_heavy() -> None:
+    script = "import sys, dagman; dagman.cli if False else None; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_every_public_name_resolves() -> None:
+    import dagman as package
+
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = package.nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("prepre",), 2, 'Did you mean "prepare"?'),
+        (("prepare", "-i", "{tmp}/nowhere", "-o", "{tmp}/out"), 2, "nowhere"),
+        (("check",), 2, "was given no source"),
+        (("check", "{tmp}"), 5, "0 scans can be used"),
+        (("pretrain", "dagman-tinny", "--data", "{tmp}", "-o", "{tmp}/run"), 2, "did you mean dagman-tiny?"),
+        (("pretrain", "dagman-tiny", "--data", "{tmp}", "-o", "{tmp}/run"), 2, "holds no manifest.jsonl"),
+        (("pretrain", "dagman-tiny", "--data", "{tmp}", "-o", "{tmp}/r", "--method.loses.ampd", "0"), 2, "E-CONFIG"),
+        (("pretrain", "dagman-tiny", "--data", "{tmp}", "-o", "{tmp}/r", "--method.losses.ampd"), 2, "has no value"),
+        (("embed", "--weights", "{tmp}/none", "-i", "{tmp}", "-o", "{tmp}/f.csv"), 2, "none"),
+        (("info", "{tmp}/none"), 2, "is not known"),
+    ],
+)
+def test_a_wrong_command_is_one_line_with_the_way_out(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    result = dagman(*(word.format(tmp=tmp_path) for word in arguments))
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_check_lists_scans_and_problems_and_writes_nothing(tmp_path: Path) -> None:
+    made = phantom.make(0, 0)
+    nib.save(nib.Nifti1Image(made.volume.hu, made.volume.affine), tmp_path / "good.nii.gz")
+    data = (tmp_path / "good.nii.gz").read_bytes()
+    (tmp_path / "bad.nii.gz").write_bytes(data[: len(data) // 2])
+    before = sorted(tmp_path.iterdir())
+    result = dagman("check", tmp_path)
+    assert result.returncode == 3
+    assert result.stdout.startswith("good: nifti, 160x136x110 voxels of 2.2x2.2x2.5 mm")
+    assert "E-GZIP" in result.stdout
+    assert sorted(tmp_path.iterdir()) == before
+    as_json = json.loads(dagman("check", tmp_path, "--json").stdout)
+    assert [len(as_json[key]) for key in ("scans", "problems")] == [1, 1]
+
+
+def test_a_bad_scan_is_rejected_and_the_rest_goes_on(tmp_path: Path) -> None:
+    made = phantom.make(0, 0)
+    sources = tmp_path / "scans"
+    sources.mkdir()
+    nib.save(nib.Nifti1Image(made.volume.hu, made.volume.affine), sources / "good.nii.gz")
+    (sources / "bad.nii.gz").write_bytes((sources / "good.nii.gz").read_bytes()[:5000])
+    result = dagman("prepare", "-i", sources, "-o", tmp_path / "prepared", "--workers", "1")
+    assert result.returncode == 3
+    assert "1 rejected (1 E-GZIP)" in result.stderr
+    assert "Next: dagman pretrain" in result.stderr
+
+
+def test_embed_probe_attention_export_and_info(chain: Path) -> None:
+    features, probe = chain / "features.csv", chain / "probe"
+    result = dagman("embed", "--weights", chain / "run", "-i", chain / "prepared", "-o", features, "--which", "both")
+    assert result.returncode == 0, result.stderr
+    assert "12 cases, 288 features each" in result.stderr
+    result = dagman("classify", "probe", "-i", features, "-o", probe, "--positive", "malignant")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("auc")
+    assert len((probe / "predictions.csv").read_text().splitlines()) == 13
+    image, mask = (chain / "phantoms" / kind / "phantom_000.nii.gz" for kind in ("images", "masks"))
+    result = dagman("attention", "--weights", chain / "run", "-i", image, "--mask", mask, "-o", chain / "attention")
+    assert result.returncode == 0, result.stderr
+    written = nib.load(chain / "attention" / "phantom_000_attention.nii.gz")
+    assert written.shape == nib.load(image).shape
+    assert np.array_equal(written.affine, nib.load(image).affine)
+    assert (chain / "attention" / "phantom_000_attention.png").stat().st_size > 10_000
+    result = dagman("export", "--to", "monai", "--weights", chain / "run", "-o", chain / "swin.safetensors")
+    assert result.returncode == 0, result.stderr
+    for thing, words in (
+        ("dagman-swin", "epochs: 800"),
+        (chain / "run", "run after 2 steps"),
+        (chain / "prepared", "12 prepared cases of 9 patients, 12 with a label"),
+        (chain / "swin.safetensors", "loaded"),
+    ):
+        assert words in dagman("info", thing).stdout
+
+
+def test_a_probe_without_patients_is_refused(chain: Path, tmp_path: Path) -> None:
+    features = tmp_path / "features.csv"
+    rows = ["case_id,label,f0", *(f"c{index},{index % 2},{index}" for index in range(12))]
+    features.write_text("\n".join(rows) + "\n")
+    result = dagman("classify", "probe", "-i", features, "-o", tmp_path / "probe")
+    assert result.returncode == 4
+    assert "E-PATIENT" in result.stderr
+    result = dagman("classify", "probe", "-i", features, "-o", tmp_path / "probe", "--group-by", "case")
+    assert result.returncode == 0
+    assert "not grouped by patient" in result.stderr
+
+
+def test_a_finished_run_is_complete_and_changed_settings_are_refused(chain: Path) -> None:
+    common = ("pretrain", "dagman-tiny", *TINY, "--data", chain / "prepared", "-o", chain / "run")
+    again = dagman(*common, "--steps", "2")
+    assert again.returncode == 0
+    assert "already complete" in again.stderr
+    longer = dagman(*common, "--steps", "3")
+    assert longer.returncode == 4
+    assert "optimisation.steps: 2 -> 3" in longer.stderr
+
+
+def test_dry_run_says_what_it_would_cost_and_writes_nothing(chain: Path) -> None:
+    result = dagman("pretrain", "dagman-swin", "--data", chain / "prepared", "-o", chain / "never", "--dry-run")
+    assert result.returncode == 0
+    assert "encoder 14.12 M parameters" in result.stderr
+    assert not (chain / "never").exists()
+
+
+def test_settings_come_from_yaml_and_flags_win(chain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("optimisation: {learning_rate: 0.5, seed: 7}\n")
+    result = dagman(
+        *("pretrain", "dagman-tiny", "--data", chain / "prepared", "-o", tmp_path / "run", "-c", path, "--dry-run"),
+        *("--optimisation.learning-rate=0.25",),
+    )
+    assert "learning_rate: 0.25" in result.stdout
+    assert "seed: 7" in result.stdout
