@@ -38,7 +38,9 @@ demo: setup
 	$(BIN)/dagman demo --output $(DEMO) $(if $(DATA),--data $(DATA))
 
 bench: setup
-	$(BIN)/python benchmarks/store.py --json benchmarks/results/store.json
+	$(BIN)/python benchmarks/store.py $(if $(BENCH_DATA),--data $(BENCH_DATA)) --json benchmarks/results/store.json
+	$(BIN)/dagman demo --output $(DEMO)
+	cp $(DEMO)/summary.json benchmarks/results/demo.json
 
 docs: setup
 	$(BIN)/python docs/tables.py

@@ -195,7 +195,7 @@ def main() -> None:
         "config": config.to_dict(chosen),
         "volumes": len(store),
         "date": time.strftime("%Y-%m-%d"),
-        "environment": describe_environment(),
+        "machine": describe_environment()["versions"],
         "probe_cases": {name: int(np.isin(words, pair).sum()) for name, pair in PROBES.items()},
         "untrained": score(untrained, words, patients),
         "raw voxels": score(voxels, words, patients),

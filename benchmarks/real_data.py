@@ -199,7 +199,7 @@ def main() -> None:
     store = PreparedStore(unlabelled)
     result = {
         "date": time.strftime("%Y-%m-%d"),
-        "environment": describe_environment(),
+        "machine": describe_environment()["versions"],
         "cases": len(store),
         "rejected": len(files.read_lines(unlabelled / "rejected.jsonl")),
         "seconds_per_scan_median": float(np.median([row["seconds"] for row in store.rows])),

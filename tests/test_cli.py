@@ -178,3 +178,35 @@ def test_settings_come_from_yaml_and_flags_win(chain: Path, tmp_path: Path) -> N
     )
     assert "learning_rate: 0.25" in result.stdout
     assert "seed: 7" in result.stdout
+
+
+def test_the_python_of_the_readme_runs(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    block = text.split("```python\n")[1].split("```")[0]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(chain / "run")
+    (tmp_path / "prepared").symlink_to(chain / "prepared")
+    monkeypatch.chdir(tmp_path)
+    result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert 0 <= float(result.stdout.split()[0]) <= 1
+
+
+def test_the_demo_on_labelled_scans_prints_its_table_and_continues(chain: Path, tmp_path: Path) -> None:
+    command = ("demo", "-o", tmp_path / "demo", "--data", chain / "phantoms" / "cases.csv", "--steps", "1")
+    result = dagman(*command)
+    assert result.returncode == 0, result.stderr
+    for words in ("raw voxels", "pretrained minus this", "image error relative", "docs/learning.md", "Next: dagman"):
+        assert words in result.stderr
+    found = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert [row["features"] for row in found["probe"]] == ["pretrained", "untrained", "raw voxels"]
+    assert len(list((tmp_path / "demo" / "attention").glob("*.png"))) == 2
+    assert "already complete" in dagman(*command).stderr
+
+
+def test_the_demo_goes_as_far_as_labels_do(chain: Path, tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "a.nii.gz").symlink_to(chain / "phantoms" / "images" / "phantom_000.nii.gz")
+    result = dagman("demo", "-o", tmp_path / "demo", "--data", tmp_path / "scans", "--steps", "1")
+    assert result.returncode == 0, result.stderr
+    assert "no probe: 0 classes of labels" in result.stderr

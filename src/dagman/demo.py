@@ -1,5 +1,6 @@
 """The whole chain in a few minutes: prepare, pretrain, probe beside the baselines, look at the attention."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,15 +16,15 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.figures import phantom as sheets
 from dagman.nets.swin import SwinEncoder
 from dagman.nets.weights import load_encoder
-from dagman.run import Run
+from dagman.run import Run, describe_environment
 from dagman.tasks import classify
 from dagman.tasks.attention import explain
 from dagman.tasks.embed import embed, untrained, voxels
 from dagman.train.pretrain import Listener, pretrain
 
 NUM_PHANTOMS = 48
-STEPS = 300
-"""About three minutes of pretraining on two cores."""
+STEPS = 200
+"""About three and a half minutes of pretraining on two cores."""
 LUNG_WINDOW_HU = "-1000,400"
 NUM_PICTURES = 2
 
@@ -91,7 +92,12 @@ def run(
         )
     encoder = load_encoder(folder / "run")
     say("3/4 Probing what its features know")
-    found = {"training": _training(Run(folder / "run")), "probe": _probe(encoder, store, folder, say)}
+    found = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_environment()["versions"],
+        "training": _training(Run(folder / "run")),
+        "probe": _probe(encoder, store, folder, say),
+    }
     say("4/4 Looking at its attention")
     pictures = _pictures(encoder, source, folder / "attention", say)
     files.write_json(folder / "summary.json", found)
