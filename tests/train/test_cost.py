@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dagman.figures import progress
 from dagman.nets.swin import SwinConfig, SwinEncoder
+from dagman.pretext.codistill import CoDistillation
 from dagman.train import cost
 
 
@@ -24,9 +25,21 @@ def test_operations_are_those_that_pytorch_counts() -> None:
 
 def test_the_paper_size_is_extrapolated_by_operations() -> None:
     factor = cost.encoder_flops(SwinConfig(), (128, 128, 128)) / cost.encoder_flops(small().encoder, (32, 64, 64))
-    line = cost.time_line(small(batch_size=2), 2.0, 30, 10, 1)
-    assert line.startswith("2.00 s a step, about 60 s left")
+    line = cost.time_line(small(batch_size=2), 1.0, 30, 10, 1)
+    assert line.startswith("about 2.00 s a step, 60 s in all")
     assert f"on these 10 volumes would take about {cost.duration(factor * 8000)} here" in line
+
+
+def test_measuring_a_pair_changes_nothing() -> None:
+    config = small()
+    torch.manual_seed(0)
+    module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = torch.random.get_rng_state()
+    assert cost.seconds_per_pair(module, config) > 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
 
 
 @pytest.mark.parametrize(

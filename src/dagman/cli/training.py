@@ -49,6 +49,8 @@ def pretrain(
         fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
         dry_run: Say what would be done and what it would cost, and stop.
     """
+    import torch
+
     from dagman import config as configs
     from dagman import recipes
     from dagman.ct.store import PreparedStore
@@ -63,7 +65,8 @@ def pretrain(
     store = PreparedStore(data)
     if dry_run:
         print(configs.to_yaml(chosen), end="")
-        say(_size(chosen, len(store), devices))
+        for line in _forecast(chosen, len(store), devices, device or ("cuda" if torch.cuda.is_available() else "cpu")):
+            say(line)
         return ExitCode.OK
     if fresh and output.exists():
         aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
@@ -87,17 +90,18 @@ def pretrain(
     return ExitCode.OK
 
 
-def _size(config: "PretrainConfig", num_volumes: int, devices: int) -> str:
-    """What a run would be, without its weights."""
-    import torch
-
+def _forecast(config: "PretrainConfig", num_volumes: int, devices: int, device: str) -> list[str]:
+    """What a run would be and take, measured on noise."""
     from dagman.pretext.codistill import CoDistillation
-    from dagman.train.cost import size_line
+    from dagman.train import cost
 
-    with torch.device("meta"):
-        module = CoDistillation(config.encoder, config.method, mean_intensity=0.0, crop=config.data.crop)
+    module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop).to(device).train()
     steps = config.optimisation.total_steps(num_volumes, devices)
-    return f"{num_volumes} volumes, {steps} steps; {size_line(module)}"
+    pair = cost.seconds_per_pair(module, config)
+    return [
+        f"{num_volumes} volumes, {steps} steps; {cost.size_line(module)}",
+        cost.time_line(config, pair, steps, num_volumes, devices),
+    ]
 
 
 def dotted(tokens: Sequence[str]) -> dict[str, str]:

@@ -3,13 +3,15 @@
 import math
 import resource
 import sys
+import time
 
 import torch
 from torch import nn
 
 from dagman.nets.swin import SwinConfig
-from dagman.pretext.codistill import CoDistillation
+from dagman.pretext.codistill import CoDistillation, Knobs
 from dagman.train.settings import PretrainConfig
+from dagman.types import Views
 
 PAPER_CROP = (128, 128, 128)
 PAPER_EPOCHS = 800
@@ -58,17 +60,45 @@ def _block_flops(tokens: int, width: int, attended: int, mlp_ratio: float) -> fl
     return 2 * tokens * width * ((4 + 2 * mlp_ratio) * width + 2 * attended)
 
 
-def time_line(config: PretrainConfig, seconds_per_step: float, steps_left: int, num_volumes: int, devices: int) -> str:
-    """Time left, and what the paper's size would take on these volumes with this machine.
+def seconds_per_pair(module: CoDistillation, config: PretrainConfig) -> float:
+    """Seconds of one pair of views, forward and backward: measured once on noise, after one to warm up.
+
+    Leaves the module, its gradients and the random numbers as they were.
+    """
+    device = next(module.parameters()).device
+    images = torch.rand(2, 1, 1, *config.data.crop, generator=torch.Generator().manual_seed(0)).to(device)
+    views = Views(u=images[0], v=images[1], rows=torch.zeros(1, dtype=torch.long), padding=torch.zeros(1))
+    seconds = 0.0
+    with torch.random.fork_rng():
+        for _ in range(2):
+            started = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.optimisation.precision == "bf16"):
+                outcome = module(views, Knobs(0.04, 0.04, attended=True), torch.Generator().manual_seed(0))
+            outcome.losses.total.backward()
+            outcome.losses.total.item()  # waits for a GPU
+            seconds = time.perf_counter() - started
+            module.zero_grad(set_to_none=True)
+    return seconds
+
+
+def time_line(config: PretrainConfig, pair: float, steps_left: int, num_volumes: int, devices: int) -> str:
+    """Time of a run, and what the paper's size would take on these volumes with this machine.
 
     The extrapolation assumes that time grows with the floating-point operations of the encoder.
+
+    Args:
+        config: Settings of the run.
+        pair: Seconds of one pair, as `seconds_per_pair` measures them.
+        steps_left: Optimizer steps to do.
+        num_volumes: Volumes to train on.
+        devices: Processes that share a step.
     """
-    pair = seconds_per_step / config.optimisation.volumes_per_step(devices)
+    seconds_per_step = pair * config.optimisation.batch_size * config.optimisation.accumulate
     factor = encoder_flops(SwinConfig(), PAPER_CROP) / encoder_flops(config.encoder, config.data.crop)
-    paper = pair * factor * num_volumes * PAPER_EPOCHS
+    paper = pair * factor * num_volumes * PAPER_EPOCHS / devices
     return (
-        f"{seconds_per_step:.2f} s a step, about {duration(seconds_per_step * steps_left)} left, "
-        f"at most {peak_memory_gib():.2f} GiB used so far; the paper's size "
+        f"about {seconds_per_step:.2f} s a step, {duration(seconds_per_step * steps_left)} in all, "
+        f"{peak_memory_gib():.2f} GiB with one pair in memory; the paper's size "
         f"(embedding 48, crop 128^3, {PAPER_EPOCHS} epochs) on these {num_volumes} volumes would take about "
         f"{duration(paper)} here, if time grows with the encoder's operations ({factor:.3g} times as many a pair)"
     )

@@ -17,7 +17,7 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.pretext.codistill import Outcome
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
-from dagman.train import engine
+from dagman.train import cost, engine
 from dagman.train.job import Job, Listener, batches, prepare, resume, save
 from dagman.train.record import Recorder
 from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
@@ -84,6 +84,9 @@ def pretrain(
         if start == job.total:
             job.say(f"already complete: {start} of {job.total} steps")
             return Result(status="complete", step=start, total_steps=job.total, folder=folder)
+        if fabric.is_global_zero:
+            pair = cost.seconds_per_pair(job.module, config)
+            job.say(cost.time_line(config, pair, job.total - start, len(job.train_rows), job.devices))
         with Recorder(job, start) as recorder:
             source = batches(job, start, workers)
             for step in range(start, job.total):

@@ -1,12 +1,10 @@
 """Where the rows of a run go: metrics, TensorBoard, listeners, the collapse watch."""
 
 import contextlib
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dagman.train import cost
 from dagman.train.health import Watch
 from dagman.train.job import Job
 
@@ -47,15 +45,6 @@ class Recorder(contextlib.AbstractContextManager["Recorder"]):
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self.writer.add_scalar(name, value, row["step"])
-        self._tell_time(row)
-
-    def _tell_time(self, row: Mapping[str, Any]) -> None:
-        """After the fourth step, which is the third that is not slowed by the start: how long it will take."""
-        self.seconds = [*self.seconds, row["seconds"]][:4]
-        if row["step"] == self.start + 4:
-            job, seconds = self.job, statistics.median(self.seconds[1:])
-            left = job.total - row["step"]
-            job.say(cost.time_line(job.config, seconds, left, len(job.train_rows), job.devices))
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
