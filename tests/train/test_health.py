@@ -21,6 +21,10 @@ from dagman.train.pretrain import pretrain
 from dagman.types import Views
 
 
+MEASURED = 2
+"""Forward passes before the first step, which measure what a pair takes."""
+
+
 @pytest.fixture
 def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts a NaN or an infinity into the second step: its batch, loss, one gradient, or the teacher's means."""
@@ -31,7 +35,7 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     def poisoned(self: CoDistillation, views: Views, knobs: Knobs, generator: torch.Generator) -> Outcome:
         nonlocal calls
         calls += 1
-        if calls != 2:
+        if calls != MEASURED + 2:
             return forward(self, views, knobs, generator)
         if place == "batch":
             views = views._replace(u=views.u * value)
@@ -97,7 +101,9 @@ def test_steps_skipped_in_a_row_end_the_run_and_keep_the_last_checkpoint(
 
     def poisoned(self: CoDistillation, views: Views, *arguments: Any) -> Outcome:
         calls.append(1)
-        return forward(self, views._replace(v=views.v * float("nan")) if len(calls) > 1 else views, *arguments)
+        return forward(
+            self, views._replace(v=views.v * float("nan")) if len(calls) > MEASURED + 1 else views, *arguments
+        )
 
     monkeypatch.setattr(CoDistillation, "forward", poisoned)
     with pytest.raises(DagmanError, match="E-UNHEALTHY") as caught:
