@@ -292,6 +292,19 @@ def test_table_gives_files_folders_labels_masks_and_patients(tmp_path: Path) -> 
     assert len(scans[1].files) == 16
 
 
+def test_one_image_with_two_masks_is_two_cases_and_the_same_row_twice_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "ct.nii.gz", "nodule1.nii.gz", "nodule2.nii.gz")
+    series(tmp_path / "dicom", "1.2.3")
+    rows = [
+        {"case_id": f"{image}-{number}", "image": image, "mask": f"nodule{number}.nii.gz"}
+        for image in ("ct.nii.gz", "dicom")
+        for number in (1, 2)
+    ]
+    scans, problems = index([table(tmp_path / "t.csv", [*rows, {**rows[0], "case_id": "again"}])])
+    assert [scan.case_id for scan in scans] == ["ct.nii.gz-1", "ct.nii.gz-2", "dicom-1", "dicom-2"]
+    assert [problem.problem for problem in problems] == ["image and mask are the same as in row 2"]
+
+
 def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
     write(tmp_path, "a.nii.gz", "b.nii.gz", "c.nii.gz", "d.nii.gz")
     series(tmp_path / "two", "5")

@@ -13,6 +13,8 @@ from dagman.errors import ExitCode
 if TYPE_CHECKING:
     from dagman.ct.prepare import Summary
 
+MOST_DUPLICATES = 5
+
 
 def check(
     *sources: Path,
@@ -89,5 +91,7 @@ def _describe(summary: "Summary", output: Path) -> None:
     if summary.rejected:
         codes = ", ".join(f"{count} E-{code}" for code, count in summary.codes.items())
         say(f"{summary.rejected} rejected ({codes}); reasons and advice in {output / 'rejected.jsonl'}")
-    for same in summary.duplicates:
+    for same in summary.duplicates[:MOST_DUPLICATES]:
         say(f"same voxels: {', '.join(same)}")
+    if len(summary.duplicates) > MOST_DUPLICATES:
+        say(f"and {len(summary.duplicates) - MOST_DUPLICATES} more groups of cases with the same voxels")

@@ -16,18 +16,23 @@ _CORRECT = "correct the row"
 def read(path: Path, survey: Survey) -> list[Scan]:
     """Scans of a table; rows that cannot be used go to `survey.problems` with their number (the header is row 1).
 
+    One image may stand in several rows with different masks: several nodules of one scan are several cases.
+
     Raises:
         DagmanError: `E-TABLE` when the file is no such table.
     """
     rows = _rows(path)
     scans: list[Scan] = []
     first_use: dict[str, int] = {}
+    looked: dict[Path, Found | None] = {}
     for number, row in rows:
         try:
             _check_cells(row, first_use, number)
             image = _existing(path, row["image"])
             mask = _existing(path, row["mask"]) if row.get("mask") else None
-            found = _only(image, survey)
+            if image not in looked:
+                looked[image] = _only(image, survey)
+            found = looked[image]
         except ValueError as problem:
             survey.reject("TABLE", f"{path}:{number}", str(problem), _CORRECT)
             continue
@@ -79,10 +84,11 @@ def _check_cells(row: dict[str, str], first_use: dict[str, int], number: int) ->
     case_id = row["case_id"]
     if not _NAME.fullmatch(case_id):
         raise ValueError(f"case_id {printable(case_id)[:60]} may hold letters, digits, '-', '_' and '.' only")
-    for what, value in (("case_id", case_id.lower()), ("image", row["image"])):
+    place = f"{row['image']}\n{row.get('mask', '')}"
+    for what, value in (("case_id is", case_id.lower()), ("image and mask are", place)):
         earlier = first_use.setdefault(f"{what} {value}", number)
         if earlier != number:
-            raise ValueError(f"{what} is the same as in row {earlier}")
+            raise ValueError(f"{what} the same as in row {earlier}")
 
 
 def _existing(table: Path, cell: str) -> Path:
