@@ -64,6 +64,30 @@ class Preparation:
     """Voxels (x, y, z)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What became of the tensors of a file; printed as one line."""
+
+    source: Path
+    kind: str
+    """`DAGMaN`, `MONAI` or `SMIT`."""
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    """Wanted by the encoder, not in the file."""
+    unexpected: tuple[str, ...] = ()
+    """In the file, without a place in the encoder."""
+    mismatched: tuple[str, ...] = ()
+    """In both, of different shapes."""
+    share: float = 1.0
+    """Of the Swin's parameters (without semantic attention and the hidden token) that were loaded, 0 to 1."""
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{len(getattr(self, word))} {word}" for word in ("missing", "unexpected", "mismatched"))
+        line = f"{self.source}: {self.kind} weights, {len(self.loaded)} tensors loaded ({self.share:.1%} of the Swin)"
+        return "; ".join([f"{line}, {counts}", *self.notes])
+
+
 class Views(NamedTuple):
     """Two overlapping crops of each volume of a batch, intensities in [0, 1]."""
 

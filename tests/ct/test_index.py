@@ -15,8 +15,9 @@ import numpy as np
 import pydicom
 import pytest
 
-from dagman.ct.index import Problem, index
+from dagman.ct.index import index
 from dagman.ct.read import read
+from dagman.ct.survey import Problem
 from dagman.errors import DagmanError
 
 sys.path.append(str(Path(__file__).parents[1] / "corpus"))

@@ -17,8 +17,9 @@ import pytest
 import SimpleITK
 
 from dagman.ct import guard, hounsfield, pixels
-from dagman.ct.index import Problem, index
+from dagman.ct.index import index
 from dagman.ct.read import Limits, check, read, read_mask
+from dagman.ct.survey import Problem
 from dagman.errors import DagmanError
 from dagman.types import Scan, Volume
 

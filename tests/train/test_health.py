@@ -20,7 +20,6 @@ from dagman.train.health import ALARMS, Watch
 from dagman.train.pretrain import pretrain
 from dagman.types import Views
 
-
 MEASURED = 2
 """Forward passes before the first step, which measure what a pair takes."""
 

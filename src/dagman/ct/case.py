@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int16, Integer
 
 from dagman.ct import read, resample, store
-from dagman.ct.index import Problem
+from dagman.ct.survey import Problem
 from dagman.errors import DagmanError, ExitCode, printable
 from dagman.files import fault_point, sha256_file
 from dagman.types import Scan, Volume

@@ -10,7 +10,8 @@ import numpy as np
 
 from dagman.ct import grid, guard
 from dagman.ct.guard import Limits
-from dagman.ct.index import Problem, index, sniff_files
+from dagman.ct.index import index
+from dagman.ct.survey import Problem, sniff_files
 from dagman.errors import DagmanError
 from dagman.types import Scan, Volume
 

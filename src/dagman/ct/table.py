@@ -4,7 +4,7 @@ import csv
 import re
 from pathlib import Path
 
-from dagman.ct.index import Found, Survey, look_through
+from dagman.ct.survey import Found, Survey, look_through
 from dagman.errors import DagmanError, printable
 from dagman.types import Scan
 

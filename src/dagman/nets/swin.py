@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +13,7 @@ from torch.nn import functional
 from dagman.errors import DagmanError
 from dagman.nets.transformer import MLP, DropPath, GlobalBlock, sine_cosine_position
 from dagman.nets.window import Size, WindowAttention
-from dagman.types import Features, Preparation
-
-if TYPE_CHECKING:
-    from dagman.nets.weights import LoadReport
+from dagman.types import Features, LoadReport, Preparation
 
 PATCH_SIDE = 2
 CROP_MULTIPLE = 32
@@ -262,7 +259,7 @@ class SwinEncoder(nn.Module):
 
     preparation: Preparation = Preparation()
     """What the images must be: set by whoever trains or loads the encoder, saved with it."""
-    report: "LoadReport | None" = None
+    report: LoadReport | None = None
     """What was loaded, where the weights came from a file."""
 
     def __init__(self, config: SwinConfig) -> None:

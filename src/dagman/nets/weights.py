@@ -7,7 +7,7 @@ network is and what it must be shown stands in the file's own header and, for pe
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dagman import config, files
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.swin import SwinConfig, SwinEncoder
 from dagman.nets.window import relative_position_index
-from dagman.types import Preparation
+from dagman.types import LoadReport, Preparation
 
 FORMAT = 1
 MODEL_FILE = Path("weights", "model.safetensors")
@@ -30,30 +30,6 @@ _HEADER = "dagman"
 _WRAPPERS = re.compile(r"^(module\.|state_dict\.|backbone\.|transformer\.|swinViT\.)+")
 _MONAI_BLOCK = re.compile(r"^layers([1-4])\.0\.")
 _SMIT_BLOCK = re.compile(r"^layers\.([0-3])\.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadReport:
-    """What became of the tensors of a file; printed as one line."""
-
-    source: Path
-    kind: str
-    """`DAGMaN`, `MONAI` or `SMIT`."""
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    """Wanted by the encoder, not in the file."""
-    unexpected: tuple[str, ...] = ()
-    """In the file, without a place in the encoder."""
-    mismatched: tuple[str, ...] = ()
-    """In both, of different shapes."""
-    share: float = 1.0
-    """Of the Swin's parameters (without semantic attention and the hidden token) that were loaded, 0 to 1."""
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{len(getattr(self, word))} {word}" for word in ("missing", "unexpected", "mismatched"))
-        line = f"{self.source}: {self.kind} weights, {len(self.loaded)} tensors loaded ({self.share:.1%} of the Swin)"
-        return "; ".join([f"{line}, {counts}", *self.notes])
 
 
 def save_encoder(encoder: SwinEncoder, path: Path, card: Mapping[str, Any]) -> None:

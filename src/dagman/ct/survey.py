@@ -1,0 +1,207 @@
+"""Files and folders to scans without names: every file is looked at once, by content, and nothing is decoded."""
+
+import dataclasses
+import hashlib
+import os
+import re
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dagman.ct import guard
+from dagman.errors import DagmanError
+
+PATIENT_KEY = "dagman patient hash 1"
+"""The default key of `patient`. It is public: see `index`."""
+_BATCH = 200
+_SNIFF_BYTES = 2 * 2**30
+"""Enough for any header; not for one that unpacks without end."""
+_ENDINGS = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha|\.gz)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something that is not used, and why."""
+
+    code: str
+    source: str
+    problem: str
+    advice: str
+    case_id: str | None = None
+    ignored: bool = False
+    """True for what was rightly passed over (a localizer, a README): no scan was lost."""
+
+    @classmethod
+    def of(cls, error: DagmanError, *, ignored: bool = False) -> "Problem":
+        """The problem an error describes."""
+        return cls(code=error.code, source=error.subject, problem=error.problem, advice=error.advice, ignored=ignored)
+
+    def __str__(self) -> str:
+        return f"E-{self.code} {self.source}: {self.problem}; {self.advice}"
+
+    def row(self) -> dict[str, Any]:
+        """A line of `rejected.jsonl`."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class Found:
+    """A scan before it has its name."""
+
+    files: tuple[Path, ...]
+    kind: str
+    stem: str
+    patient: str | None = None
+
+
+@dataclass(kw_only=True)
+class Survey:
+    """What is shared while several sources are looked through."""
+
+    key: str
+    limits: guard.Limits
+    visited: set[tuple[int, int]] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
+
+    def reject(self, code: str, source: object, problem: str, advice: str, *, ignored: bool = False) -> None:
+        """Note something that is not used."""
+        self.problems.append(Problem.of(DagmanError(code, source, problem, advice), ignored=ignored))
+
+
+def short_hash(text: str) -> str:
+    """Eight hexadecimal digits of a text's SHA-256."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+
+
+def look_through(source: Path, survey: Survey) -> list[Found]:
+    """Every scan in one file or folder; what is not used goes to `survey.problems`."""
+    single = not source.is_dir()
+    files = [source] if single else _walk(source, survey)
+    if single and not _is_regular(source, survey):
+        return []
+    facts = sniff_files(files, survey.limits, survey.key)
+    found: list[Found] = []
+    series: dict[tuple[str, str, str], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
+    others: list[Path] = []
+    for path, fact in zip(files, facts, strict=True):
+        place = _place(source, path)
+        if fact["kind"] == "error":
+            code, problem, advice = fact["error"]
+            survey.reject(code, path, problem, advice)
+        elif fact["kind"] == "other":
+            others.append(path)
+        elif fact["kind"] == "dicom":
+            name = fact["series"] or short_hash(str(Path(place).parent))
+            series[name, fact["patient"] or "", fact["modality"]].append((path, fact))
+        else:
+            found.append(Found(files=(path,), kind=fact["kind"], stem=_ENDINGS.sub("", place)))
+    found += [each for name, slices in sorted(series.items()) if (each := _series(name, slices, survey))]
+    _report_others(source, others, survey, ignored=not single)
+    return found
+
+
+def _series(name: tuple[str, str, str], slices: list[tuple[Path, dict[str, Any]]], survey: Survey) -> Found | None:
+    uid, patient, modality = name
+    first = slices[0][0]
+    place = first if len(slices) == 1 else first.parent
+    if modality != "CT":
+        problem = f"a series of {len(slices)} {modality or 'unnamed'} objects, not CT"
+        survey.reject("MODALITY", place, problem, "give CT images, or leave it out")
+        return None
+    files = tuple(path for path, fact in slices if not fact["localizer"])
+    if len(files) < len(slices):
+        problem = f"{len(slices) - len(files)} localizer images are left out of a series of {len(slices)}"
+        survey.reject("LOCALIZER", place, problem, "give the axial series if it is missing here", ignored=True)
+    if not files:
+        return None
+    return Found(files=files, kind="dicom", stem=f"ct-{uid}", patient=patient or None)
+
+
+def _report_others(source: Path, others: list[Path], survey: Survey, *, ignored: bool) -> None:
+    if others:
+        endings = Counter(path.suffix.lower()[:12] or "without ending" for path in others)
+        listed = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items())[:5])
+        problem = f"{len(others)} files are no scans ({listed})"
+        advice = "give .nii, .nii.gz, .nrrd, .mha or DICOM files if one of them should be"
+        survey.reject("FORMAT", source, problem, advice, ignored=ignored)
+
+
+def _place(source: Path, path: Path) -> str:
+    """Where a file lies, counted from its source, so that its name is the same on every machine."""
+    return path.name if path == source else f"{source.absolute().name}/{path.relative_to(source).as_posix()}"
+
+
+def sniff_files(paths: Sequence[Path], limits: guard.Limits, key: str = PATIENT_KEY) -> list[dict[str, Any]]:
+    """What each file is, by its content, in guarded batches; a batch that fails is gone through file by file."""
+    limits = dataclasses.replace(limits, memory_bytes=min(limits.memory_bytes, _SNIFF_BYTES))
+    facts: list[dict[str, Any]] = []
+    for start in range(0, len(paths), _BATCH):
+        batch = [str(path) for path in paths[start : start + _BATCH]]
+        try:
+            facts += guard.run("sniff", Path(batch[0]), {"paths": batch, "key": key}, limits)[0]
+        except DagmanError as error:
+            if len(batch) > 1:
+                facts += [fact for path in batch for fact in sniff_files([Path(path)], limits, key)]
+            else:
+                facts.append({"kind": "error", "error": [error.code, error.problem, error.advice]})
+    return facts
+
+
+def _walk(source: Path, survey: Survey) -> list[Path]:
+    """Regular files below a folder, sorted, each once however many links lead to it."""
+    files: list[Path] = []
+    passed: dict[str, list[Path]] = defaultdict(list)
+    folders = [source]
+    while folders:
+        folder = folders.pop()
+        why, identity = _new(folder, survey, stat.S_ISDIR)
+        if why:
+            passed[why].append(folder)
+            continue
+        survey.visited.add(identity)
+        try:
+            names = sorted(os.listdir(folder))  # noqa: PTH208
+        except OSError:
+            survey.reject("PERM", folder, "may not be listed", "give yourself the right to read it")
+            continue
+        below = []
+        for name in names:
+            path = folder / name
+            if name.startswith("."):
+                passed["hidden"].append(path)
+            elif path.is_dir():
+                below.append(path)
+            else:
+                why, identity = _new(path, survey, stat.S_ISREG)
+                if why:
+                    passed[why].append(path)
+                else:
+                    survey.visited.add(identity)
+                    files.append(path)
+        folders += reversed(below)
+    for why, paths in sorted(passed.items()):
+        problem = f"{len(paths)} entries are passed over ({why}), such as {paths[0].name}"
+        survey.reject("SKIPPED", source, problem, "give them as a source of their own if they are scans", ignored=True)
+    return sorted(files)
+
+
+def _new(path: Path, survey: Survey, wanted: Any) -> tuple[str, tuple[int, int]]:
+    try:
+        status = path.stat()
+    except OSError:
+        return "link to nothing or unreadable", (0, 0)
+    identity = (status.st_dev, status.st_ino)
+    if not wanted(status.st_mode):
+        return "no regular file", identity
+    return ("already seen under another name" if identity in survey.visited else ""), identity
+
+
+def _is_regular(source: Path, survey: Survey) -> bool:
+    why, identity = _new(source, survey, stat.S_ISREG)
+    if why:
+        survey.reject("SKIPPED", source, f"is passed over ({why})", "give a file or a folder of scans")
+    survey.visited.add(identity)
+    return not why
