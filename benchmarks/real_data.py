@@ -31,17 +31,23 @@ from dagman.tasks.embed import embed, untrained, voxels
 
 CUBE_MM = 24.0
 """Side of the cube that marks where a probe's crop is centred."""
+MARGIN_MM = 32.0
+"""Half the crop of the tumour probe: neither class shows the end of the scan by its place alone."""
+MEASURED_STEPS = 10
 
 
-def dagman(*arguments: str | Path) -> float:
-    """Run one verb and return its seconds; exit code 3 (some inputs rejected) is fine."""
-    started = time.monotonic()
+def peak_mib() -> int:
+    """Most memory of any process that a verb has used so far."""
+    return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+
+
+def dagman(*arguments: str | Path) -> None:
+    """Run one verb; exit code 3 (some inputs rejected) is fine."""
     command = [Path(sys.executable).with_name("dagman"), *map(str, arguments)]
     print("$ dagman", *map(str, arguments), flush=True)
     code = subprocess.run(command, check=False).returncode
     if code not in (0, 3):
         sys.exit(f"dagman {arguments[0]} ended with {code}")
-    return time.monotonic() - started
 
 
 def write_table(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -90,7 +96,7 @@ def tumour_or_not(data: Path, work: Path) -> Path:
         tumour = np.argwhere(np.asanyarray(nib.load(path.with_name(f"{name}_gtv.nii.gz")).dataobj) > 0)
         body = np.argwhere(hu > -300)
         zooms = np.asarray(image.header.get_zooms()[:3])
-        inner = np.all((body * zooms > CUBE_MM) & (body * zooms < np.asarray(hu.shape) * zooms - CUBE_MM), axis=1)
+        inner = np.all((body * zooms > MARGIN_MM) & (body * zooms < np.asarray(hu.shape) * zooms - MARGIN_MM), axis=1)
         body = body[inner] if inner.any() else body
         distance = np.linalg.norm((body - tumour.mean(0)) * zooms, axis=1)
         for label, centre in (("tumour", tumour.mean(0).round().astype(int)), ("not", body[distance.argmax()])):
@@ -185,17 +191,16 @@ def main() -> None:
     data, work = arguments.data, arguments.work
     work.mkdir(parents=True, exist_ok=True)
     unlabelled = work / "prepared"
-    seconds = {}
     sources = (data / "ct_corpus", metastasis(data, work), data / "dicom_series")
-    seconds["prepare"] = dagman("prepare", "-i", *sources, "-o", unlabelled)
-    seconds["pretrain"] = dagman(
-        "pretrain", "dagman-tiny", "--data", unlabelled, "-o", work / "run", "--steps", str(arguments.steps)
-    )
+    recipe = ("pretrain", "dagman-tiny", "--data", unlabelled)
+    dagman("prepare", "-i", *sources, "-o", unlabelled)
+    memory = {"prepare": peak_mib()}
+    dagman(*recipe, "-o", work / "measured", "--steps", str(MEASURED_STEPS), "--fresh")
+    memory["pretrain"] = peak_mib()
+    dagman(*recipe, "-o", work / "run", "--steps", str(arguments.steps))
     lidc = data / "ct_corpus" / "lidc_idri_0314.nii.gz"
     nodule = data / "lidc" / "LIDC-IDRI-0314_nodule_votes.nii.gz"
-    seconds["attention"] = dagman(
-        "attention", "--weights", work / "run", "-i", lidc, "--mask", nodule, "-o", work / "attention"
-    )
+    dagman("attention", "--weights", work / "run", "-i", lidc, "--mask", nodule, "-o", work / "attention")
     store = PreparedStore(unlabelled)
     result = {
         "date": time.strftime("%Y-%m-%d"),
@@ -203,8 +208,7 @@ def main() -> None:
         "cases": len(store),
         "rejected": len(files.read_lines(unlabelled / "rejected.jsonl")),
         "seconds_per_scan_median": float(np.median([row["seconds"] for row in store.rows])),
-        "seconds": {verb: round(value, 1) for verb, value in seconds.items()},
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "peak_mib": memory,
         "training": training(Run(work / "run")),
         "probes": {name: probe(name, data, work) for name in PROBES},
     }
@@ -212,7 +216,7 @@ def main() -> None:
     for name, found in result["probes"].items():
         for kind in ("pretrained", "untrained", "raw voxels"):
             auc = found[kind]["auc"]
-            print(f"{name:18s} {kind:12s} AUC {auc['value']:.3f} ({auc['low']} to {auc['high']})")
+            print(f"{name:18s} {kind:12s} AUC {auc['value']:.3f} ({auc['low']:.3f} to {auc['high']:.3f})")
     print(f"wrote {arguments.json}")
 
 

@@ -117,7 +117,7 @@ def real_training() -> str:
     ]
     note = (
         f"`dagman-tiny`, {training['steps']} steps of {training['seconds_per_step_median']:.2f} s (median) on "
-        f"{result['cases']} CTs; peak memory of a process {result['peak_memory_mib'] / 1024:.1f} GiB. "
+        f"{result['cases']} CTs; peak memory {result['peak_mib']['pretrain'] / 1024:.1f} GiB. "
         f"{machine(result)}."
     )
     return rows(["", "first twentieth", "last twentieth"], body) + "\n\n" + note
