@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/cpu-py311.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' $(CONSTRAINTS))
 READY := $(VENV)/.ready
-DEMO ?= demo
+DEMO ?= $(if $(DATA),demo-own,demo)
 
 .PHONY: setup check test demo bench docs clean
 

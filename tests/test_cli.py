@@ -203,6 +203,9 @@ def test_the_demo_on_labelled_scans_prints_its_table_and_continues(chain: Path, 
     assert [row["features"] for row in found["probe"]] == ["pretrained", "untrained", "raw voxels"]
     assert len(list((tmp_path / "demo" / "attention").glob("*.png"))) == 2
     assert "already complete" in dagman(*command).stderr
+    other = dagman("demo", "-o", tmp_path / "demo", "--data", chain / "phantoms" / "images", "--steps", "1")
+    assert other.returncode == 4
+    assert "holds a demo on other scans" in other.stderr
 
 
 def test_the_demo_goes_as_far_as_labels_do(chain: Path, tmp_path: Path) -> None:

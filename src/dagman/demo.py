@@ -63,6 +63,7 @@ def run(
     Raises:
         DagmanError: What any of the verbs raises; `E-NODATA` where no scan can be used.
     """
+    _claim(folder, data)
     source = data or _phantoms(folder / "phantoms", say)
     say(f"1/4 Preparing {source}")
     with progress("Preparing") as tell:
@@ -104,6 +105,16 @@ def run(
     _report(found, folder, pictures, say)
 
 
+def _claim(folder: Path, data: Path | None) -> None:
+    """One folder, one source of scans: what another demo prepared is not mixed in."""
+    note, source = folder / "source.txt", str(data.resolve()) if data else "phantoms"
+    if note.exists() and note.read_text() != source:
+        raise DagmanError(
+            "OUTPUT", folder, "holds a demo on other scans", "give another --output", exit_code=ExitCode.REFUSED
+        )
+    files.write_text(note, source)
+
+
 def _phantoms(folder: Path, say: Say) -> Path:
     table = folder / "cases.csv"
     if not table.exists():
@@ -116,12 +127,13 @@ def _phantoms(folder: Path, say: Say) -> Path:
     return table
 
 
-def _training(run: Run) -> dict[str, float]:
-    """How the pretraining ended: means over its last twentieth."""
+def _training(run: Run) -> dict[str, Any]:
+    """How the pretraining ended: means over its last twentieth, None for what was never finite."""
     rows = run.metrics()
     last = rows[-max(1, len(rows) // 20) :]
-    means = {name: sum(row[name] for row in last) / len(last) for name in READINGS}
-    return {"steps": rows[-1]["step"], "seconds_per_step": sum(row["seconds"] for row in rows) / len(rows), **means}
+    seen = {name: [row[name] for row in last if row.get(name) is not None] for name in (*READINGS, "seconds")}
+    means = {name: sum(values) / len(values) if values else None for name, values in seen.items()}
+    return {"steps": rows[-1]["step"] if rows else 0, **means}
 
 
 def _probe(encoder: SwinEncoder, store: PreparedStore, folder: Path, say: Say) -> list[dict[str, Any]]:
@@ -164,6 +176,8 @@ def _pictures(encoder: SwinEncoder, source: Path, folder: Path, say: Say) -> lis
         try:
             pictures.append(explain(encoder, scan, folder).picture)
         except DagmanError as error:
+            if error.exit_code == ExitCode.RESOURCES:
+                raise
             say(f"    {error}")
     return pictures
 
@@ -172,9 +186,10 @@ def _report(found: dict[str, Any], folder: Path, pictures: list[Path], say: Say)
     """Print the table, what it means, and where everything lies."""
     training, rows = found["training"], found["probe"]
     say("")
-    say(f"After {training['steps']} steps of {training['seconds_per_step']:.2f} s:")
+    say(f"After {training['steps']} steps:")
     for name, meaning in READINGS.items():
-        say(f"  {training[name]:6.3f}  {meaning}")
+        shown = "   n/a" if training[name] is None else f"{training[name]:6.3f}"
+        say(f"  {shown}  {meaning}")
     if rows:
         first = rows[0]
         say("")

@@ -35,6 +35,14 @@ class Scan:
         return self.files[0] if len(self.files) == 1 else self.files[0].parent
 
 
+class Grid(NamedTuple):
+    """A voxel grid in the world."""
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    """(4, 4), voxel index to RAS+ world in mm."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Volume:
     """One CT in memory, oriented to RAS+."""
@@ -43,6 +51,8 @@ class Volume:
     """Hounsfield units, (x, y, z); int16 or float32."""
     affine: np.ndarray
     """(4, 4), voxel index to RAS+ world in mm."""
+    own_grid: Grid | None = None
+    """The same voxels in the order and direction that the file has them; None for a volume made in memory."""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

@@ -178,15 +178,19 @@ def test_padding_below_air_is_air_and_is_counted():
     assert prepared.hu.max() > 1500
 
 
-def test_a_label_too_small_for_the_grid_is_refused_not_lost():
+def test_a_label_too_small_for_the_grid_keeps_the_voxel_at_its_centre():
     volume = phantom(spacing_mm=(0.5, 0.5, 0.5))
     mask = np.zeros(volume.hu.shape, np.int16)
     mask[10:30, 10:30, 10:30] = 1
     mask[4, 4, 4] = 2
-    with pytest.raises(DagmanError, match=r"E-MASKLOST label 2: has 1 voxels"):
+    prepared = prepare_volume(volume, PrepareConfig(), mask)
+    assert prepared.tiny_labels == (2,)
+    assert (prepared.mask == 1).sum() * 8 == 20**3 * 0.5**3
+    found = prepared.affine @ [*np.argwhere(prepared.mask == 2)[0], 1]
+    assert np.abs(found - volume.affine @ [4, 4, 4, 1]).max() <= 1.0, "within half a voxel"
+    mask[5, 4, 4] = 3
+    with pytest.raises(DagmanError, match=r"E-MASKLOST label 2: shares its only voxel"):
         prepare_volume(volume, PrepareConfig(), mask)
-    kept = prepare_volume(volume, PrepareConfig(), np.minimum(mask, 1)).mask
-    assert kept.sum() * 8 == 20**3 * 0.5**3
 
 
 def test_the_crop_never_cuts_a_mask_off():

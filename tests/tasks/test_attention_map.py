@@ -215,16 +215,31 @@ def test_planes_go_through_the_mask_or_the_most_attended_voxel_of_the_body():
     assert attention.centre(values, inside, mask) == (7, 2, 1)
 
 
-def test_a_dicom_series_gets_its_map_over_the_same_world(tmp_path, real_data):
-    (scan,), _ = index([real_data / "dicom_series" / "lung_dx_A0002_B40f"])
+def test_a_dicom_series_gets_its_map_on_its_own_rows_and_columns(tmp_path, real_data):
+    folder = real_data / "dicom_series" / "lung_dx_A0002_B40f"
+    (scan,), _ = index([folder])
     found = attention.explain(make(Brightness, (128, 128, 128), stage=3), scan, tmp_path)
-    volume, written = read(scan), nibabel.load(found.nifti)
-    assert written.shape == volume.hu.shape
-    np.testing.assert_allclose(written.affine, volume.affine, atol=1e-4)
+    series = SimpleITK.ReadImage(SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    written = SimpleITK.ReadImage(str(found.nifti))
+    for what in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
+        np.testing.assert_allclose(getattr(written, what)(), getattr(series, what)(), atol=1e-3)
     # It looks at what is bright, and knows the patient from the air around.
-    values, body = written.get_fdata(), attention.body_of(volume)
-    assert 0.2 < body.mean() < 0.8
-    assert values[volume.hu > 100].mean() > 2 * values[volume.hu < -900].mean()
+    values, hu = (SimpleITK.GetArrayFromImage(image) for image in (written, series))
+    assert values[hu > 100].mean() > 2 * values[hu < -900].mean()
+    assert 0.2 < attention.body_of(read(scan)).mean() < 0.8
+
+
+def test_a_metaimage_gets_its_map_on_its_own_grid(tmp_path):
+    made = make_phantom(0, 0).volume
+    image = SimpleITK.GetImageFromArray(made.hu.transpose(2, 1, 0)[::-1].copy())
+    image.SetSpacing(made.spacing_mm)
+    image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, -1))
+    SimpleITK.WriteImage(image, str(tmp_path / "scan.mha"))
+    (scan,), _ = index([tmp_path / "scan.mha"])
+    found = attention.explain(make(), scan, tmp_path)
+    written = SimpleITK.ReadImage(str(found.nifti))
+    for what in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
+        np.testing.assert_allclose(getattr(written, what)(), getattr(image, what)(), atol=1e-3)
 
 
 def test_the_body_is_the_patient_with_lungs_and_without_the_table():

@@ -193,7 +193,7 @@ def test_without_patients_it_is_refused_unless_said_and_then_stamped(tmp_path):
 def test_written_predictions_and_result_give_the_scores_again(result, tmp_path):
     predictions, summary = classify.write(result, tmp_path)
     rows = np.genfromtxt(predictions, delimiter=",", names=True, dtype=None, encoding="utf-8")
-    assert rows.dtype.names == ("case_id", "patient", "fold", "label", "probability")
+    assert rows.dtype.names == ("case_id", "patient", "fold", "label", "probability", "predicted")
     np.testing.assert_array_equal(rows["probability"], result.probability)
     np.testing.assert_array_equal(rows["label"] == "malignant", result.positive)
     found = json.loads(summary.read_text())

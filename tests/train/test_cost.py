@@ -25,8 +25,8 @@ def test_operations_are_those_that_pytorch_counts() -> None:
 
 def test_the_paper_size_is_extrapolated_by_operations() -> None:
     factor = cost.encoder_flops(SwinConfig(), (128, 128, 128)) / cost.encoder_flops(small().encoder, (32, 64, 64))
-    line = cost.time_line(small(batch_size=2), 1.0, 30, 10, 1)
-    assert line.startswith("about 2.00 s a step, 60 s in all")
+    line = cost.time_line(small(batch_size=2), cost.Measured(1.0, 0.5, 0.25), 30, 10, 1)
+    assert line.startswith("about 2.00 s a step, 60 s in all, about 1.0 GiB")
     assert f"on these 10 volumes would take about {cost.duration(factor * 8000)} here" in line
 
 
@@ -36,7 +36,7 @@ def test_measuring_a_pair_changes_nothing() -> None:
     module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop).train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     state = torch.random.get_rng_state()
-    assert cost.seconds_per_pair(module, config) > 0
+    assert min(cost.measure(module, config)[:2]) > 0
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())

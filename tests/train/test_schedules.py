@@ -51,16 +51,18 @@ def test_ramp_is_flat_then_straight_then_flat() -> None:
 
 
 def test_temperatures_rise_over_30_epochs_or_30_percent_of_a_short_run() -> None:
-    assert schedules.temperature_steps(800 * 50, 50) == 30 * 50
-    assert schedules.temperature_steps(100 * 50, 50) == 30 * 50
-    assert schedules.temperature_steps(99 * 50, 50) == 1485
-    assert schedules.temperature_steps(10, 1000) == 3
+    assert schedules.temperature_steps(800 * 50, 50.0) == 30 * 50
+    assert schedules.temperature_steps(100 * 50, 50.0) == 30 * 50
+    assert schedules.temperature_steps(99 * 50, 50.0) == 1485
+    assert schedules.temperature_steps(10, 1000.0) == 3
+    assert schedules.temperature_steps(195, 12 / 8) == 45, "130 epochs of 12 volumes, 8 a step"
+    assert schedules.temperature_steps(100, 1 / 8) == 4, "800 epochs of one volume, 8 a step"
 
 
 def test_last_layers_are_frozen_for_an_epoch_and_at_most_two_percent() -> None:
-    assert schedules.frozen_steps(40000, 50, 0.02) == 50
-    assert schedules.frozen_steps(1000, 50, 0.02) == 20
-    assert schedules.frozen_steps(49, 50, 0.02) == 0
+    assert schedules.frozen_steps(40000, 50.0, 0.02) == 50
+    assert schedules.frozen_steps(1000, 50.0, 0.02) == 20
+    assert schedules.frozen_steps(49, 50.0, 0.02) == 0
 
 
 def test_all_rates_of_a_run_start_and_end_where_the_paper_says() -> None:
@@ -88,7 +90,7 @@ def test_epochs_count_a_partial_step_and_all_devices() -> None:
     assert config.volumes_per_step(2) == 8
     assert config.total_steps(10, 2) == 4
     assert config.total_steps(10, 1) == 8
-    assert config.steps_per_epoch(3, 1) == 1
+    assert config.steps_per_epoch(3, 1) == pytest.approx(3 / 4)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,8 @@ def attention(
             with progress(f"Attention of {scan.case_id}") as tell:
                 found = explain(encoder, scan, output, device=device, progress=tell)
         except DagmanError as error:
+            if error.exit_code == ExitCode.RESOURCES or error.code == "NOATTENTION":
+                raise
             say(str(error))
             continue
         done += 1

@@ -54,7 +54,9 @@ def pretrain(
     from dagman import config as configs
     from dagman import recipes
     from dagman.ct.store import PreparedStore
+    from dagman.files import folder_lock
     from dagman.train import pretrain as training
+    from dagman.train.job import split_rows
 
     chosen = recipes.with_length(recipes.get(recipe), steps, epochs)
     if config:
@@ -65,12 +67,14 @@ def pretrain(
     store = PreparedStore(data)
     if dry_run:
         print(configs.to_yaml(chosen), end="")
-        for line in _forecast(chosen, len(store), devices, device or ("cuda" if torch.cuda.is_available() else "cpu")):
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        for line in _forecast(chosen, len(split_rows(store)[0]), devices, place):
             say(line)
         return ExitCode.OK
     if fresh and output.exists():
         aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        output.rename(aside)
+        with folder_lock(output):
+            output.rename(aside)
         say(f"moved the earlier run to {aside}")
     with progress("Pretraining") as tell:
         result = training.pretrain(
@@ -97,7 +101,7 @@ def _forecast(config: "PretrainConfig", num_volumes: int, devices: int, device: 
 
     module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop).to(device).train()
     steps = config.optimisation.total_steps(num_volumes, devices)
-    pair = cost.seconds_per_pair(module, config)
+    pair = cost.measure(module, config)
     return [
         f"{num_volumes} volumes, {steps} steps; {cost.size_line(module)}",
         cost.time_line(config, pair, steps, num_volumes, devices),

@@ -45,6 +45,8 @@ class Prepared:
     mask: Integer[np.ndarray, "x y z"] | None
     clipped_ratio: float
     """Share of the source's voxels below -1024 or above 32767 HU."""
+    tiny_labels: tuple[int, ...] = ()
+    """Labels that fell between the new voxels; the voxel at their centre stands for them."""
 
 
 def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarray, "x y z"] | None = None) -> Prepared:
@@ -56,7 +58,7 @@ def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarr
         mask: Labels on the volume's own grid; comes along by nearest neighbour, and the crop holds all of it.
 
     Raises:
-        DagmanError: `E-MASKLOST` when a label falls between the new voxels.
+        DagmanError: `E-MASKLOST` when two labels would share one voxel.
     """
     low, high = store.AIR_HU, np.iinfo(np.int16).max
     outside = np.count_nonzero(volume.hu < low) + np.count_nonzero(volume.hu > high)
@@ -68,7 +70,7 @@ def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarr
     )
     hu = np.rint(hu).astype(np.int16)
     affine = resample.resampled_affine(volume.affine, volume.hu.shape, config.spacing_mm)
-    labels = None if mask is None else _resampled_mask(mask, volume.spacing_mm, config.spacing_mm)
+    labels, tiny = (None, ()) if mask is None else _resampled_mask(mask, volume.spacing_mm, config.spacing_mm)
     box = resample.body_box(hu, config.spacing_mm, None if labels is None else labels > 0)
     affine[:3, 3] += affine[:3, :3] @ [edge.start for edge in box]
     return Prepared(
@@ -76,22 +78,31 @@ def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarr
         affine=affine,
         mask=None if labels is None else np.ascontiguousarray(labels[box]),
         clipped_ratio=outside / volume.hu.size,
+        tiny_labels=tiny,
     )
 
 
-def _resampled_mask(mask: np.ndarray, spacing_mm: tuple[float, float, float], target_mm: float) -> np.ndarray:
+def _resampled_mask(
+    mask: np.ndarray, spacing_mm: tuple[float, float, float], target_mm: float
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The mask on the new grid, and the labels so small that only the voxel at their centre stands for them."""
     labels = resample.nearest(mask, spacing_mm, target_mm)
     lost = np.setdiff1d(np.unique(mask), np.unique(labels))
     if lost.size:
-        voxels = np.count_nonzero(mask == lost[0])
+        labels = labels.copy()
+        for label in lost:
+            centre = np.argwhere(mask == label).mean(axis=0) - (np.array(mask.shape) - 1) / 2
+            where = centre * spacing_mm / target_mm + (np.array(labels.shape) - 1) / 2
+            labels[tuple(np.clip(np.rint(where).astype(int), 0, np.array(labels.shape) - 1))] = label
+    gone = np.setdiff1d(lost, np.unique(labels))
+    if gone.size:
         raise DagmanError(
             "MASKLOST",
-            f"label {lost[0]}",
-            f"has {voxels} voxels of {spacing_mm[0]:.3g} x {spacing_mm[1]:.3g} x {spacing_mm[2]:.3g} mm, "
-            f"none of which is left at {target_mm:g} mm",
+            f"label {gone[0]}",
+            f"shares its only voxel of {target_mm:g} mm with another label",
             "prepare with a smaller spacing, or leave this label out",
         )
-    return labels.astype(np.uint8) if labels.max() <= 255 else labels
+    return labels.astype(np.uint8) if labels.max() <= 255 else labels, tuple(int(label) for label in lost)
 
 
 def prepare_case(scan: Scan, *, sources: tuple[Path, ...], output: Path, config: PrepareConfig) -> Row:
@@ -141,6 +152,7 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
         labels, counts = np.unique(prepared.mask, return_counts=True)
         row["mask"] = {
             "source_sha256": _source_sha256([scan.mask] if scan.mask else []),
+            "tiny_labels": list(prepared.tiny_labels),
             "voxels": {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label},
             **_written(store.array_path(output, "masks", scan.case_id, config.storage), prepared.mask),
         }

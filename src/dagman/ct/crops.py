@@ -75,12 +75,11 @@ def two_views(
         row: Its row.
         crop: Voxels (x, y, z).
         overlap_ratio: Shared length along every axis at least.
-        body_ratio: Share at or above -950 HU (lung and denser), of a crop's voxels inside the volume, at least.
+        body_ratio: Share of a crop's voxels at or above -950 HU (lung and denser), at least.
         generator: Draws the corners; a keyed one gives the same crops every time.
 
     Reference: section 3.1 ("two randomly cropped views"); the ratios are the defaults of `DataConfig`.
     """
-    inside = np.minimum(crop, store.shape(row)).prod()
 
     def draw() -> tuple[float, Pair]:
         corners = overlapping_corners(store.shape(row), crop, overlap_ratio, generator)
@@ -88,7 +87,7 @@ def two_views(
         x, y, z = (np.maximum(*corners) + crop - low).tolist()
         both = store.hu(row, tuple(low.tolist()), (x, y, z))
         u, v = (padded_crop(both, np.subtract(corner, low).tolist(), crop, 0) for corner in corners)
-        body = min(np.count_nonzero(view >= LUNG_HU) / inside for view in (u, v))
+        body = min(np.count_nonzero(view >= LUNG_HU) / view.size for view in (u, v))
         return body, Pair(u, v, corners)
 
     most, best = draw()

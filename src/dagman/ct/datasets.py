@@ -27,7 +27,7 @@ class DataConfig:
     overlap_ratio: float = 0.5
     """Length that two views share at least, along every axis."""
     body_ratio: float = 0.25
-    """Share at or above -950 HU (lung and denser), of a view's voxels inside the volume; drawn again up to 20 times."""
+    """Share of a view's voxels at or above -950 HU (lung and denser), at least; drawn again up to 20 times."""
     flip_ratio: float = 0.0
     """Chance that a view is mirrored, for each axis and view on its own."""
     jitter_ratio: float = 0.0

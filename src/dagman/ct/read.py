@@ -13,7 +13,7 @@ from dagman.ct.guard import Limits
 from dagman.ct.index import index
 from dagman.ct.survey import Problem, sniff_files
 from dagman.errors import DagmanError
-from dagman.types import Scan, Volume
+from dagman.types import Grid, Scan, Volume
 
 __all__ = ["Limits", "check", "read", "read_mask"]
 
@@ -41,8 +41,9 @@ def read(scan: Scan, limits: Limits | None = None) -> Volume:
         "max_voxels": limits.max_voxels,
         "min_extent_mm": limits.min_extent_mm,
     }
-    affine, hu = guard.run("volume", scan.source, arguments, limits)
-    return Volume(hu=_present(hu), affine=np.array(affine))
+    (affine, (x, y, z), own), hu = guard.run("volume", scan.source, arguments, limits)
+    own_grid = Grid(shape=(x, y, z), affine=np.array(own))
+    return Volume(hu=_present(hu), affine=np.array(affine), own_grid=own_grid)
 
 
 def read_mask(path: Path, like: Volume | None = None, limits: Limits | None = None) -> Volume:

@@ -32,15 +32,15 @@ def sniff_files(paths: list[str], key: str) -> _Result:
 
 
 def read_volume(paths: list[str], kind: str, max_voxels: int, min_extent_mm: float) -> _Result:
-    """HU in RAS+ order and, as the value, its affine."""
-    stored, affine, slope, intercept = _stored(paths, kind, max_voxels)
+    """HU in RAS+ order and, as the value, its affine and the shape and affine of the file's own order."""
+    stored, own, slope, intercept = _stored(paths, kind, max_voxels)
     source = Path(paths[0]) if len(paths) == 1 else Path(paths[0]).parent
     hounsfield.check_finite(source, stored)
-    hu, affine = grid.to_ras(stored, affine)
+    hu, affine = grid.to_ras(stored, own)
     grid.check_extent(source, hu.shape, np.linalg.norm(affine[:3, :3], axis=0), min_extent_mm)
     hu = hounsfield.rescaled(source, hu, slope, intercept)
     hounsfield.check_hu(source, hu)
-    return affine.tolist(), hu
+    return [affine.tolist(), list(stored.shape), own.tolist()], hu
 
 
 def read_mask(paths: list[str], kind: str, max_voxels: int) -> _Result:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Float32
 from torch.nn import functional
 
 from dagman import files
-from dagman.ct import bytestream, crops, grid
+from dagman.ct import crops
 from dagman.ct.prepare import PrepareConfig, prepare_volume
 from dagman.ct.read import read, read_mask
 from dagman.ct.resample import BODY_HU
@@ -26,20 +26,13 @@ from dagman.errors import DagmanError
 from dagman.figures import attention as figure
 from dagman.nets.swin import SwinEncoder
 from dagman.tasks.embed import encode
-from dagman.types import Features, Scan, Volume
+from dagman.types import Features, Grid, Scan, Volume
 
 Triple = tuple[int, int, int]
 BLEND_SIGMA_RATIO = 0.125
 """Standard deviation of the blending weights over the crop's side (MONAI's sliding window)."""
 BODY_GRID_MM = 4.0
 """Fine enough to tell the body from the table, coarse enough to take no time."""
-
-
-class Grid(NamedTuple):
-    """A voxel grid in the world."""
-
-    shape: Triple
-    affine: Float[np.ndarray, "4 4"]
 
 
 class Outputs(NamedTuple):
@@ -84,7 +77,7 @@ def explain(
     values = attention_map(encoder, volume, device=device, precision=precision, progress=progress)
     body = body_of(volume)
     nifti, picture = (folder / f"{scan.case_id}_attention{suffix}" for suffix in (".nii.gz", ".png"))
-    write_nifti(values, volume.affine, own_grid(scan, volume), nifti)
+    write_nifti(values, volume.affine, volume.own_grid or Grid(_triple(volume.hu.shape), volume.affine), nifti)
     scene = figure.Scene(
         title=scan.case_id,
         hu=volume.hu,
@@ -203,25 +196,6 @@ def onto(
         near, far = values.take(low, source), values.take(np.minimum(low + 1, num - 1), source)
         values = near * weights[0] + far * weights[1]
     return np.ascontiguousarray(values.transpose(order))
-
-
-def own_grid(scan: Scan, volume: Volume) -> Grid:
-    """The grid of a scan as its file has it: the order and direction of the axes that `read` turned to RAS+.
-
-    Only NIfTI has one to be written back to; for other formats it is that of the volume, whose voxels are the same.
-    """
-    turned = Grid(_triple(volume.hu.shape), volume.affine)
-    if scan.kind != "nifti":
-        return turned
-    import nibabel
-
-    block = bytestream.head(scan.files[0], 540)
-    newer = block[4:7] == b"n+2"
-    header = nibabel.Nifti2Header(block, check=False) if newer else nibabel.Nifti1Header(block[:348], check=False)
-    own = Grid(_triple(header.get_data_shape()[:3]), header.get_best_affine().astype(float))
-    _, affine = grid.to_ras(np.empty(own.shape, np.bool_), own.affine)
-    same = grid.corner_distance_mm(affine, volume.affine, turned.shape) < 0.01 * min(volume.spacing_mm)
-    return own if same else turned
 
 
 def write_nifti(

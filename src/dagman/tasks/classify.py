@@ -271,12 +271,13 @@ def summary(result: ProbeResult) -> dict[str, Any]:
 def write(result: ProbeResult, folder: Path) -> list[Path]:
     """Write `predictions.csv` and `result.json`; returns their paths."""
     words = np.where(result.positive, result.positive_word, result.negative_word)
+    predicted = np.where(result.called, result.positive_word, result.negative_word)
     patients = result.groups if result.group_by == "patient" else np.full(len(words), "")
     paths = [folder / "predictions.csv", folder / "result.json"]
     write_rows(
         paths[0],
-        ("case_id", "patient", "fold", "label", "probability"),
-        zip(result.case_ids, patients, result.fold, words, result.probability, strict=True),
+        ("case_id", "patient", "fold", "label", "probability", "predicted"),
+        zip(result.case_ids, patients, result.fold, words, result.probability, predicted, strict=True),
     )
     files.write_json(paths[1], summary(result))
     return paths

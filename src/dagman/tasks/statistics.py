@@ -117,7 +117,9 @@ def estimate(
     )
     replicates = _values(statistic, draws, patient)
     replicates = np.sort(replicates[~np.isnan(replicates)])
-    if len(replicates) < resamples / 2 or replicates[0] == replicates[-1]:
+    if len(replicates) < resamples / 2:
+        return Estimate(value=value, why="most resamples of the patients lack a class")
+    if replicates[0] == replicates[-1]:
         return Estimate(value=value, why="resampling the patients does not change it")
     without_one = _values(statistic, 1 - np.eye(len(names)), patient)
     low, high = _accelerated(value, replicates, without_one[~np.isnan(without_one)])

@@ -4,6 +4,8 @@ import math
 import resource
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -60,15 +62,25 @@ def _block_flops(tokens: int, width: int, attended: int, mlp_ratio: float) -> fl
     return 2 * tokens * width * ((4 + 2 * mlp_ratio) * width + 2 * attended)
 
 
-def seconds_per_pair(module: CoDistillation, config: PretrainConfig) -> float:
-    """Seconds of one pair of views, forward and backward: measured once on noise, after one to warm up.
+class Measured(NamedTuple):
+    """What one pair of views takes, forward and backward."""
+
+    seconds: float
+    base_gib: float
+    """Memory before."""
+    pair_gib: float
+    """Memory on top of it."""
+
+
+def measure(module: CoDistillation, config: PretrainConfig) -> Measured:
+    """Time and memory of one pair of views of noise, after one to warm up.
 
     Leaves the module, its gradients and the random numbers as they were.
     """
     device = next(module.parameters()).device
     images = torch.rand(2, 1, 1, *config.data.crop, generator=torch.Generator().manual_seed(0)).to(device)
     views = Views(u=images[0], v=images[1], rows=torch.zeros(1, dtype=torch.long), padding=torch.zeros(1))
-    seconds = 0.0
+    seconds, base = 0.0, memory_gib(device)
     with torch.random.fork_rng():
         for _ in range(2):
             started = time.perf_counter()
@@ -78,38 +90,41 @@ def seconds_per_pair(module: CoDistillation, config: PretrainConfig) -> float:
             outcome.losses.total.item()  # waits for a GPU
             seconds = time.perf_counter() - started
             module.zero_grad(set_to_none=True)
-    return seconds
+    return Measured(seconds, base, max(0.0, memory_gib(device, peak=True) - base))
 
 
-def time_line(config: PretrainConfig, pair: float, steps_left: int, num_volumes: int, devices: int) -> str:
-    """Time of a run, and what the paper's size would take on these volumes with this machine.
+def time_line(config: PretrainConfig, pair: Measured, steps_left: int, num_volumes: int, devices: int) -> str:
+    """Time and memory of a run, and what the paper's size would take on these volumes with this machine.
 
     The extrapolation assumes that time grows with the floating-point operations of the encoder.
 
     Args:
         config: Settings of the run.
-        pair: Seconds of one pair, as `seconds_per_pair` measures them.
+        pair: What one pair takes.
         steps_left: Optimizer steps to do.
         num_volumes: Volumes to train on.
         devices: Processes that share a step.
     """
-    seconds_per_step = pair * config.optimisation.batch_size * config.optimisation.accumulate
+    seconds_per_step = pair.seconds * config.optimisation.batch_size * config.optimisation.accumulate
     factor = encoder_flops(SwinConfig(), PAPER_CROP) / encoder_flops(config.encoder, config.data.crop)
-    paper = pair * factor * num_volumes * PAPER_EPOCHS / devices
+    paper = pair.seconds * factor * num_volumes * PAPER_EPOCHS / devices
     return (
         f"about {seconds_per_step:.2f} s a step, {duration(seconds_per_step * steps_left)} in all, "
-        f"{peak_memory_gib():.2f} GiB with one pair in memory; the paper's size "
+        f"about {pair.base_gib + config.optimisation.batch_size * pair.pair_gib:.1f} GiB; the paper's size "
         f"(embedding 48, crop 128^3, {PAPER_EPOCHS} epochs) on these {num_volumes} volumes would take about "
         f"{duration(paper)} here, if time grows with the encoder's operations ({factor:.3g} times as many a pair)"
     )
 
 
-def peak_memory_gib() -> float:
-    """Most memory used so far: the GPU's where there is one, else this process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
+def memory_gib(device: torch.device, *, peak: bool = False) -> float:
+    """Memory in use on a GPU, or by this process; at its peak until now, where asked."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)) / 2**30
+    now = Path("/proc/self/statm")
+    if peak or not now.exists():
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
+    return int(now.read_text().split()[1]) * resource.getpagesize() / 2**30
 
 
 def duration(seconds: float) -> str:

@@ -79,13 +79,18 @@ class Job:
                 listener.on_message(text)
 
 
+def split_rows(store: PreparedStore) -> tuple[list[int], list[int]]:
+    """Rows to train on (all but those whose split is `validation` or `test`), and rows to validate on."""
+    splits = [row.get("split") for row in store.rows]
+    train = [index for index, split in enumerate(splits) if split not in _HELD_OUT]
+    return train, [index for index, split in enumerate(splits) if split == "validation"]
+
+
 def prepare(
     config: PretrainConfig, store: PreparedStore, run: Run, fabric: Fabric, *, listeners: Sequence[Listener], keep: int
 ) -> Job:
     """Everything that stands before the first step; the folder's settings are written, or compared."""
-    splits = [row.get("split") for row in store.rows]
-    train = [index for index, split in enumerate(splits) if split not in _HELD_OUT]
-    validation = [index for index, split in enumerate(splits) if split == "validation"]
+    train, validation = split_rows(store)
     if not train:
         raise DagmanError(
             "NODATA",
@@ -123,13 +128,17 @@ def prepare(
         )
     job.module = module.train()
     job.model, job.optimizer = fabric.setup(job.module, engine.adamw(module))
-    job.say(
-        f"{len(train)} volumes to train on, {len(validation)} for validation; "
-        f"{fabric.world_size} x {fabric.device.type}, {config.optimisation.precision}, "
-        f"{config.optimisation.volumes_per_step(fabric.world_size)} pairs a step, {job.total} steps; "
-        f"{cost.size_line(module)}"
-    )
     return job
+
+
+def describe(job: Job) -> str:
+    """Data, device and size of a run in one line."""
+    optimisation = job.config.optimisation
+    return (
+        f"{len(job.train_rows)} volumes to train on, {len(job.validation_rows)} for validation; "
+        f"{job.devices} x {job.fabric.device.type}, {optimisation.precision}, "
+        f"{optimisation.volumes_per_step(job.devices)} pairs a step, {job.total} steps; {cost.size_line(job.module)}"
+    )
 
 
 def resume(job: Job) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from dagman.pretext.codistill import Outcome
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
 from dagman.train import cost, engine
-from dagman.train.job import Job, Listener, batches, prepare, resume, save
+from dagman.train.job import Job, Listener, batches, describe, prepare, resume, save
 from dagman.train.record import Recorder
 from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
 from dagman.types import Views
@@ -85,8 +85,9 @@ def pretrain(
             job.say(f"already complete: {start} of {job.total} steps")
             return Result(status="complete", step=start, total_steps=job.total, folder=folder)
         if fabric.is_global_zero:
-            pair = cost.seconds_per_pair(job.module, config)
-            job.say(cost.time_line(config, pair, job.total - start, len(job.train_rows), job.devices))
+            pair = cost.measure(job.module, config)
+            time_line = cost.time_line(config, pair, job.total - start, len(job.train_rows), job.devices)
+            job.say(f"{describe(job)}; {time_line}")
         with Recorder(job, start) as recorder:
             source = batches(job, start, workers)
             for step in range(start, job.total):
@@ -94,7 +95,9 @@ def pretrain(
                 done, due = step + 1, (step + 1) % checkpoint_every == 0 or step + 1 == job.total
                 if due and job.validation_rows:
                     row["validation_amip"] = _validate(job, step)
-                recorder.add(row, durable=due or stop.agreed)
+                recorder.add(row, durable=due or stop.agreed or job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW)
+                if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
+                    raise _unhealthy(job, step)
                 if due or stop.agreed:
                     _checkpoint(job, done)
                 if stop.agreed and done < job.total:
@@ -116,11 +119,11 @@ def _step(job: Job, step: int, source: Iterator[Views], stop: engine.StopRequest
         waited += time.perf_counter() - asked
         seen.append(views.rows)
         outcomes.append(_look(job, views, now, (step, micro)))
-    if now.last_layers_frozen:
-        job.module.freeze_last_layers()
     norm = job.fabric.clip_gradients(
         job.model, job.optimizer, max_norm=optimisation.gradient_clip, error_if_nonfinite=False
     )
+    if now.last_layers_frozen:
+        job.module.freeze_last_layers()
     values = _measure(job, outcomes, norm, stop)
     finite = engine.all_finite([values["total"], values["grad_norm"], values["means"]])
     if finite:
@@ -177,11 +180,7 @@ def _measure(job: Job, outcomes: list[Outcome], norm: Tensor, stop: engine.StopR
 
 
 def _count_skipped(job: Job, step: int, seen: list[Tensor], values: Mapping[str, float], finite: bool) -> None:
-    """Note a step that was not taken; too many in a row end the run.
-
-    Raises:
-        DagmanError: `E-UNHEALTHY`, exit code 7.
-    """
+    """Note a step that was not taken."""
     if finite:
         job.skipped_in_a_row = 0
         return
@@ -190,15 +189,17 @@ def _count_skipped(job: Job, step: int, seen: list[Tensor], values: Mapping[str,
     cases = ", ".join(str(job.store.rows[row]["case_id"]) for rows in seen for row in rows.tolist())
     bad = ", ".join([f"{name} {value}" for name, value in values.items() if not engine.all_finite([value])][:4])
     job.say(f"step {step + 1} skipped, not finite: {bad}; volumes {cases}")
-    if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
-        raise DagmanError(
-            "UNHEALTHY",
-            job.run.folder,
-            f"{job.skipped_in_a_row} steps in a row up to step {step + 1} gave values that are not finite ({bad})",
-            "look at the volumes named in log.txt, or start a new run with a lower optimisation.learning_rate; the "
-            "last checkpoint is as it was",
-            exit_code=ExitCode.UNHEALTHY,
-        )
+
+
+def _unhealthy(job: Job, step: int) -> DagmanError:
+    return DagmanError(
+        "UNHEALTHY",
+        job.run.folder,
+        f"{job.skipped_in_a_row} steps in a row up to step {step + 1} gave values that are not finite",
+        "look at the volumes named in log.txt, or start a new run with a lower optimisation.learning_rate; the "
+        "last checkpoint is as it was",
+        exit_code=ExitCode.UNHEALTHY,
+    )
 
 
 def _next(job: Job, source: Iterator[Views], step: int) -> Views:
@@ -223,7 +224,8 @@ def _validate(job: Job, step: int) -> float | None:
     With attended hiding the cells follow the teacher's attention of the day.
     """
     seed, batch = job.config.optimisation.seed, job.config.optimisation.batch_size
-    dataset = ViewsDataset(job.store, job.config.data, seed, job.validation_rows)
+    data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0)
+    dataset = ViewsDataset(job.store, data, seed, job.validation_rows)
     knobs, total = job.rates(step).knobs, 0.0
     job.module.eval()
     for first in range(0, len(dataset), batch):

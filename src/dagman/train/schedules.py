@@ -56,17 +56,17 @@ def ramp(step: int, first: int, last: int, start: float, end: float) -> float:
     return start + (end - start) * (step - first) / (last - first)
 
 
-def temperature_steps(total: int, steps_per_epoch: int) -> int:
+def temperature_steps(total: int, steps_per_epoch: float) -> int:
     """Steps in which a teacher temperature rises: 30 epochs, or 30 % of a run that has fewer than 100 epochs."""
-    if total < 100 * steps_per_epoch:
+    if total < 100 * steps_per_epoch - 1e-9:
         return max(1, math.floor(0.3 * total + 1e-9))
-    return 30 * steps_per_epoch
+    return max(1, math.ceil(30 * steps_per_epoch - 1e-9))
 
 
-def frozen_steps(total: int, steps_per_epoch: int, ratio: float) -> int:
+def frozen_steps(total: int, steps_per_epoch: float, ratio: float) -> int:
     """Steps in which the heads' last layers get no gradient: one epoch, at most `ratio` of the run.
 
     Reference:
         AttMask's and DINO's `freeze_last_layer`, one epoch; the bound keeps short runs from freezing for long.
     """
-    return min(steps_per_epoch, math.floor(ratio * total + 1e-9))
+    return min(math.ceil(steps_per_epoch - 1e-9), math.floor(ratio * total + 1e-9))

@@ -66,9 +66,9 @@ class OptimisationConfig:
         """Pairs of views that one optimizer step sees."""
         return self.batch_size * self.accumulate * devices
 
-    def steps_per_epoch(self, num_volumes: int, devices: int) -> int:
-        """Optimizer steps in which every volume is seen once, at least 1."""
-        return math.ceil(num_volumes / self.volumes_per_step(devices))
+    def steps_per_epoch(self, num_volumes: int, devices: int) -> float:
+        """Optimizer steps in which every volume is seen once; below 1 where a step sees more than all volumes."""
+        return num_volumes / self.volumes_per_step(devices)
 
     def total_steps(self, num_volumes: int, devices: int) -> int:
         """Optimizer steps of the run."""
@@ -108,7 +108,7 @@ class Rates:
         return Knobs(self.class_temperature, self.patch_temperature, self.attended)
 
 
-def rates(config: PretrainConfig, step: int, total: int, steps_per_epoch: int) -> Rates:
+def rates(config: PretrainConfig, step: int, total: int, steps_per_epoch: float) -> Rates:
     """The schedules at one step.
 
     Args:
