@@ -1,9 +1,9 @@
 """Verbs as a user runs them: exit codes, one-line errors, what is written."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -38,18 +38,30 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_comes_in_half_a_second_and_names_every_verb() -> None:
+def test_help_names_every_verb_in_half_a_second_of_processor_time() -> None:
+    def seconds() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
     times = []
     for _ in range(3):
-        started = time.monotonic()
+        before = seconds()
         result = dagman("--help")
-        times.append(time.monotonic() - started)
+        times.append(seconds() - before)
     assert all(verb in result.stdout for verb in ("prepare", "check", "pretrain", "embed", "classify", "attention"))
     assert min(times) < 0.5
 
 
+def test_help_imports_no_array_library() -> None:
+    script = (
+        "import sys\nfrom dagman.cli import run\nrun(['--help'])\n"
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
 def test_importing_dagman_imports_nothing_heavy() -> None:
-    script = "import sys, dagman; dagman.cli if False else None; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    script = "import sys, dagman; print('torch' in sys.modules, 'numpy' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
 
