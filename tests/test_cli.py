@@ -113,6 +113,16 @@ def test_check_lists_scans_and_problems_and_writes_nothing(tmp_path: Path) -> No
     assert [len(as_json[key]) for key in ("scans", "problems")] == [1, 1]
 
 
+def test_a_folder_with_other_things_is_no_place_for_a_store(tmp_path: Path) -> None:
+    (tmp_path / "out" / "volumes").mkdir(parents=True)
+    (tmp_path / "out" / "volumes" / "mine.npy").write_bytes(b"mine")
+    (tmp_path / "scans").mkdir()
+    result = dagman("prepare", "-i", tmp_path / "scans", "-o", tmp_path / "out")
+    assert result.returncode == 4
+    assert "holds other things (volumes)" in result.stderr
+    assert (tmp_path / "out" / "volumes" / "mine.npy").exists()
+
+
 def test_a_bad_scan_is_rejected_and_the_rest_goes_on(tmp_path: Path) -> None:
     made = phantom.make(0, 0)
     sources = tmp_path / "scans"

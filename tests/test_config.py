@@ -49,6 +49,7 @@ def test_dotted_flags_replace_one_field_each() -> None:
         ({"on": "perhaps"}, "cannot be 'perhaps'"),
         ({"inner.sizes": "1,2"}, "cannot be '1,2'"),
         ({"rate": True}, "cannot be True"),
+        ({"maybe": "none", "maybe.kind": "b"}, "has a field set too"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_way_out(flags: dict[str, object], message: str) -> None:

@@ -88,3 +88,17 @@ def test_an_error_survives_a_process_boundary() -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert str(copy) == str(error)
     assert copy.exit_code is ExitCode.REFUSED
+
+
+def test_a_short_write_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    files.append_line(log, {"step": 1})
+    script = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({log.stat().st_size + 5}, resource.RLIM_INFINITY))\n"
+        "from pathlib import Path; from dagman import files\n"
+        f"files.append_line(Path({str(log)!r}), {{'step': 2}})"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "E-DISK" in result.stderr
+    assert files.read_lines(log) == [{"step": 1}]

@@ -115,9 +115,9 @@ def override(config: Config, values: Mapping[str, Any], where: str = "") -> Conf
     for name, value in values.items():
         head, _, rest = str(name).replace("-", "_").partition(".")
         if rest:
-            nested.setdefault(head, {})[rest] = value
+            _below(nested, head, where)[rest] = value
         elif isinstance(value, Mapping):
-            nested.setdefault(head, {}).update(value)
+            _below(nested, head, where).update(value)
         else:
             nested[head] = value
     hints = typing.get_type_hints(type(config))
@@ -155,6 +155,13 @@ def to_yaml(config: Any) -> str:
     """The config as YAML text, fields in the order they are declared."""
     text: str = yaml.safe_dump(to_dict(config), sort_keys=False)
     return text
+
+
+def _below(nested: dict[str, Any], head: str, where: str) -> dict[str, Any]:
+    below = nested.setdefault(head, {})
+    if not isinstance(below, dict):
+        raise DagmanError("CONFIG", f"{where}{head}", f"is set to {below!r} and has a field set too", "set one of both")
+    return below
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

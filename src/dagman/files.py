@@ -157,7 +157,7 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, text.encode())
+            _write_whole(descriptor, text.encode())
             fault_point("log.before_fsync")
             if durable:
                 os.fsync(descriptor)
@@ -165,6 +165,18 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
             os.close(descriptor)
     except OSError as error:
         raise disk_error(path, error) from error
+
+
+def _write_whole(descriptor: int, data: bytes) -> None:
+    """Write all of it, or leave the file as it was."""
+    before = os.fstat(descriptor).st_size
+    try:
+        written = 0
+        while written < len(data):
+            written += os.write(descriptor, data[written:])
+    except OSError:
+        os.ftruncate(descriptor, before)
+        raise
 
 
 def read_lines(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:

@@ -303,7 +303,23 @@ def test_one_image_with_two_masks_is_two_cases_and_the_same_row_twice_is_refused
     ]
     scans, problems = index([table(tmp_path / "t.csv", [*rows, {**rows[0], "case_id": "again"}])])
     assert [scan.case_id for scan in scans] == ["ct.nii.gz-1", "ct.nii.gz-2", "dicom-1", "dicom-2"]
-    assert [problem.problem for problem in problems] == ["image and mask are the same as in row 2"]
+    assert [problem.problem for problem in problems] == ["image and mask are the same as in row 2 of t.csv"]
+
+
+def test_ragged_rows_and_names_used_by_two_tables_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.nii.gz", "b.nii.gz")
+    (tmp_path / "1.csv").write_text(
+        "case_id,image,label,patient\nx,a.nii.gz,lung, left,P1\ny,b.nii.gz,m\nz,a.nii.gz,0,P\n"
+    )
+    (tmp_path / "2.csv").write_text(f"case_id,image\nz,b.nii.gz\nlong,{'n' * 300}.nii.gz\nq,b.nii.gz\n")
+    scans, problems = index([tmp_path / "1.csv", tmp_path / "2.csv"])
+    assert [scan.case_id for scan in scans] == ["q", "z"]
+    assert [problem.problem for problem in problems] == [
+        "holds more or fewer cells than the header",
+        "holds more or fewer cells than the header",
+        "case_id is the same as in row 4 of 1.csv",
+        "names a path that cannot be looked at",
+    ]
 
 
 def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:

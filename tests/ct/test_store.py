@@ -222,3 +222,13 @@ def test_store_crops_and_datasets_import_where_only_the_training_core_is_install
         "import dagman.ct.store, dagman.ct.crops, dagman.ct.datasets\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_flipped_bit_is_refused_when_a_crop_is_read(tmp_path):
+    store = make_store(tmp_path, {"a": np.arange(32**3, dtype=np.int16).reshape(32, 32, 32)})
+    path = store.path(0)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DagmanError, match=r"E-CHECKSUM .*a\.\w+: has not the checksum"):
+        PreparedStore(store.folder).hu(0, (0, 0, 0), (4, 4, 4))

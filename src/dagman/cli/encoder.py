@@ -174,7 +174,7 @@ def info(thing: str) -> int:
         print(configs.to_yaml(recipes.get(thing)), end="")
     elif (path / MANIFEST).is_file():
         store = PreparedStore(path)
-        patients = {row.get("patient") for row in store.rows}
+        patients = {row.get("patient") for row in store.rows} - {None}
         labelled = sum(row.get("label") is not None for row in store.rows)
         print(
             f"{len(store)} prepared cases of {len(patients)} patients, {labelled} with a label, store {store.store_id}"

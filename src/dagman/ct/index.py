@@ -13,7 +13,7 @@ from dagman.types import Scan
 
 
 def index(
-    sources: Sequence[Path], *, key: str = PATIENT_KEY, limits: guard.Limits | None = None
+    sources: Sequence[Path], *, key: str | None = None, limits: guard.Limits | None = None
 ) -> tuple[list[Scan], list[Problem]]:
     """List every CT in files, folders, DICOM trees and CSV tables, in an order that no file system decides.
 
@@ -24,7 +24,8 @@ def index(
     Args:
         sources: Scan files, folders of scan files or DICOM trees, or CSV tables
             `case_id,image[,label][,mask][,split][,patient]` with paths relative to the table.
-        key: For the hash of PatientID.
+        key: For the hashes of PatientID and SeriesInstanceUID; by default the environment's `DAGMAN_PATIENT_KEY`,
+            else the public one.
         limits: What looking at 200 files may cost.
 
     Returns:
@@ -33,6 +34,7 @@ def index(
     Raises:
         DagmanError: `E-GONE` when a source does not exist.
     """
+    key = key or os.environ.get("DAGMAN_PATIENT_KEY") or PATIENT_KEY
     survey = Survey(key=key, limits=limits or guard.Limits())
     for source in sources:
         if not source.exists():

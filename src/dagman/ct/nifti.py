@@ -5,6 +5,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 
 from dagman.ct import bytestream, grid
 from dagman.errors import DagmanError
@@ -123,9 +124,11 @@ def _forms(path: Path, header: Any) -> dict[str, np.ndarray]:
     if int(header["sform_code"]) > 0:
         forms["sform"] = np.asarray(header.get_sform(), float)
     if int(header["qform_code"]) > 0:
+        if float(header["pixdim"][0]) == 0:
+            header["pixdim"][0] = 1  # the standard reads 0 as 1
         try:
             forms["qform"] = np.asarray(header.get_qform(), float)
-        except (ValueError, np.linalg.LinAlgError):
+        except (ValueError, np.linalg.LinAlgError, HeaderDataError):
             raise DagmanError("AFFINE", path, "its qform is no rotation", _EXPORT) from None
     if not forms:
         raise DagmanError(

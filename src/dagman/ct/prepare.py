@@ -203,7 +203,7 @@ class _Run:
         entry = self.journal.get(scan.case_id)
         if entry is None or not is_stored(self.output, entry["row"], self.config.storage):
             return False
-        if entry["files"] != now["files"] and entry["place"] != now["place"]:
+        if entry["place"] != now["place"]:
             refuse_other_case(scan, entry["row"])
             return True
         return bool(entry["files"] == now["files"])
@@ -267,6 +267,15 @@ def _adopt_settings(output: Path, config: PrepareConfig) -> None:
     if not path.exists():
         if (output / JOURNAL).exists() or (output / store.MANIFEST).exists():
             raise _settings_error(output, f"has lost its {store.SETTINGS}")
+        foreign = sorted(found.name for found in output.iterdir() if not found.name.startswith("."))
+        if foreign:
+            raise DagmanError(
+                "OUTPUT",
+                output,
+                f"holds other things ({', '.join(foreign[:3])})",
+                "choose an empty or new folder for the store",
+                exit_code=ExitCode.REFUSED,
+            )
         write_json(path, wanted)
         return
     try:

@@ -1,6 +1,5 @@
 """What a file is by its content, and of a DICOM file the little that sorts it: nothing else of a header leaves here."""
 
-import hashlib
 import hmac
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def _dicom_facts(path: Path, key: bytes) -> dict[str, Any]:
     series = str(header.get("SeriesInstanceUID") or "").strip()
     return {
         "kind": "dicom",
-        "series": hashlib.sha256(series.encode()).hexdigest()[:10] if series else "",
+        "series": hmac.new(key, series.encode(), "sha256").hexdigest()[:10] if series else "",
         "patient": hmac.new(key, patient.encode(), "sha256").hexdigest()[:12] if patient else None,
         "modality": modality if f" {modality} " in _MODALITIES else "unknown",
         "localizer": "LOCALIZER" in [str(item).upper() for item in words],

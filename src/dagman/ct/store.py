@@ -99,6 +99,7 @@ class PreparedStore:
             self.folder / MANIFEST, required=("case_id", "shape", "affine", "bytes", "sha256", "mask")
         )
         _refuse_twice(self.folder / MANIFEST, self.rows)
+        self._checked: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,13 +146,21 @@ class PreparedStore:
         path = self.path(row, kind)
         recorded = self.rows[row] if kind == "volumes" else self.rows[row]["mask"]
         try:
-            if path.stat().st_size != recorded["bytes"]:
-                raise _damaged(path, f"holds {path.stat().st_size} bytes, not {recorded['bytes']}")
+            if path not in self._checked:
+                self._check(path, recorded)
             return padded_crop(
                 _open_array(path), corner or (0, 0, 0), size if size is not None else self.shape(row), outside
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise _damaged(path, f"cannot be read ({type(error).__name__})") from error
+
+    def _check(self, path: Path, recorded: dict[str, Any]) -> None:
+        """Compare a file with the manifest, once in each process."""
+        if path.stat().st_size != recorded["bytes"]:
+            raise _damaged(path, f"holds {path.stat().st_size} bytes, not {recorded['bytes']}")
+        if sha256_file(path) != recorded["sha256"]:
+            raise _damaged(path, "has not the checksum of the manifest")
+        self._checked.add(path)
 
     def verify(self, rows: Iterable[int] | None = None) -> None:
         """Compare every stored file with the size and SHA-256 in the manifest.

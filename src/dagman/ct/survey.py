@@ -65,6 +65,10 @@ class Survey:
     limits: guard.Limits
     visited: set[tuple[int, int]] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    rows: dict[str, str] = field(default_factory=dict)
+    """Case names and image-mask pairs of all tables, and the row that used each first."""
+    images: "dict[Path, Found | None]" = field(default_factory=dict)
+    """What each image of a table holds."""
 
     def reject(self, code: str, source: object, problem: str, advice: str, *, ignored: bool = False) -> None:
         """Note something that is not used."""

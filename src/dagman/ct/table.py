@@ -3,6 +3,7 @@
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 from dagman.ct.survey import Found, Survey, look_through
 from dagman.errors import DagmanError, printable
@@ -23,16 +24,17 @@ def read(path: Path, survey: Survey) -> list[Scan]:
     """
     rows = _rows(path)
     scans: list[Scan] = []
-    first_use: dict[str, int] = {}
-    looked: dict[Path, Found | None] = {}
     for number, row in rows:
         try:
-            _check_cells(row, first_use, number)
+            _check_cells(row, survey, path, number)
             image = _existing(path, row["image"])
             mask = _existing(path, row["mask"]) if row.get("mask") else None
-            if image not in looked:
-                looked[image] = _only(image, survey)
-            found = looked[image]
+            if image not in survey.images:
+                survey.images[image] = _only(image, survey)
+            found = survey.images[image]
+        except OSError:
+            survey.reject("TABLE", f"{path}:{number}", "names a path that cannot be looked at", _CORRECT)
+            continue
         except ValueError as problem:
             survey.reject("TABLE", f"{path}:{number}", str(problem), _CORRECT)
             continue
@@ -69,13 +71,20 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         what = f"lacks {', '.join(missing)}" if missing else f"has the columns {', '.join(header)[:120]}"
         raise DagmanError("TABLE", path, what, f"name its columns {','.join(_COLUMNS)} (the last four as needed)")
     return [
-        (number, dict(zip(header, (cell.strip() for cell in line), strict=False)))
+        (number, dict(zip(header, (cell.strip() for cell in line), strict=False)) | _ragged(header, line))
         for number, line in enumerate(lines[1:], 2)
         if any(cell.strip() for cell in line)
     ]
 
 
-def _check_cells(row: dict[str, str], first_use: dict[str, int], number: int) -> None:
+def _ragged(header: list[str], line: list[str]) -> dict[Any, str]:
+    """A mark for a line whose cells are not the header's."""
+    return {} if len(header) == len(line) else {None: ""}
+
+
+def _check_cells(row: dict[str, str], survey: Survey, path: Path, number: int) -> None:
+    if None in row:
+        raise ValueError("holds more or fewer cells than the header")
     for name in ("case_id", "image"):
         if not row.get(name):
             raise ValueError(f"{name} is empty")
@@ -84,11 +93,12 @@ def _check_cells(row: dict[str, str], first_use: dict[str, int], number: int) ->
     case_id = row["case_id"]
     if not _NAME.fullmatch(case_id):
         raise ValueError(f"case_id {printable(case_id)[:60]} may hold letters, digits, '-', '_' and '.' only")
-    place = f"{row['image']}\n{row.get('mask', '')}"
+    place = "\n".join(str((path.parent / row.get(name, "")).absolute()) for name in ("image", "mask"))
+    here = f"row {number} of {path.name}"
     for what, value in (("case_id is", case_id.lower()), ("image and mask are", place)):
-        earlier = first_use.setdefault(f"{what} {value}", number)
-        if earlier != number:
-            raise ValueError(f"{what} the same as in row {earlier}")
+        earlier = survey.rows.setdefault(f"{what} {value}", here)
+        if earlier != here:
+            raise ValueError(f"{what} the same as in {earlier}")
 
 
 def _existing(table: Path, cell: str) -> Path:

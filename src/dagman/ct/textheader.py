@@ -73,6 +73,9 @@ def _nrrd(path: Path, start: bytes) -> _Block:
         raise DagmanError("DETACHED", path, "keeps its voxels in another file", "save it as one .nrrd file")
     if any(fields.get(name, "0") != "0" for name in ("byte skip", "byteskip", "line skip", "lineskip")):
         raise DagmanError("HEADER", path, "skips bytes before its voxels", _EXPORT)
+    units = set(re.findall(r'"([^"]*)"', fields.get("space units", "")))
+    if units - {"mm", ""}:
+        raise DagmanError("SPACING", path, "does not give its voxel size in mm", _EXPORT)
     shape = _sides(path, fields.get("dimension", ""), fields.get("sizes", ""))
     kind = _NRRD_TYPES.get(fields.get("type", "").lower())
     if kind is None:
@@ -109,6 +112,7 @@ def _mha(path: Path, start: bytes) -> _Block:
     for line in start[: end.start()].decode("latin-1").splitlines():
         name, _, value = line.partition("=")
         fields[name.strip()] = value.strip()
+    _refuse_other_values(path, fields)
     shape = _sides(path, fields.get("NDims", ""), fields.get("DimSize", ""))
     kind = _MHA_TYPES.get(fields.get("ElementType", ""))
     if kind is None or fields.get("ElementNumberOfChannels", "1") != "1":
@@ -118,6 +122,19 @@ def _mha(path: Path, start: bytes) -> _Block:
     big = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False")).lower() == "true"
     packing = "zlib" if fields.get("CompressedData", "False").lower() == "true" else "raw"
     return _Block(shape, np.dtype((">" if big else "<") + kind), _mha_affine(path, fields), packing, end.end())
+
+
+def _refuse_other_values(path: Path, fields: dict[str, str]) -> None:
+    """Fields that would change what the stored numbers mean are refused, not ignored."""
+    if fields.get("DistanceUnits", "mm").lower() not in ("mm", "?", ""):
+        raise DagmanError("SPACING", path, "does not give its voxel size in mm", _EXPORT)
+    slope, offset = (_numbers(fields.get(f"ElementToIntensityFunction{word}", "")) for word in ("Slope", "Offset"))
+    if slope not in ([], [1.0]) or offset not in ([], [0.0]):
+        raise DagmanError(
+            "RESCALE", path, "asks for its numbers to be rescaled", "save it with Hounsfield units as they are"
+        )
+    if fields.get("Modality", "").removeprefix("MET_MOD_") not in ("", "CT", "UNKNOWN", "OTHER"):
+        raise DagmanError("MODALITY", path, "says that it is no CT", "give CT images, or leave it out")
 
 
 def _mha_affine(path: Path, fields: dict[str, str]) -> np.ndarray:
