@@ -137,12 +137,18 @@ def store() -> str:
     return rows(["storage", "ms a crop", "MiB a volume"], body) + "\n\n" + note
 
 
+def tour() -> str:
+    """What the verbs print."""
+    return f"```\n{(RESULTS / 'tour.txt').read_text()}```"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-training": demo_training,
     "real-probes": real_probes,
     "real-training": real_training,
     "store": store,
+    "tour": tour,
 }
 
 
