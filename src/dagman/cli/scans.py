@@ -1,6 +1,7 @@
 """The verbs that turn files into a prepared store: check, prepare."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -75,7 +76,7 @@ def prepare(
 
     config = PrepareConfig(spacing_mm=spacing_mm, resampling=resampling, storage=storage)
     with progress("Preparing") as tell:
-        summary = prepare_all(sources, output, config, workers=workers, progress=tell)
+        summary = prepare_all(sources, output, config, workers=workers or os.cpu_count(), progress=tell)
     _describe(summary, output)
     if summary.exit_code is not ExitCode.NOTHING_USABLE:
         next_step(f"dagman pretrain dagman-tiny --data {output} -o runs/first")

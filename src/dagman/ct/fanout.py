@@ -28,7 +28,7 @@ def unordered(
     Args:
         work: Done once for each scan, in other processes unless `workers` is 1; can be pickled.
         scans: What to work on.
-        workers: Processes; None: one for each core, or what a surrounding `joblib.parallel_config` names.
+        workers: Processes; None: those a surrounding `joblib.parallel_config` names, else 1.
         lost: The outcome of a scan that ends its process.
     """
     if workers == 1:
@@ -56,7 +56,7 @@ def _pool(
     def given() -> Iterator[Any]:
         for scan in list(scans):
             under_way.append(scan)
-            yield delayed(_in_worker)(work, scan)
+            yield delayed(_in_worker)(work, scan, os.getpid())
 
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs + 1")
     outcomes = pool(given())
@@ -74,13 +74,15 @@ def _alone(work: Callable[[Scan], Outcome], scan: Scan, lost: Callable[[Scan], O
 
     with ProcessPoolExecutor(max_workers=1) as pool:
         try:
-            outcome: Outcome = pool.submit(_in_worker, work, scan).result()[1]
+            outcome: Outcome = pool.submit(_in_worker, work, scan, os.getpid()).result()[1]
         except BrokenProcessPool:
             outcome = lost(scan)
     return outcome
 
 
-def _in_worker(work: Callable[[Scan], Outcome], scan: Scan) -> tuple[Scan, Outcome]:
+def _in_worker(work: Callable[[Scan], Outcome], scan: Scan, main: int) -> tuple[Scan, Outcome]:
+    if os.getpid() == main:  # joblib works in the calling process where one worker is all there is
+        return scan, work(scan)
     _follow_parent()
     # Ctrl-C reaches every process of a terminal: only the main one shall answer.
     if threading.current_thread() is threading.main_thread():

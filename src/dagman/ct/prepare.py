@@ -97,7 +97,7 @@ def prepare(
         sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, CSV tables.
         output: The store; outside of all sources.
         config: Settings; those of the paper, but anti-aliased, by default.
-        workers: Processes; one for each core by default, 1 works in this process.
+        workers: Processes; None: those a surrounding `joblib.parallel_config` names, else 1, in this process.
         progress: Called with (cases done, cases in all, the case or error that came last).
 
     Raises:
