@@ -1,11 +1,11 @@
-"""Does it learn? One run of `dagman-tiny` (or another recipe) on phantoms, probed on its way; one JSON per run.
+"""Does it learn? One run, probed on its way: what the features know, what the losses say, where attention goes.
 
-    python benchmarks/learning_curve.py --work WORK --name base --seed 0 --steps 5000 [--optimisation.batch-size 8 ...]
+    python benchmarks/learning_curve.py --work WORK --name tiny [--data DATA] [--seed 0] [--steps 1500] [SETTINGS]
 
-Trains on `--volumes` phantoms at 2 mm (or on the prepared store given by `--store`), stops at the steps of `--at`,
-probes the teacher on other phantoms, and goes on exactly where it stopped. Started again, it continues. Three probes by
-patient, each beside the untrained encoder and raw voxels: malignancy of a nodule (crop on the nodule), left or right
-kidney, liver or spleen (crop on the organ). The result lies in `benchmarks/results/learning/NAME-seedSEED.json`.
+Trains a recipe on phantoms, or with `--data` on the real CTs of that folder (`ct_corpus/`, `sts/`, `lidc/`), stops at
+the steps of `--at`, asks the teacher the questions of `learning_cases.py`, and goes on exactly where it stopped; run
+again, it continues. SETTINGS are pairs such as `--method.guide noisy`. Every answer stands beside those of the same
+encoder untrained and of raw voxels. The result is `benchmarks/results/learning/CORPUS-NAME-seedSEED.json`.
 """
 
 import argparse
@@ -19,111 +19,133 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
 
+import learning_cases as cases
+import learning_probes as probes
 from dagman import config, files, recipes
-from dagman.ct import crops, phantom
-from dagman.ct.store import FORMAT, MANIFEST, SETTINGS, PreparedStore, array_path, padded_crop, write_array
+from dagman.ct import crops, phantom_canvas
+from dagman.ct.store import PreparedStore
 from dagman.nets.swin import SwinEncoder
 from dagman.nets.weights import load_encoder
-from dagman.randomness import torch_seed
+from dagman.pretext import diagnostics, examination
+from dagman.randomness import generator, torch_seed
 from dagman.run import Run, describe_environment
-from dagman.tasks import classify
+from dagman.tasks import diversity
 from dagman.tasks.embed import encode
-from dagman.tasks.table import Table
 from dagman.train.pretrain import pretrain
 from dagman.types import Preparation
 
-SPACING_MM, SHAPE = (2.0, 2.0, 2.0), (176, 150, 138)
-PROBE_SEED, PROBE_CASES = 1, 128
-PROBES = {
-    "malignancy": ("benign", "malignant"),
-    "kidney": ("kidney_left", "kidney_right"),
-    "liver-spleen": ("liver", "spleen"),
-}
 METRICS = [
-    *("total", "amip", "ampd", "aitd", "gitd", "image_error_ratio", "seconds"),
-    *("pooled_spread", "cls_spread", "tokens_spread", "pooled_effective_rank", "tokens_effective_rank"),
-    *(f"{loss}_{who}_entropy" for loss in ("aitd", "ampd", "gitd") for who in ("teacher", "student")),
-    *("attention_entropy", "attention_peak", "attention_dropped_ratio", "hidden_dropped_ratio"),
+    *("total", "amip", "ampd", "aitd", "gitd", "seconds", "learning_rate", "momentum"),
+    *diagnostics.MEANINGS,
+    *examination.MEANINGS,
 ]
+POINTS = 60
+PHANTOM_STRUCTURES = {name: [label] for label, name in phantom_canvas.NAMES.items()} | {
+    "organs": [4, 5, 6, 7, 8, 9, 10],
+    "body": list(range(1, 15)),
+}
+LOOKS, LOOK_ROWS = 4, 40
+"""Crops of a volume, and volumes, on which attention is held against the truth."""
 
 
-def write_store(folder: Path, num_volumes: int) -> PreparedStore:
-    """A prepared store of phantoms, which need no resampling."""
-    if not (folder / MANIFEST).exists():
-        rows = Parallel(n_jobs=-1)(delayed(_write_volume)(folder, case) for case in range(num_volumes))
-        files.write_json(
-            folder / SETTINGS,
-            {"format": FORMAT, "storage": "npy", "spacing_mm": SPACING_MM[0], "resampling": "antialiased"},
-        )
-        files.write_text(folder / MANIFEST, "".join(map(files.json_line, rows)))
-    return PreparedStore(folder)
+def features(encoder: SwinEncoder, hu: np.ndarray, device: str) -> dict[str, np.ndarray]:
+    """Pooled, [CLS] and mean cell features of every crop."""
+    images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(images), 32):
+        seen = encode(encoder, images[start : start + 32], device=device, precision="float32")
+        parts = {"pooled": seen.pooled, "cells": seen.tokens.mean(dim=1)}
+        for name, part in (parts | ({} if seen.cls is None else {"cls": seen.cls})).items():
+            found.setdefault(name, []).append(part.float().cpu().numpy())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def _write_volume(folder: Path, case: int) -> dict[str, Any]:
-    made = phantom.make(0, case, spacing_mm=SPACING_MM, shape=SHAPE)
-    name = f"phantom_{case:04d}"
-    path = array_path(folder, "volumes", name, "npy")
-    write_array(path, made.volume.hu)
+def voxels(hu: np.ndarray, window_hu: tuple[float, float]) -> dict[str, np.ndarray]:
+    """The baseline that knows no network: 8^3 means."""
+    images = torch.from_numpy(crops.window(hu, window_hu))[:, None]
+    return {"pooled": torch.nn.functional.adaptive_avg_pool3d(images, 8).flatten(1).numpy()}
+
+
+Asked = dict[tuple[str, str, int | None], probes.Scores]
+"""(question, features, labels) -> scores."""
+
+
+def ask(seen: Mapping[str, dict[str, np.ndarray]], questions: Mapping[str, cases.Crops]) -> Asked:
+    """All probes: pooled features with 8, 32 and all labels, the others with 32."""
     return {
-        "case_id": name,
-        "patient": str(made.patient),
-        "shape": list(made.volume.hu.shape),
-        "affine": made.volume.affine.tolist(),
-        "bytes": path.stat().st_size,
-        "sha256": files.sha256_file(path),
-        "mask": None,
+        (question, kind, labels): probes.probe(vectors, questions[question].words, questions[question].patients, labels)
+        for question, kinds in seen.items()
+        for kind, vectors in kinds.items()
+        for labels in (probes.LABELS if kind == "pooled" else (32,))
     }
 
 
-def write_probe_crops(path: Path, side: int) -> dict[str, np.ndarray]:
-    """Labelled crops of other phantoms: int16 HU, class word and patient of each."""
-    if not path.exists():
-        cases = Parallel(n_jobs=-1)(delayed(_probe_crops)(case, side) for case in range(PROBE_CASES))
-        hu, words, patients = zip(*(crop for case in cases for crop in case), strict=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, hu=np.stack(hu), words=np.array(words), patients=np.array(patients))
-    return dict(np.load(path))
+def table(asked: Asked, baselines: Mapping[str, Asked]) -> list[dict[str, Any]]:
+    """One row a probe: its AUC, and how much it lies above the same features of each baseline."""
+    rows = []
+    for (question, kind, labels), scores in asked.items():
+        row = {"question": question, "features": kind, "labels": labels, "auc": probes.estimate(scores)}
+        for name, others in baselines.items():
+            other = others.get((question, kind, labels))
+            row[f"above {name}"] = probes.estimate(scores, other) if other else None
+        rows.append(row)
+    return rows
 
 
-def _probe_crops(case: int, side: int) -> list[tuple[np.ndarray, str, int]]:
-    made = phantom.make(PROBE_SEED, case, spacing_mm=SPACING_MM, shape=SHAPE)
-    numbers = {name: number for number, name in made.names.items()}
-    masks = {"malignant" if made.nodules[0].malignant else "benign": made.nodule_mask == 1}
-    masks |= {word: made.organs == numbers[word] for word in ("kidney_left", "kidney_right", "liver", "spleen")}
-    found = []
-    for word, mask in masks.items():
-        if mask.any():
-            centre = np.argwhere(mask).mean(axis=0).round().astype(int)
-            hu = padded_crop(made.volume.hu, [int(c) - side // 2 for c in centre], (side,) * 3, -1024)
-            found.append((hu, word, made.patient))
+def attention_on_truth(encoder: SwinEncoder, store: PreparedStore, device: str) -> dict[str, dict[str, float]]:
+    """Share of attention over share of volume of each structure in the masks, with an interval over volumes."""
+    if encoder.config.attention is None:
+        return {}
+    structures = (
+        PHANTOM_STRUCTURES if "phantom" in str(store.rows[0]["case_id"]) else {"tumour or nodule": [1, 2, 3, 4]}
+    )
+    side, cell = encoder.preparation.crop[0], encoder.config.cell_side
+    sums: dict[str, list[np.ndarray]] = {name: [] for name in structures}
+    for row in [row for row, entry in enumerate(store.rows) if entry["mask"]][:LOOK_ROWS]:
+        draws, mask = generator(0, "learning.look", row), store.mask(row)
+        assert mask is not None
+        for name, labels in structures.items():
+            inside = np.argwhere(np.isin(mask, labels))
+            if not len(inside):
+                continue
+            middles = inside[draws.integers(len(inside), size=LOOKS)] + draws.integers(
+                -side // 4, side // 4, (LOOKS, 3)
+            )
+            corners = [tuple(int(m) - side // 2 for m in middle) for middle in middles]
+            hu = np.stack([store.hu(row, corner, (side,) * 3) for corner in corners])
+            truth = np.stack([np.isin(store.mask(row, corner, (side,) * 3), labels) for corner in corners])
+            images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
+            seen = encode(encoder, images, device=device, precision="float32").attention
+            assert seen is not None
+            n = side // cell
+            share = truth.reshape(-1, n, cell, n, cell, n, cell).mean(axis=(2, 4, 6)).reshape(LOOKS, -1)
+            sums[name].append(np.array([(seen.cpu().numpy() * share).sum(), share.mean(axis=1).sum()]))
+    found = {}
+    for name, parts in sums.items():
+        if len(parts) < 2:
+            continue
+        values = np.stack(parts)
+        again = generator(0, "learning.look.bootstrap").integers(len(values), size=(2000, len(values)))
+        ratios = values[again].sum(axis=1)
+        low, high = np.quantile(ratios[:, 0] / ratios[:, 1], [0.025, 0.975])
+        total = values.sum(axis=0)
+        found[name] = {"gain": round(total[0] / total[1], 4), "low": round(low, 4), "high": round(high, 4)}
     return found
 
 
-def score(features: np.ndarray, words: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
-    """AUC with interval of each probe."""
-    scores = {}
-    for name, (negative, positive) in PROBES.items():
-        chosen = np.isin(words, (negative, positive))
-        table = Table(
-            case_ids=tuple(f"{index:04d}" for index in np.flatnonzero(chosen)),
-            patients=tuple(map(str, patients[chosen])),
-            labels=tuple(map(str, words[chosen])),
-            features=features[chosen],
-        )
-        scores[name] = vars(classify.probe(table, positive=positive).auc())
-    return scores
-
-
-def encode_all(encoder: SwinEncoder, hu: np.ndarray, preparation: Preparation, device: str) -> np.ndarray:
-    """Pooled features of every crop."""
-    images = torch.from_numpy(crops.window(hu, preparation.window_hu))[:, None]
-    parts = [
-        encode(encoder, images[start : start + 16], device=device, precision="float32").pooled.float().cpu().numpy()
-        for start in range(0, len(images), 16)
+def look_at_heads(encoder: SwinEncoder, hu: np.ndarray) -> list[dict[str, Any]]:
+    """Diversity of the attention heads on a few crops."""
+    images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
+    return [
+        {
+            "place": one.place,
+            "distance_mm": [round(float(value), 3) for value in one.distance_mm],
+            "distance_entropy": round(one.distance_entropy, 5),
+            "row_entropy": round(one.row_entropy, 5),
+        }
+        for one in diversity.heads(encoder, images)
     ]
-    return np.concatenate(parts)
 
 
 class StopAt:
@@ -146,81 +168,101 @@ class StopAt:
 
 
 def curve(run: Run) -> list[dict[str, float]]:
-    """Metrics thinned to about 60 points, each the mean of the steps since the last."""
+    """Metrics thinned to some points, each the mean of the steps since the last."""
     rows = run.metrics()
-    edges = np.unique(np.geomspace(1, len(rows), 60).astype(int))
+    edges = np.unique(np.geomspace(1, len(rows), POINTS).astype(int))
     points = []
     for start, end in zip([0, *edges[:-1]], edges, strict=True):
         part = rows[start:end]
-        means = {name: float(np.mean([row[name] for row in part])) for name in METRICS if part[0].get(name) is not None}
-        points.append({"step": part[-1]["step"], **{name: round(value, 6) for name, value in means.items()}})
+        values = {name: [row[name] for row in part if row.get(name) is not None] for name in METRICS}
+        means = {name: round(float(np.mean(some)), 6) for name, some in values.items() if some}
+        points.append({"step": part[-1]["step"], **means})
     return points
+
+
+def parse() -> tuple[argparse.Namespace, dict[str, str]]:
+    """The command line, and the settings that it replaces."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for stores, crops and runs")
+    parser.add_argument("--name", required=True, help="what the settings are called in the tables")
+    parser.add_argument("--data", type=Path, help="folder of real CTs; phantoms without")
+    parser.add_argument("--recipe", default="dagman-tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--at", type=int, nargs="*", default=[100, 300, 1000, 3000])
+    parser.add_argument("--volumes", type=int, default=160, help="phantoms to train on")
+    parser.add_argument("--asked", type=int, default=160, help="phantoms to ask about")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="processor threads; 0 for all")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "learning")
+    arguments, rest = parser.parse_known_args()
+    if len(rest) % 2 or not all(flag.startswith("--") and "." in flag for flag in rest[::2]):
+        parser.error(f"cannot read {' '.join(rest)}; settings are pairs such as --method.guide noisy")
+    return arguments, dict(zip([flag.removeprefix("--") for flag in rest[::2]], rest[1::2], strict=True))
 
 
 def main() -> None:
     """Train, probe, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--recipe", default="dagman-tiny")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--at", type=int, nargs="*", default=[100, 300, 1000, 3000])
-    parser.add_argument("--volumes", type=int, default=400)
-    parser.add_argument("--store", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "learning")
-    arguments, rest = parser.parse_known_args()
-    settings = dict(zip([flag.removeprefix("--") for flag in rest[::2]], rest[1::2], strict=True))
+    arguments, settings = parse()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     chosen = recipes.with_length(recipes.get(arguments.recipe), arguments.steps, None)
     chosen = config.override(chosen, {"data.window_hu": "-1000,400", **settings, "optimisation.seed": arguments.seed})
-    store = (
-        PreparedStore(arguments.store)
-        if arguments.store
-        else write_store(arguments.work / f"phantoms_{arguments.volumes}", arguments.volumes)
-    )
-    side = min(chosen.data.crop)
-    labelled = write_probe_crops(arguments.work / f"probe_{side}.npz", side)
-    words, patients = labelled["words"], labelled["patients"]
-    preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
+    work, side = arguments.work, chosen.data.crop[0]
+    questions = cases.phantom_crops(work / f"phantom_crops_{arguments.asked}.npz", arguments.asked)
+    if arguments.data:
+        store = cases.real_store(arguments.data, work / "real")
+        questions |= cases.real_crops(store, work / "real_crops.npz")
+    else:
+        store = cases.phantom_store(work / f"phantoms_{arguments.volumes}", arguments.volumes)
+    corpus = "real" if arguments.data else "phantoms"
+    name = f"{corpus}-{arguments.name}-seed{arguments.seed}"
+    run, path = Run(work / "runs" / name), arguments.results / f"{name}.json"
+    shown = {question: asked.middle(side) for question, asked in questions.items()}
+
+    def see(encoder: SwinEncoder) -> dict[str, dict[str, np.ndarray]]:
+        return {question: features(encoder, hu, arguments.device) for question, hu in shown.items()}
+
     torch.manual_seed(torch_seed(arguments.seed, "untrained"))
-    untrained = encode_all(SwinEncoder(chosen.encoder).eval(), labelled["hu"], preparation, arguments.device)
-    raw = torch.from_numpy(crops.window(labelled["hu"], preparation.window_hu))[:, None]
-    voxels = torch.nn.functional.adaptive_avg_pool3d(raw, 8).flatten(1).numpy()
+    untrained = SwinEncoder(chosen.encoder).eval()
+    untrained.preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
+    baselines = {
+        "untrained": ask(see(untrained), questions),
+        "voxels": ask({name: voxels(hu, chosen.data.window_hu) for name, hu in shown.items()}, questions),
+    }
+    first = next(iter(shown.values()))[:16]
     result: dict[str, Any] = {
         "name": arguments.name,
+        "corpus": corpus,
         "seed": arguments.seed,
         "settings": settings,
         "config": config.to_dict(chosen),
+        "steps": arguments.steps,
         "volumes": len(store),
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_environment()["versions"],
-        "probe_cases": {name: int(np.isin(words, pair).sum()) for name, pair in PROBES.items()},
-        "untrained": score(untrained, words, patients),
-        "raw voxels": score(voxels, words, patients),
+        "crops": {question: len(asked.words) for question, asked in questions.items()},
+        "baselines": {name: table(asked, {}) for name, asked in baselines.items()},
+        "untrained_attention": attention_on_truth(untrained, store, arguments.device),
+        "untrained_heads": look_at_heads(untrained, first),
         "probes": [],
     }
-    run = Run(arguments.work / "runs" / f"{arguments.name}-seed{arguments.seed}")
-    path = arguments.results / f"{arguments.name}-seed{arguments.seed}.json"
     for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
-        pretrain(
-            chosen,
-            store,
-            run.folder,
-            device=arguments.device,
-            workers=arguments.workers,
-            checkpoint_every=100_000,
-            listeners=[StopAt(step)],
-        )
+        pretrain(chosen, store, run.folder, device=arguments.device, checkpoint_every=100_000, listeners=[StopAt(step)])
         encoder = load_encoder(run.folder)
-        found = score(encode_all(encoder, labelled["hu"], preparation, arguments.device), words, patients)
-        result["probes"].append({"step": step, **found})
+        rows = table(ask(see(encoder), questions), baselines)
+        attention = attention_on_truth(encoder, store, arguments.device)
+        heads = look_at_heads(encoder, first)
+        result["probes"].append({"step": step, "rows": rows, "attention": attention, "heads": heads})
         result["curve"] = curve(run)
         files.write_json(path, result)
-        print(
-            json.dumps({"step": step, **{name: round(value["value"], 3) for name, value in found.items()}}), flush=True
-        )
+        few = {
+            f"{row['question']}": row["auc"]["value"]
+            for row in rows
+            if (row["features"], row["labels"]) == ("pooled", 32)
+        }
+        print(json.dumps({"step": step, **few}), flush=True)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

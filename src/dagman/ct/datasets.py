@@ -28,6 +28,9 @@ class DataConfig:
     """Length that two views share at least, along every axis."""
     body_ratio: float = 0.25
     """Share of a view's voxels at or above -950 HU (lung and denser), at least; drawn again up to 20 times."""
+    pairs_per_volume: int = 1
+    """Pairs cut from a volume one after the other. Above 1 a batch holds several places of one patient, and what tells
+    patients apart (noise, contrast) no longer tells views apart."""
     flip_ratio: float = 0.0
     """Chance that a view is mirrored, for each axis and view on its own."""
     jitter_ratio: float = 0.0
@@ -40,6 +43,7 @@ class DataConfig:
             ("window_hu", not low < high, "give the lower edge first"),
             ("overlap_ratio", not 0 <= self.overlap_ratio <= 1, "give a number from 0 to 1"),
             ("body_ratio", not 0 <= self.body_ratio <= 1, "give a number from 0 to 1"),
+            ("pairs_per_volume", self.pairs_per_volume < 1, "give at least 1"),
             ("flip_ratio", not 0 <= self.flip_ratio <= 1, "give a number from 0 to 1"),
             ("jitter_ratio", not 0 <= self.jitter_ratio < 1, "give a number from 0 to below 1"),
         ):
@@ -53,8 +57,8 @@ Sample = tuple[Float[Tensor, "1 x y z"], Float[Tensor, "1 x y z"], int, float]
 class ViewsDataset(Dataset[Sample]):
     """Pairs of views by global sample number, which counts on from epoch to epoch.
 
-    Sample `i` is position `i % len` of epoch `i // len`'s own order of the volumes, and its crops are drawn from
-    `(seed, "crops", i)`: nothing depends on who asks, or when.
+    With p pairs a volume, sample `i` belongs to visit `i // p`, visit `v` is position `v % len` of epoch `v // len`'s
+    own order of the volumes, and its crops are drawn from `(seed, "crops", i)`: nothing depends on who asks, or when.
 
     Args:
         store: The prepared volumes.
@@ -81,7 +85,7 @@ class ViewsDataset(Dataset[Sample]):
 
     def row(self, sample: int) -> int:
         """The row of the store that a sample is cut from."""
-        epoch, position = divmod(sample, len(self.rows))
+        epoch, position = divmod(sample // self.config.pairs_per_volume, len(self.rows))
         if self._order[0] != epoch:
             self._order = (epoch, generator(self.seed, "order", epoch).permutation(self.rows))
         return int(self._order[1][position])

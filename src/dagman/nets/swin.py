@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dagman.errors import DagmanError
 from dagman.nets.transformer import MLP, DropPath, GlobalBlock, sine_cosine_position
-from dagman.nets.window import Size, WindowAttention
+from dagman.nets.window import Size, WindowAttention, blank_windows, partition, reverse, window_layout
 from dagman.types import Features, LoadReport, Preparation
 
 PATCH_SIDE = 2
@@ -29,6 +29,10 @@ class AttentionConfig:
     """Acts on the output of this stage, 1 to 4 (paper: 3)."""
     placement: Literal["series", "branch"] = "series"
     """`series`: its tokens go on into the next stage; `branch`: it stands beside the trunk."""
+    position: Literal["residual", "attention"] = "residual"
+    """Where the fixed position code goes: `residual` adds it to the cells; `attention` to queries and keys alone."""
+    query_gain: float = 1.0
+    """Factor on the first weights of queries and keys; above 1 attention starts less uniform."""
     num_blocks: int = 2
     num_heads: int = 8
     mlp_ratio: float = 4.0
@@ -37,6 +41,8 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.stage <= 4:
             raise DagmanError("CONFIG", "attention.stage", f"cannot be {self.stage}", "choose 1, 2, 3 or 4")
+        if self.query_gain <= 0:
+            raise DagmanError("CONFIG", "attention.query_gain", f"cannot be {self.query_gain}", "give a number above 0")
         if self.num_blocks < 1:
             raise DagmanError(
                 "CONFIG",
@@ -148,11 +154,33 @@ class WindowBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
-    def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x y z width"]:
-        """Two residual steps."""
+    def forward(
+        self, x: Float[Tensor, "batch x y z width"], blank: Bool[Tensor, "batch x y z"] | None = None
+    ) -> Float[Tensor, "batch x y z width"]:
+        """Two residual steps.
+
+        Args:
+            x: Tokens.
+            blank: Tokens that are all alike, as those of patches that the network does not see are at the first block.
+                Windows of nothing else are then computed once for all; the result is the same.
+        """
+        if blank is not None and self.attn.shift == 0 and not (self.training and self.drop_path.chance):
+            return self._forward_once(x, blank)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return out
+
+    def _forward_once(self, x: Tensor, blank: Tensor) -> Tensor:
+        """Every window that is unlike the others, and one that stands for all that are alike."""
+        grid = (x.shape[1], x.shape[2], x.shape[3])
+        layout = window_layout(x.shape[0], grid, self.attn.window, 0, x.device)
+        alike = blank_windows(blank, layout) if layout.padded == grid else None
+        if alike is None:
+            return self.forward(x)
+        windows = partition(x, layout).index_select(0, alike.unique)
+        windows = windows + self.attn.attend(self.norm1(windows), layout)
+        windows = windows + self.mlp(self.norm2(windows))
+        return reverse(windows.index_select(0, alike.place), layout, grid)
 
 
 class PatchMerging(nn.Module):
@@ -189,10 +217,12 @@ class Stage(nn.Module):
         )
         self.downsample = PatchMerging(width)
 
-    def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
-        """From one level of the pyramid to the next."""
-        for block in self.blocks:
-            x = block(x)
+    def forward(
+        self, x: Float[Tensor, "batch x y z width"], blank: Bool[Tensor, "batch x y z"] | None = None
+    ) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
+        """From one level of the pyramid to the next; `blank` marks tokens of the first stage that are all alike."""
+        for number, block in enumerate(self.blocks):
+            x = block(x, blank if number == 0 else None)
         merged: Tensor = self.downsample(x)
         return merged
 
@@ -233,10 +263,12 @@ class SemanticAttention(nn.Module):
 
     def __init__(self, width: int, config: AttentionConfig) -> None:
         super().__init__()
+        self.position = config.position
         self.cls_token = nn.Parameter(torch.zeros(width))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.blocks = nn.ModuleList(
-            GlobalBlock(width, num_heads=config.num_heads, mlp_ratio=config.mlp_ratio) for _ in range(config.num_blocks)
+            GlobalBlock(width, num_heads=config.num_heads, mlp_ratio=config.mlp_ratio, query_gain=config.query_gain)
+            for _ in range(config.num_blocks)
         )
         self.norm = nn.LayerNorm(width)
 
@@ -244,9 +276,14 @@ class SemanticAttention(nn.Module):
         """Attend over the cells."""
         batch, *grid, width = cells.shape
         position = sine_cosine_position((grid[0], grid[1], grid[2]), width, cells.device)
-        x = torch.cat([self.cls_token.expand(batch, 1, width), cells.flatten(1, 3) + position], dim=1)
+        tokens, between = cells.flatten(1, 3), None
+        if self.position == "residual":
+            tokens = tokens + position
+        else:
+            between = functional.pad(position, (0, 0, 1, 0))
+        x = torch.cat([self.cls_token.expand(batch, 1, width), tokens], dim=1)
         for block in self.blocks:
-            x, attention = block(x)
+            x, attention = block(x, between)
         normalised = self.norm(x)
         return SemanticTokens(x[:, 1:], normalised[:, 1:], normalised[:, 0], attention)
 
@@ -282,6 +319,8 @@ class SwinEncoder(nn.Module):
         images: Float[Tensor, "batch 1 x y z"],
         hidden: Bool[Tensor, "batch cells"] | None = None,
         dropped: Bool[Tensor, "batch cells"] | None = None,
+        *,
+        final_only: bool = False,
     ) -> Features:
         """Encode crops.
 
@@ -289,11 +328,14 @@ class SwinEncoder(nn.Module):
             images: Intensities in [0, 1]; sides are multiples of 32.
             hidden: Cells whose patches the network sees as the hidden token.
             dropped: Cells whose patches become zero after the embedding (the noisy teacher).
+            final_only: Leave the finer levels out of the pyramid where nothing else needs them.
 
         Raises:
             DagmanError: `E-CROP` for sides that the network cannot divide or too few cells.
         """
         levels, semantic = self.trunk(images, hidden, dropped)
+        if final_only and semantic:
+            levels = levels[-1:]
         pyramid = tuple(functional.layer_norm(level, level.shape[-1:]) for level in levels)
         return Features(
             tokens=semantic.tokens if semantic else pyramid[self.config.cell_stage].flatten(1, 3),
@@ -314,9 +356,13 @@ class SwinEncoder(nn.Module):
         A level is taken before semantic attention; in series at stage 4, where no stage follows, the last one after.
         """
         x = self.embed(images, hidden, dropped)
+        blank = hidden if dropped is None else dropped
+        if blank is not None:
+            grid = self.config.grid((images.shape[2], images.shape[3], images.shape[4]))
+            blank = _per_patch(blank, grid, x.shape[1] // grid[0])
         levels, semantic = [x], None
         for number, stage in enumerate(self.stages, 1):
-            x = stage(x)
+            x = stage(x, blank if number == 1 else None)
             levels.append(x)
             if self.config.attention and number == self.config.attention.stage:
                 semantic = self.semantic_attention(x)
@@ -340,6 +386,12 @@ class SwinEncoder(nn.Module):
         if dropped is not None:
             x = _replace(x, dropped, grid, x.new_zeros(()))
         return x
+
+
+def _per_patch(cells: Tensor, grid: Size, side: int) -> Tensor:
+    """Give every patch the value of its cell."""
+    boxes = cells.view(-1, grid[0], 1, grid[1], 1, grid[2], 1).expand(-1, -1, side, -1, side, -1, side)
+    return boxes.reshape(len(cells), *(cells_along * side for cells_along in grid))
 
 
 def _replace(x: Tensor, cells: Tensor, grid: Size, token: Tensor) -> Tensor:

@@ -59,33 +59,49 @@ def sine_cosine_position(grid: tuple[int, int, int], width: int, device: torch.d
 class GlobalBlock(nn.Module):
     """A pre-norm transformer block whose attention spans all tokens."""
 
-    def __init__(self, width: int, *, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, *, num_heads: int, mlp_ratio: float, query_gain: float = 1.0) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
+        with torch.no_grad():
+            self.qkv.weight[: 2 * width] *= query_gain
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     def forward(
-        self, x: Float[Tensor, "batch tokens width"]
+        self, x: Float[Tensor, "batch tokens width"], position: Float[Tensor, "tokens width"] | None = None
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens-1"]]:
-        """Two residual steps; also how the first token attends to the others (`attention_of_first`)."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        """Two residual steps; also how the first token attends to the others (`attention_of_first`).
+
+        Args:
+            x: Tokens.
+            position: Added to what queries and keys are made of, and to nothing else.
+        """
+        query, key, value = self.heads_of(x, position)
         mixed = _attend(query, key, value)
         x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
         return x + self.mlp(self.norm2(x)), attention_of_first(query, key)
 
+    def heads_of(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (batch, heads, tokens, head width)."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if position is not None:
+            moved = functional.linear(position, self.qkv.weight[: 2 * width]).view(tokens, 2, self.num_heads, -1)
+            query, key = query + moved[:, 0].transpose(0, 1), key + moved[:, 1].transpose(0, 1)
+        return query, key, value
+
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The fused kernel; on CPUs in float32, because its bfloat16 gradient is several times slower there."""
+    """The fused kernel; on CPUs in float32 at least, because its bfloat16 gradient is several times slower there."""
     if query.device.type != "cpu":
         return functional.scaled_dot_product_attention(query, key, value)
     with torch.autocast("cpu", enabled=False):
-        return functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+        single = torch.promote_types(query.dtype, torch.float32)
+        return functional.scaled_dot_product_attention(query.to(single), key.to(single), value.to(single))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -131,6 +131,30 @@ def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return permuted
 
 
+class Blank(NamedTuple):
+    """Windows that all look alike because a network sees none of their patches."""
+
+    unique: Int[Tensor, " unique"]
+    """Rows (windows of `partition`) to compute: those that are seen, and one that stands for all others."""
+    place: Int[Tensor, " windows"]
+    """For each row, where its result stands among `unique`."""
+
+
+def blank_windows(blank: Bool[Tensor, "batch x y z"], layout: WindowLayout) -> Blank | None:
+    """Which windows need computing; None where no two of them are alike.
+
+    Args:
+        blank: Patches that a network does not see.
+        layout: Of windows that are not shifted.
+    """
+    rows = blank.reshape(-1).index_select(0, layout.order).view(-1, layout.tokens).all(dim=1)
+    seen = (~rows).nonzero()[:, 0]
+    if len(rows) - len(seen) < 2:
+        return None
+    place = (~rows).cumsum(0) - 1
+    return Blank(torch.cat([seen, rows.nonzero()[:1, 0]]), torch.where(rows, len(seen), place))
+
+
 def partition(x: Float[Tensor, "batch x y z width"], layout: WindowLayout) -> Float[Tensor, "windows tokens width"]:
     """Maps to windows: zeros are added behind each axis, then tokens are shifted and grouped."""
     grid, width = x.shape[1:4], x.shape[4]
@@ -172,7 +196,12 @@ class WindowAttention(nn.Module):
         """Attend within each window of each map."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
         layout = window_layout(x.shape[0], grid, self.window, self.shift, x.device)
-        windows = partition(x, layout)
+        return reverse(self.attend(partition(x, layout), layout), layout, grid)
+
+    def attend(
+        self, windows: Float[Tensor, "windows tokens width"], layout: WindowLayout
+    ) -> Float[Tensor, "windows tokens width"]:
+        """Attend within windows; `layout.masks` names the rows of `windows` that need one."""
         count, tokens, width = windows.shape
         qkv = self.qkv(windows).view(count, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -181,7 +210,8 @@ class WindowAttention(nn.Module):
             mixed = explicit_attention(query, key, value, bias, layout)
         else:
             mixed = fused_attention(query, key, value, bias, layout)
-        return reverse(self.proj(mixed.transpose(1, 2).reshape(count, tokens, width)), layout, grid)
+        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
+        return projected
 
     def bias(self, tokens: int) -> Float[Tensor, "heads tokens tokens"]:
         """The relative position bias; on a map smaller than a window its first `tokens` rows and columns, as MONAI."""

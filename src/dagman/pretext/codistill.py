@@ -129,7 +129,12 @@ class CoDistillation(nn.Module):
                 encoder.final_width, cell_side=CROP_MULTIPLE, mean_intensity=mean_intensity
             )
         for name in self.student.heads:
-            self.register_buffer(f"center_{name}", torch.zeros(method.heads.num_prototypes))
+            places = (math.prod(self.grid),) if self._has_places(name) else ()
+            self.register_buffer(f"center_{name}", torch.zeros(*places, method.heads.num_prototypes))
+
+    def _has_places(self, name: str) -> bool:
+        """Whether a head has a center for each position of the grid."""
+        return name == "ampd" and self.method.patch_centers == "position"
 
     def train(self, mode: bool = True) -> "CoDistillation":
         """Set the student's mode; the teacher is always in eval mode."""
@@ -149,7 +154,7 @@ class CoDistillation(nn.Module):
         teacher = self._teach(images, generator)
         hidden = self._hide(teacher.attention if knobs.attended else None, len(images), generator)
         hidden = hidden.to(images.device, non_blocking=True)
-        student = self.student.encoder(images, hidden)
+        student = self.student.encoder(images, hidden, final_only=True)
         compared = self._distil(student, teacher, hidden, knobs)
         values = {name: one.loss for name, one in compared.items()}
         watched = diagnostics.of_features(student) | diagnostics.of_hiding(hidden, teacher.dropped, teacher.attention)
@@ -164,24 +169,29 @@ class CoDistillation(nn.Module):
     @torch.no_grad()
     def _teach(self, images: Tensor, generator: torch.Generator) -> Targets:
         """The teacher's pass over both views, in the midst of its noise."""
-        dropped = None
-        if self.method.dropped_ratio:
-            cells = math.prod(self.grid)
-            count = hiding.floor_count(self.method.dropped_ratio, cells)
-            dropped = hiding.random(len(images), cells, count=count, generator=generator)
-            dropped = dropped.to(images.device, non_blocking=True)
-        features = self.teacher.encoder(images, None, dropped)
+        dropped = self.draw_dropped(len(images), generator, images.device)
+        features = self.teacher.encoder(images, None, dropped, final_only=True)
         guide = features
         if self.method.guide == "clean" and dropped is not None:
-            guide = self.teacher.encoder(images)
-        bottlenecks = {
-            name: self.teacher.head(name).project(_head_input(name, features)) for name in self.teacher.heads
-        }
+            guide = self.teacher.encoder(images, final_only=True)
+        bottlenecks = {name: self.teacher.head(name).project(head_input(name, features)) for name in self.teacher.heads}
         means = {
-            name: self.teacher.logits(name, losses.at_least_single(bottleneck).flatten(0, -2).mean(dim=0))
+            name: self.teacher.logits(
+                name, losses.at_least_single(bottleneck).flatten(0, 0 if self._has_places(name) else -2).mean(dim=0)
+            )
             for name, bottleneck in bottlenecks.items()
         }
         return Targets(bottlenecks, means, guide.attention, dropped)
+
+    def draw_dropped(
+        self, batch: int, generator: torch.Generator, device: torch.device
+    ) -> Bool[Tensor, "batch cells"] | None:
+        """Cells that the noisy teacher does not see; None for a clean one."""
+        if not self.method.dropped_ratio:
+            return None
+        cells = math.prod(self.grid)
+        count = hiding.floor_count(self.method.dropped_ratio, cells)
+        return hiding.random(batch, cells, count=count, generator=generator).to(device, non_blocking=True)
 
     def _hide(self, attention: Tensor | None, batch: int, generator: torch.Generator) -> Bool[Tensor, "batch cells"]:
         """What the student does not see; random without attention to follow."""
@@ -211,18 +221,31 @@ class CoDistillation(nn.Module):
             count = self.method.hidden.count(hidden.shape[1], attended=knobs.attended)
             picked = hidden.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
             tokens, targets = _pick(student.tokens, picked), _pick(said["ampd"], picked)
+            center = self.center("ampd")
             found["ampd"] = self._compare(
-                "ampd", tokens, targets, knobs.patch_temperature, hidden=hidden.gather(1, picked)
+                "ampd",
+                tokens,
+                targets,
+                knobs.patch_temperature,
+                center=center[picked] if self._has_places("ampd") else center,
+                hidden=hidden.gather(1, picked),
             )
         if "gitd" in said:
             found["gitd"] = self._compare("gitd", student.pooled, _swap_views(said["gitd"]), knobs.class_temperature)
         return found
 
     def _compare(
-        self, name: str, features: Tensor, bottleneck: Tensor, temperature: float, hidden: Tensor | None = None
+        self,
+        name: str,
+        features: Tensor,
+        bottleneck: Tensor,
+        temperature: float,
+        *,
+        center: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Compared:
         """Cross-entropy of the student's features against what the teacher says, through the heads of that name."""
-        targets = losses.sharpen(self.teacher.logits(name, bottleneck), self.center(name), temperature)
+        targets = self.targets(name, bottleneck, temperature, center)
         logits = self.student.logits(name, self.student.head(name).project(features))
         rows = losses.cross_entropy(logits, targets, temperature=self.method.student_temperature)
         loss = rows.mean() if hidden is None else losses.mean_over_hidden(rows, hidden)
@@ -230,6 +253,20 @@ class CoDistillation(nn.Module):
             guesses = (logits / self.method.student_temperature).softmax(dim=-1)
             teacher, student = (diagnostics.entropy_share(side, hidden) for side in (targets, guesses))
         return Compared(loss, teacher_entropy=teacher, student_entropy=student)
+
+    def targets(
+        self, name: str, bottleneck: Float[Tensor, "*rows bottleneck"], temperature: float, center: Tensor | None = None
+    ) -> Float[Tensor, "*rows prototypes"]:
+        """What the teacher says about rows of a head: distributions over its prototypes.
+
+        Args:
+            name: The head's loss.
+            bottleneck: From the teacher's head.
+            temperature: tau_t.
+            center: One for each row, where the rows are not the whole grid; else the head's own.
+        """
+        say = losses.balanced if self.method.balance == "sinkhorn" else losses.sharpen
+        return say(self.teacher.logits(name, bottleneck), self.center(name) if center is None else center, temperature)
 
     def _predict(self, final: Tensor, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """AMIP, each view against itself (equation 5), and its ratio to the error of each view's visible mean."""
@@ -246,8 +283,8 @@ class CoDistillation(nn.Module):
         absent = torch.zeros_like(total)
         return Losses(total=total, **{name: values.get(name, absent) for name in ("amip", "ampd", "aitd", "gitd")})
 
-    def center(self, name: str) -> Float[Tensor, " prototypes"]:
-        """The center of a head's teacher logits."""
+    def center(self, name: str) -> Float[Tensor, "*cells prototypes"]:
+        """The center of a head's teacher logits, or one for each position of the grid."""
         center: Tensor = getattr(self, f"center_{name}")
         return center
 
@@ -287,7 +324,7 @@ class CoDistillation(nn.Module):
             self.student.head(name).prototypes.grad = None
 
 
-def _head_input(name: str, features: Features) -> Tensor:
+def head_input(name: str, features: Features) -> Tensor:
     """What a head works on: [CLS] tokens, cell tokens or pooled tokens."""
     value = {"aitd": features.cls, "ampd": features.tokens, "gitd": features.pooled}[name]
     assert value is not None  # noqa: S101

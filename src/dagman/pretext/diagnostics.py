@@ -20,6 +20,7 @@ MEANINGS: Mapping[str, str] = {
     "hidden_ratio": "share of the cells hidden from the student",
     "padding_ratio": "share of the voxels that lie outside the stored volumes",
     "hidden_dropped_ratio": "share of the hidden cells that the teacher had dropped as well",
+    "hidden_dropped_excess": "that share / the share of all cells that the teacher had dropped; 1 is unrelated",
     "aitd_teacher_entropy": "mean entropy of the teacher's [CLS] distributions / ln K; 1 is uniform, 0 one-hot",
     "aitd_student_entropy": "the same of the student's",
     "ampd_teacher_entropy": "mean entropy of the teacher's distributions for hidden cells / ln K",
@@ -119,6 +120,7 @@ def of_hiding(
     found = {"hidden_ratio": hidden.float().mean()}
     if dropped is not None:
         found["hidden_dropped_ratio"] = (hidden & dropped).sum() / hidden.sum().clamp_min(1)
+        found["hidden_dropped_excess"] = found["hidden_dropped_ratio"] / dropped.float().mean()
     if attention is not None:
         cells = attention.shape[1]
         found["attention_entropy"] = losses.entropy(attention).mean() / math.log(cells)

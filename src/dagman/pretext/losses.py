@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+SINKHORN_ROUNDS = 3
 DENOMINATOR_GUARD = 1e-5
 """Keeps the image term finite where nothing is hidden."""
 
@@ -14,18 +15,36 @@ def at_least_single(x: Tensor) -> Tensor:
 
 
 def sharpen(
-    logits: Float[Tensor, "*rows prototypes"], center: Float[Tensor, " prototypes"], temperature: float
+    logits: Float[Tensor, "*rows prototypes"], center: Float[Tensor, "*#rows prototypes"], temperature: float
 ) -> Float[Tensor, "*rows prototypes"]:
     """The teacher's distribution: centered, sharpened, normalised.
 
     Args:
         logits: Of the teacher's head.
-        center: Running mean of those logits.
+        center: Running mean of those logits, one for all rows or one a row.
         temperature: tau_t; smaller is sharper.
 
     Reference: P_t of equations 2-4; appendix A for centering and sharpening.
     """
     return ((at_least_single(logits) - center) / temperature).softmax(dim=-1)
+
+
+def balanced(
+    logits: Float[Tensor, "*rows prototypes"], center: Float[Tensor, "*#rows prototypes"], temperature: float
+) -> Float[Tensor, "*rows prototypes"]:
+    """The teacher's distributions such that all prototypes are named about equally often over the rows.
+
+    Args:
+        logits: Of the teacher's head.
+        center: As for `sharpen`; where it is one for all rows, it changes nothing.
+        temperature: Smaller is sharper.
+
+    Reference: Sinkhorn-Knopp as in SwAV (Caron et al. 2020), three rounds.
+    """
+    scores = ((at_least_single(logits) - center) / temperature).flatten(0, -2)
+    for _ in range(SINKHORN_ROUNDS):
+        scores = scores.log_softmax(dim=0).log_softmax(dim=1)
+    return scores.exp().view(logits.shape)
 
 
 def cross_entropy(

@@ -106,6 +106,12 @@ class MethodConfig:
     """tau_t of the [CLS] and pooled heads, at the start and after its rise (iBOT)."""
     patch_temperature: tuple[float, float] = (0.04, 0.07)
     """tau_t of the patch head; its rise comes after the other's."""
+    patch_centers: Literal["shared", "position"] = "shared"
+    """One center for all cells (iBOT), or one for each position of the grid, which takes from the teacher's targets
+    what the place of a cell alone decides."""
+    balance: Literal["centering", "sinkhorn"] = "centering"
+    """What keeps the teacher from naming the same prototypes for everything: moving centers (paper), or Sinkhorn-Knopp
+    over the batch of each process (SwAV), for batches too small for centers to learn from."""
     center_momentum: float = 0.9
     """Share of a center that stays at each step (DINO)."""
 

@@ -70,6 +70,23 @@ ALARMS = (
         advice="take more steps, or change optimisation.learning_rate",
     ),
     Alarm(
+        name="patch targets are positions",
+        column="ampd_image_share",
+        is_bad=lambda value: value < 0.5,
+        limit="below 0.5: the teacher's distributions tell where a cell lies rather than what it shows",
+        steps=3,
+        advice="set method.patch_centers position and encoder.attention.position attention",
+    ),
+    Alarm(
+        name="hiding follows the noise",
+        column="hidden_dropped_excess",
+        is_bad=lambda value: value > 1.15,
+        limit="above 1.15: what is hidden is what the teacher itself had dropped, so it cannot teach it",
+        steps=50,
+        first_ratio=0.1,
+        advice="set method.guide clean",
+    ),
+    Alarm(
         name="attention uniform",
         column="attention_entropy",
         is_bad=lambda value: value > 0.999,

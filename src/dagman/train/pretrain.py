@@ -15,6 +15,7 @@ from dagman.ct.datasets import ViewsDataset, collate
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.pretext.codistill import Outcome
+from dagman.pretext.examination import examine
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
 from dagman.train import cost, engine
@@ -26,6 +27,10 @@ from dagman.types import Views
 __all__ = ["Listener", "OptimisationConfig", "PretrainConfig", "Result", "pretrain"]
 
 MOST_SKIPPED_IN_A_ROW = 5
+EXAMINE_EVERY = 100
+"""Steps between two examinations of the teacher; the first and the last step have one too."""
+EXAMINED = 64
+"""Crops of an examination."""
 _MEMORY_ADVICE = (
     "lower optimisation.batch_size and raise optimisation.accumulate by the same factor, then lower data.crop, "
     "and start a new run"
@@ -95,6 +100,8 @@ def pretrain(
                 done, due = step + 1, (step + 1) % checkpoint_every == 0 or step + 1 == job.total
                 if due and job.validation_rows:
                     row["validation_amip"] = _validate(job, step)
+                if fabric.is_global_zero and (done % EXAMINE_EVERY == 0 or done in (1, job.total)):
+                    row |= _examine(job, step)
                 recorder.add(row, durable=due or stop.agreed or job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW)
                 if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
                     raise _unhealthy(job, step)
@@ -237,6 +244,20 @@ def _validate(job: Job, step: int) -> float | None:
     job.module.train()
     mean = total / len(dataset)
     return mean if engine.all_finite([mean]) else None
+
+
+@torch.no_grad()
+def _examine(job: Job, step: int) -> dict[str, float]:
+    """What the teacher knows about crops of the training cases: always the same crops and the same noise."""
+    seed, batch = job.config.optimisation.seed, 2 * job.config.optimisation.batch_size
+    data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0)
+    dataset = ViewsDataset(job.store, data, torch_seed(seed, "examination"), job.train_rows)
+    batches = (
+        job.fabric.to_device(torch.stack([dataset[index][0] for index in range(first, min(first + batch, EXAMINED))]))
+        for first in range(0, EXAMINED, batch)
+    )
+    with job.fabric.autocast():
+        return examine(job.module, batches, job.rates(step).knobs, torch_generator(seed, "examination"))
 
 
 def _checkpoint(job: Job, done: int) -> None:

@@ -1,0 +1,185 @@
+"""What the learning curve trains on and asks about: stores of phantoms and real CTs, and labelled crops of both.
+
+Labelled phantoms come from another cohort than those trained on. The real crops are cut from the scans that the real
+run trains on without labels, as a hospital would use them; patients are never on both sides of a probe.
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from joblib import Parallel, delayed
+
+from dagman import files
+from dagman.ct import phantom
+from dagman.ct.prepare import prepare
+from dagman.ct.store import FORMAT, MANIFEST, SETTINGS, PreparedStore, Triple, array_path, padded_crop, write_array
+from dagman.randomness import generator
+
+SPACING_MM, SHAPE = (2.0, 2.0, 2.0), (176, 150, 138)
+TRAINING_SEED, PROBE_SEED = 0, 1
+ORGANS = ("heart", "liver", "spleen", "stomach", "kidney_left", "kidney_right", "bone", "aorta")
+NODULE = "lidc_idri_0314"
+"""The real CT whose nodule readers have outlined."""
+LARGEST_SIDE = 64
+"""Crops are stored at this side; smaller ones are their middle."""
+JITTER_VOXELS = 9.0
+"""How far a nodule may lie from the middle of the crop that holds it, along each axis."""
+NEAR_VOXELS = 20
+"""A crop without a nodule has none within this many voxels along some axis."""
+PAIRS_OF_SIDES, CROPS_TURNED = 6, 4
+BODY_HU = -300
+
+
+class Crops(NamedTuple):
+    """Labelled crops of one question."""
+
+    hu: np.ndarray
+    """(crops, side, side, side), int16."""
+    words: np.ndarray
+    """Class of each."""
+    patients: np.ndarray
+
+    def middle(self, side: int) -> np.ndarray:
+        """The crops cut down to `side`."""
+        first = (self.hu.shape[1] - side) // 2
+        part = slice(first, first + side)
+        return self.hu[:, part, part, part]
+
+
+def phantom_store(folder: Path, num_volumes: int) -> PreparedStore:
+    """A prepared store of phantoms, which need no resampling; their masks are the organs' label maps."""
+    if not (folder / MANIFEST).exists():
+        rows = Parallel(n_jobs=-1)(delayed(_write_volume)(folder, case) for case in range(num_volumes))
+        settings = {"format": FORMAT, "storage": "npy", "spacing_mm": SPACING_MM[0], "resampling": "antialiased"}
+        files.write_json(folder / SETTINGS, settings)
+        files.write_text(folder / MANIFEST, "".join(map(files.json_line, rows)))
+    return PreparedStore(folder)
+
+
+def _write_volume(folder: Path, case: int) -> dict[str, Any]:
+    made = phantom.make(TRAINING_SEED, case, spacing_mm=SPACING_MM, shape=SHAPE)
+    name = f"phantom_{case:04d}"
+    recorded = {}
+    for kind, array in (("volumes", made.volume.hu), ("masks", made.organs)):
+        path = array_path(folder, kind, name, "npy")  # type: ignore[arg-type]
+        write_array(path, array)
+        recorded[kind] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    return {
+        "case_id": name,
+        "patient": str(made.patient),
+        "shape": list(made.volume.hu.shape),
+        "affine": made.volume.affine.tolist(),
+        **recorded["volumes"],
+        "mask": recorded["masks"],
+    }
+
+
+def phantom_crops(path: Path, num_cases: int) -> dict[str, Crops]:
+    """Three questions about phantoms: is the nodule malignant, which organ is it, is there a nodule."""
+    if not path.exists():
+        found = Parallel(n_jobs=-1)(delayed(_ask_phantom)(case) for case in range(num_cases))
+        _save(path, [crop for crops in found for crop in crops])
+    return _load(path)
+
+
+Asked = tuple[str, np.ndarray, str, str]
+"""Question, crop, class, patient."""
+
+
+def _ask_phantom(case: int) -> list[Asked]:
+    made = phantom.make(PROBE_SEED, case, spacing_mm=SPACING_MM, shape=SHAPE)
+    draws, number = generator(0, "learning.crops", case), {name: label for label, name in made.names.items()}
+    main, nodules = np.argwhere(made.nodule_mask == 1).mean(axis=0), np.argwhere(made.nodule_mask > 0)
+    asked = [("malignancy", main, "malignant" if made.nodules[0].malignant else "benign")]
+    for name in ORGANS:
+        voxels = np.argwhere(made.organs == number[name])
+        if len(voxels):
+            asked.append(("organ", voxels[draws.integers(len(voxels))], name))
+    asked.append(("nodule", main + draws.uniform(-JITTER_VOXELS, JITTER_VOXELS, 3), "yes"))
+    lung = np.argwhere(np.isin(made.organs, (number["lung_left"], number["lung_right"])))
+    for place in draws.permutation(len(lung))[:200]:
+        if np.abs(nodules - lung[place]).max(axis=1).min() > NEAR_VOXELS:
+            asked.append(("nodule", lung[place], "no"))
+            break
+    return [(name, _cut(made.volume.hu, centre), word, str(made.patient)) for name, centre, word in asked]
+
+
+def real_store(data: Path, folder: Path) -> PreparedStore:
+    """Whole CTs of chest and abdomen, and soft-tissue sarcomas with their tumours' masks, prepared."""
+    patients = {row["name"]: row["patient"] for row in json.loads((data / "ct_corpus" / "index.json").read_text())}
+    nodules = (data / "lidc" / "LIDC-IDRI-0314_nodule_votes.nii.gz").resolve()
+    rows = [
+        [name := path.name.removesuffix(".nii.gz"), path.resolve(), nodules if name == NODULE else "", patients[name]]
+        for path in sorted((data / "ct_corpus").glob("*.nii.gz"))
+    ]
+    for path in sorted((data / "sts").glob("*_ct.nii.gz")):
+        name = path.name.removesuffix("_ct.nii.gz")
+        rows.append([name, path.resolve(), path.with_name(f"{name}_gtv.nii.gz").resolve(), name])
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([["case_id", "image", "mask", "patient"], *rows])
+    source = folder.with_suffix(".csv")
+    files.write_text(source, table.getvalue())
+    prepare([source], folder)
+    return PreparedStore(folder)
+
+
+def real_crops(store: PreparedStore, path: Path) -> dict[str, Crops]:
+    """Three questions about real CTs: tumour or not, left or right, upright or upside down."""
+    if not path.exists():
+        _save(path, [crop for row in range(len(store)) for crop in _ask_scan(store, row)])
+    return _load(path)
+
+
+def _ask_scan(store: PreparedStore, row: int) -> list[Asked]:
+    hu, patient = store.hu(row), str(store.rows[row]["patient"])
+    draws, body = generator(0, "learning.turned", row), hu > BODY_HU
+    inside = np.argwhere(body)
+    found = []
+    for turn, place in enumerate(draws.integers(len(inside), size=CROPS_TURNED)):
+        crop = _cut(hu, inside[place])
+        found.append(("upright", crop if turn % 2 else crop[:, :, ::-1], "yes" if turn % 2 else "no", patient))
+    mask = store.mask(row)
+    if mask is None or store.rows[row]["case_id"] == NODULE:
+        return found + [("side", _cut(hu, centre), word, patient) for centre, word in _sides(body)]
+    tumour = np.argwhere(mask > 0).mean(axis=0)
+    reach = np.array([LARGEST_SIDE // 4] * 3)
+    inner = inside[np.all((inside > reach) & (inside < np.array(hu.shape) - reach), axis=1)]
+    away = inner if len(inner) else inside
+    other = away[np.linalg.norm(away - tumour, axis=1).argmax()]
+    return [*found, ("tumour", _cut(hu, tumour), "yes", patient), ("tumour", _cut(hu, other), "no", patient)]
+
+
+def _sides(body: np.ndarray) -> list[tuple[np.ndarray, str]]:
+    """Mirrored pairs of places left and right of the midline, at several heights."""
+    places = []
+    for height in np.linspace(0.15, 0.85, PAIRS_OF_SIDES):
+        z = int(height * body.shape[2])
+        x, y = np.nonzero(body[:, :, z])
+        low, high = np.percentile(x, [2, 98])
+        for word, share in (("left", 0.27), ("right", 0.73)):  # x grows to the patient's right
+            places.append((np.array([low + share * (high - low), np.median(y), z]), word))
+    return places
+
+
+def _cut(hu: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    corner: Triple = tuple(round(float(middle)) - LARGEST_SIDE // 2 for middle in centre)  # type: ignore[assignment]
+    return padded_crop(hu, corner, (LARGEST_SIDE,) * 3, -1024)
+
+
+def _save(path: Path, asked: list[Asked]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names, hu, words, patients = zip(*asked, strict=True)
+    np.savez(path, names=np.array(names), hu=np.stack(hu), words=np.array(words), patients=np.array(patients))
+
+
+def _load(path: Path) -> dict[str, Crops]:
+    with np.load(path) as stored:
+        names, hu, words, patients = (stored[key] for key in ("names", "hu", "words", "patients"))
+    return {
+        str(name): Crops(hu[names == name], words[names == name], patients[names == name])
+        for name in dict.fromkeys(names.tolist())
+    }

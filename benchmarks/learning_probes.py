@@ -1,0 +1,95 @@
+"""What a linear probe reads off features with few labels: 8, 32 or all of one half of the patients, over many draws.
+
+A draw halves the patients, takes labels from one half, balanced over the classes, fits a logistic regression on
+standardised features, and ranks the cases of the other half. The score is the mean AUC over the draws, of one class
+against the others and then over the classes where there are more than two. Its interval draws patients again and keeps
+the fitted probes; features that are compared meet the same draws and the same resamples.
+"""
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dagman.randomness import generator
+from dagman.tasks import statistics
+
+DRAWS = 10
+LABELS = (8, 32, None)
+"""None is all labels of a half."""
+STRENGTH = 0.1
+"""Inverse regularisation of the logistic regression, the same for all features."""
+RESAMPLES = 300
+
+
+class Scores(NamedTuple):
+    """What the probes of one set of features said."""
+
+    probability: np.ndarray
+    """(draws, cases, classes); NaN for cases that the draw did not test."""
+    truth: np.ndarray
+    """(cases, classes), boolean."""
+    patients: np.ndarray
+
+    def statistic(self, weights: np.ndarray) -> np.ndarray:
+        """Mean AUC over draws and classes, for each row of case weights."""
+        classes = range(1, 2) if self.truth.shape[1] == 2 else range(self.truth.shape[1])
+        parts = [(probability, np.isfinite(probability[:, 0])) for probability in self.probability]
+        found = [
+            statistics.auc(probability[tested, column], self.truth[tested, column], weights[:, tested])
+            for probability, tested in parts
+            if tested.any()
+            for column in classes
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a resample may leave a draw without a class
+            mean: np.ndarray = np.nanmean(np.stack(found), axis=0)
+        return mean
+
+
+def probe(features: np.ndarray, words: np.ndarray, patients: np.ndarray, labels: int | None) -> Scores:
+    """Fit and apply the probes of all draws.
+
+    Args:
+        features: (cases, width).
+        words: Class of each case.
+        patients: Of each case; never on both sides.
+        labels: Labelled cases of a draw, None for all of its half.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    names, people = np.unique(words), np.unique(patients)
+    truth = words[:, None] == names
+    probability = np.full((DRAWS, *truth.shape), np.nan)
+    for draw in range(DRAWS):
+        draws = generator(0, "learning.probe", draw)
+        first = np.isin(patients, draws.permutation(people)[: len(people) // 2])
+        shuffled = draws.permutation(np.flatnonzero(first))
+        share = len(shuffled) if labels is None else max(1, labels // len(names))
+        chosen = np.concatenate([shuffled[truth[shuffled, column]][:share] for column in range(len(names))])
+        if len(np.unique(words[chosen])) < len(names):
+            continue
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=1000))
+        model.fit(features[chosen], words[chosen])
+        probability[draw, ~first] = model.predict_proba(features[~first])
+    return Scores(probability, truth, patients)
+
+
+def estimate(scores: Scores, beside: Scores | None = None) -> dict[str, Any]:
+    """AUC with its 95 % interval; with `beside`, how much it lies above that one, on the same resamples."""
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        assert beside is not None
+        gained: np.ndarray = np.subtract(scores.statistic(weights), beside.statistic(weights))
+        return gained
+
+    found = statistics.estimate(
+        scores.statistic if beside is None else difference,
+        scores.patients,
+        scores.truth[:, 1],
+        seed=0,
+        resamples=RESAMPLES,
+    )
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in vars(found).items()}
