@@ -137,3 +137,12 @@ def test_impossible_settings_are_refused(values, said):
 def test_a_store_without_volumes_is_refused(store):
     with pytest.raises(DagmanError, match="E-NODATA"):
         ViewsDataset(store, CROP, seed=0, rows=[])
+
+
+def test_pairs_of_one_volume_follow_each_other_at_places_of_their_own(store):
+    plain, several = (
+        ViewsDataset(store, DataConfig(crop=(32, 32, 32), pairs_per_volume=pairs), seed=3) for pairs in (1, 4)
+    )
+    assert [several.row(sample) for sample in range(40)] == [plain.row(sample // 4) for sample in range(40)]
+    large = next(sample for sample in range(0, 20, 4) if several.row(sample) == 0)
+    assert not np.array_equal(several[large][0], several[large + 1][0])

@@ -9,8 +9,9 @@ import torch
 
 from dagman import config
 from dagman.errors import DagmanError
+from dagman.nets import swin
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
-from dagman.nets.transformer import DropPath, sine_cosine_position
+from dagman.nets.transformer import DropPath, GlobalBlock, sine_cosine_position
 
 SMALL = SwinConfig(
     embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), attention=AttentionConfig(stage=2, num_heads=4)
@@ -264,3 +265,64 @@ def test_networks_need_torch_alone():
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "dagman.nets.weights" in loaded
     assert not {"monai", "scipy", "sklearn", "SimpleITK", "blosc2", "matplotlib", "cyclopts"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("crop", "stage"), [((32, 32, 32), 2), ((64, 32, 64), 3), ((32, 64, 96), 2), ((64, 32, 64), 1), ((64, 64, 64), 4)]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_windows_computed_once_give_what_every_window_gives(monkeypatch, crop, stage, training):
+    config = replace(SMALL, attention=AttentionConfig(stage=stage, num_heads=2))
+    cells = int(np.prod([side // config.cell_side for side in crop]))
+    draws = torch.Generator().manual_seed(0)
+    hidden = torch.rand(2, cells, generator=draws) < 0.7
+    images = torch.rand(2, 1, *crop, generator=draws, dtype=torch.float64)
+    torch.manual_seed(0)
+    encoder = SwinEncoder(config).double().train(training)
+    widest, found = [], []
+    for dense in (False, True):
+        if dense:
+            monkeypatch.setattr(swin, "blank_windows", lambda blank, layout: None)
+        hook = (
+            encoder.stages[0].blocks[0].mlp.register_forward_pre_hook(lambda _, given: widest.append(given[0].numel()))
+        )
+        torch.manual_seed(1)
+        encoder.zero_grad()
+        features = encoder(images, hidden)
+        (features.pooled.pow(3).sum() + features.tokens.pow(2).sum() + features.cls.pow(3).sum()).backward()
+        hook.remove()
+        found.append((features, [p.grad.clone() for p in encoder.parameters() if p.grad is not None]))
+    assert torch.equal(found[0][0].pooled, found[1][0].pooled)
+    for once, dense in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(once, dense, rtol=1e-5, atol=1e-6 * dense.abs().max().item())
+    if config.cell_side >= 8:  # a hidden cell holds whole windows
+        assert widest[0] < 0.6 * widest[1]
+
+
+def test_position_in_attention_alone_is_in_queries_and_keys_alone():
+    torch.manual_seed(0)
+    block = GlobalBlock(24, num_heads=2, mlp_ratio=2.0, query_gain=3.0)
+    x, position = torch.randn(2, 5, 24), torch.randn(5, 24)
+    query, key, value = block.heads_of(x, position)
+    moved, plain = (
+        block.qkv(block.norm1(x) + extra).view(2, 5, 3, 2, 12).permute(2, 0, 3, 1, 4) for extra in (position, 0)
+    )
+    torch.testing.assert_close(torch.stack([query, key]), moved[:2])
+    torch.testing.assert_close(value, plain[2])
+
+
+def test_query_gain_scales_the_first_weights_of_queries_and_keys():
+    blocks = []
+    for gain in (1.0, 2.0):
+        torch.manual_seed(0)
+        blocks.append(GlobalBlock(12, num_heads=2, mlp_ratio=2.0, query_gain=gain))
+    plain, scaled = (block.qkv.weight for block in blocks)
+    assert torch.equal(scaled[:24], 2 * plain[:24])
+    assert torch.equal(scaled[24:], plain[24:])
+
+
+def test_the_finer_levels_can_be_left_out(encoder, images):
+    all_of_them, last = encoder(images), encoder(images, final_only=True)
+    assert [len(features.pyramid) for features in (all_of_them, last)] == [5, 1]
+    for one, other in zip([*all_of_them[:4], all_of_them.pyramid[-1]], [*last[:4], last.pyramid[-1]], strict=True):
+        assert torch.equal(one, other)

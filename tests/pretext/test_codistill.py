@@ -255,6 +255,9 @@ RECIPES = {
     "no patch term": (MethodConfig(heads=SMALL, losses=LossWeights(ampd=0.0)), {}),
     "smit": (SMIT, {"attention": None}),
     "smit with attention": (SMIT, {}),
+    "a center for each place": (dataclasses.replace(DAGMAN, patch_centers="position"), {}),
+    "sinkhorn": (dataclasses.replace(DAGMAN, balance="sinkhorn"), {}),
+    "position in attention": (DAGMAN, {"attention": AttentionConfig(num_heads=4, position="attention")}),
 }
 
 
@@ -398,3 +401,32 @@ def test_a_few_steps_lower_the_image_term_of_a_fixed_batch() -> None:
     assert last.losses.amip < 0.8 * first.losses.amip
     assert last.diagnostics["image_error_ratio"] < 1 < first.diagnostics["image_error_ratio"]
     assert last.diagnostics["pooled_spread"] > 0.01, "not all views alike"
+
+
+def test_a_center_for_each_place_takes_the_place_out_of_the_targets() -> None:
+    model = part_ways(build(dataclasses.replace(DAGMAN, patch_centers="position")))
+    assert model.center("ampd").shape == (CELLS, 16)
+    assert model.center("aitd").shape == (16,)
+    outcome, _, dropped = run(model)
+    assert outcome.means["ampd"].shape == (CELLS, 16)
+    views = smooth_views()
+    features = model.teacher.encoder(torch.cat([views.u, views.v]), None, dropped)
+    logits = plain_logits(model.teacher.heads["ampd"], features.tokens)
+    torch.testing.assert_close(outcome.means["ampd"], logits.mean(dim=0), rtol=1e-5, atol=1e-6)
+    for _ in range(300):
+        model.move_centers(outcome.means)
+    centred = model.teacher.logits("ampd", model.teacher.head("ampd").project(features.tokens)) - model.center("ampd")
+    assert centred.mean(dim=0).abs().max() < 1e-5
+
+
+def test_each_hidden_cell_meets_the_center_of_its_own_place() -> None:
+    model = part_ways(build(dataclasses.replace(DAGMAN, patch_centers="position"))).eval()
+    views = smooth_views()
+    outcome, hidden, dropped = run(model, views)
+    images = torch.cat([views.u, views.v])
+    teacher, student = model.teacher.encoder(images, None, dropped), model.student.encoder(images, hidden)
+    said = (plain_logits(model.teacher.heads["ampd"], teacher.tokens) - model.center("ampd")) / KNOBS.patch_temperature
+    guess = plain_logits(model.student.heads["ampd"], student.tokens) / 0.1
+    rows = -(said.softmax(-1) * guess.log_softmax(-1)).sum(-1)
+    expected = torch.stack([row[seen].mean() for row, seen in zip(rows, hidden, strict=True)]).mean()
+    torch.testing.assert_close(outcome.losses.ampd, expected, rtol=1e-5, atol=1e-6)

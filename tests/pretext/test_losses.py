@@ -92,3 +92,32 @@ def test_nothing_hidden_is_a_loss_of_zero_that_stays_in_the_graph(dtype: torch.d
     assert image_term.item() == patch_term.item() == 0
     assert torch.equal(prediction.grad, torch.zeros_like(prediction))
     assert values.grad.shape == (2, 0)
+
+
+@quick
+@given(st.integers(0, 999), st.integers(4, 30), st.integers(2, 12))
+def test_balanced_rows_are_distributions_over_evenly_named_prototypes(seed: int, rows: int, prototypes: int) -> None:
+    logits, center = drawn(seed, rows, prototypes), drawn(seed + 1, prototypes)
+    found = losses.balanced(logits, center, 0.5)
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(rows, dtype=torch.float64))
+    torch.testing.assert_close(found, losses.balanced(logits + 3, torch.zeros(prototypes), 0.5))
+    biased = losses.balanced(logits + 4 * drawn(seed + 2, prototypes), torch.zeros(prototypes), 0.5)
+    assert (biased.mean(dim=0) * prototypes - 1).abs().max() < 0.5, "whatever a prototype is liked for"
+
+
+def test_balanced_is_sinkhorn_knopp_written_out() -> None:
+    logits = drawn(3, 6, 4)
+    shares = (logits / 0.2).exp()
+    for _ in range(3):
+        shares = shares / shares.sum(dim=0)
+        shares = shares / shares.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(losses.balanced(logits, torch.zeros(4), 0.2), shares)
+    cells = losses.balanced(logits.view(2, 3, 4), torch.zeros(2, 3, 4), 0.2)
+    torch.testing.assert_close(cells.flatten(0, 1), shares)
+
+
+def test_one_center_for_all_rows_changes_nothing_and_one_for_each_row_does() -> None:
+    logits = drawn(5, 6, 4)
+    same = losses.balanced(logits, drawn(6, 4).expand(6, 4), 0.2)
+    other = losses.balanced(logits, drawn(7, 6, 4), 0.2)
+    assert (same - other).abs().max() > 0.1

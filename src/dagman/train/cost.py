@@ -73,13 +73,15 @@ class Measured(NamedTuple):
 
 
 def measure(module: CoDistillation, config: PretrainConfig) -> Measured:
-    """Time and memory of one pair of views of noise, after one to warm up.
+    """Time and memory of one pair of views of noise, after one pass to warm up.
 
-    Leaves the module, its gradients and the random numbers as they were.
+    Small pairs are measured together, as many of a batch as fit in 64^3 voxels, and shared out. Leaves the module, its
+    gradients and the random numbers as they were.
     """
     device = next(module.parameters()).device
-    images = torch.rand(2, 1, 1, *config.data.crop, generator=torch.Generator().manual_seed(0)).to(device)
-    views = Views(u=images[0], v=images[1], rows=torch.zeros(1, dtype=torch.long), padding=torch.zeros(1))
+    pairs = max(1, min(config.optimisation.batch_size, 64**3 // math.prod(config.data.crop)))
+    images = torch.rand(2, pairs, 1, *config.data.crop, generator=torch.Generator().manual_seed(0)).to(device)
+    views = Views(u=images[0], v=images[1], rows=torch.zeros(pairs, dtype=torch.long), padding=torch.zeros(pairs))
     seconds, base = 0.0, memory_gib(device)
     with torch.random.fork_rng():
         for _ in range(2):
@@ -90,7 +92,7 @@ def measure(module: CoDistillation, config: PretrainConfig) -> Measured:
             outcome.losses.total.item()  # waits for a GPU
             seconds = time.perf_counter() - started
             module.zero_grad(set_to_none=True)
-    return Measured(seconds, base, max(0.0, memory_gib(device, peak=True) - base))
+    return Measured(seconds / pairs, base, max(0.0, memory_gib(device, peak=True) - base) / pairs)
 
 
 def time_line(config: PretrainConfig, pair: Measured, steps_left: int, num_volumes: int, devices: int) -> str:
