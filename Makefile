@@ -44,6 +44,7 @@ bench: setup
 
 docs: setup
 	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/figures.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -187,7 +187,7 @@ def test_a_finished_run_is_complete_and_changed_settings_are_refused(chain: Path
 def test_dry_run_says_what_it_would_cost_and_writes_nothing(chain: Path) -> None:
     result = dagman("pretrain", "dagman-tiny", "--data", chain / "prepared", "-o", chain / "never", "--dry-run")
     assert result.returncode == 0
-    assert "12 volumes, 1000 steps; encoder 3.12 M parameters" in result.stderr
+    assert "12 volumes, 1000 steps; encoder 2.44 M parameters" in result.stderr
     assert "the paper's size" in result.stderr
     assert not (chain / "never").exists()
 

@@ -52,4 +52,4 @@ def test_durations_are_for_people(seconds: float, words: str) -> None:
 def test_a_picture_is_drawn_of_few_of_many_and_of_missing_values() -> None:
     for count in (1, 40, 5000):
         rows = [{"step": step + 1, "amip": 1 / (step + 1), "ampd": None} for step in range(count)]
-        assert progress.png(rows, 64, "run").startswith(b"\x89PNG")
+        assert progress.png(rows, "run").startswith(b"\x89PNG")

@@ -26,15 +26,10 @@ class Panel:
     logarithmic: bool = False
 
 
-def panels(num_prototypes: int) -> tuple[Panel, ...]:
-    """The nine plots.
-
-    Args:
-        num_prototypes: K: an output that knows nothing has a cross-entropy and an entropy of ln K.
-    """
-    nothing = {f"uniform: ln K = {math.log(num_prototypes):.2f}": math.log(num_prototypes)}
-    even = {"uniform = 1": 1.0}
+def panels() -> tuple[Panel, ...]:
+    """The twelve plots."""
     heads = {"ampd": "cells", "aitd": "[CLS]", "gitd": "pooled"}
+    even = {"uniform = 1": 1.0}
     return (
         Panel(title="Image term", curves={"amip": "AMIP", "validation_amip": "AMIP, validation cases"}),
         Panel(
@@ -42,7 +37,11 @@ def panels(num_prototypes: int) -> tuple[Panel, ...]:
             curves={"image_error_ratio": "ratio"},
             lines={"visible mean = 1": 1.0},
         ),
-        Panel(title="Distillation terms", curves={"ampd": "AMPD", "aitd": "AITD", "gitd": "GITD"}, lines=nothing),
+        Panel(
+            title="Distillation losses / ln K",
+            curves={f"{term}_loss_ratio": name for term, name in heads.items()},
+            lines={"nothing learned = 1": 1.0},
+        ),
         Panel(
             title="Entropy / ln K: teacher (full), student (dashed)",
             curves={f"{term}_teacher_entropy": name for term, name in heads.items()}
@@ -50,46 +49,59 @@ def panels(num_prototypes: int) -> tuple[Panel, ...]:
             lines=even,
         ),
         Panel(
+            title="What the teacher's targets tell, nats",
+            curves={f"{term}_image_nats": f"{name}: image" for term, name in heads.items()}
+            | {"ampd_position_nats": "cells: place alone"},
+        ),
+        Panel(
             title="Spread of the features",
             curves={"pooled_spread": "pooled", "tokens_spread": "cells", "cls_spread": "[CLS]"},
             lines={"random directions = 1": 1.0},
         ),
         Panel(
-            title="Effective rank of the features",
-            curves={"pooled_effective_rank": "pooled", "tokens_effective_rank": "cells"},
+            title="Effective rank of the teacher's features by level",
+            curves={f"level{level}_effective_rank": f"level {level}" for level in range(5)},
             logarithmic=True,
         ),
-        Panel(title="Guiding attention: entropy / ln N", curves={"attention_entropy": "mean over views"}, lines=even),
-        Panel(title="Guiding attention: largest / mean", curves={"attention_peak": "mean over views"}, lines=even),
+        Panel(
+            title="Attention: entropy / ln N",
+            curves={"attention_entropy": "guides hiding", "clean_attention_entropy": "teacher without noise"},
+            lines=even,
+        ),
+        Panel(
+            title="Attention: largest / mean",
+            curves={"attention_peak": "guides hiding", "clean_attention_peak": "teacher without noise"},
+            lines=even,
+        ),
+        Panel(
+            title="Hidden cells that the teacher had dropped / chance",
+            curves={"hidden_dropped_excess": "share / share of all cells"},
+            lines={"unrelated = 1": 1.0},
+        ),
+        Panel(title="Gradient norm before clipping", curves={"grad_norm": "norm"}, logarithmic=True),
         Panel(
             title="Schedules",
-            curves={
-                "learning_rate": "learning rate",
-                "momentum": "teacher momentum",
-                "weight_decay": "weight decay",
-                "grad_norm": "gradient norm",
-            },
+            curves={"learning_rate": "learning rate", "momentum": "teacher momentum", "weight_decay": "weight decay"},
             logarithmic=True,
         ),
     )
 
 
-def png(rows: Sequence[Mapping[str, Any]], num_prototypes: int, title: str) -> bytes:
+def png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """Draw a run's metrics.
 
     Args:
         rows: From `Run.metrics`; a value of None, or a column that is absent, leaves a gap.
-        num_prototypes: K of the heads.
         title: Over the whole picture.
 
     Returns:
         A PNG file.
     """
-    figure = Figure(figsize=(15, 11), dpi=80)
-    figure.subplots_adjust(left=0.05, right=0.985, bottom=0.05, top=0.91, wspace=0.19, hspace=0.33)
+    figure = Figure(figsize=(19, 11), dpi=80)
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.05, top=0.91, wspace=0.2, hspace=0.33)
     figure.suptitle(title, fontsize=13)
     step = np.array([row["step"] for row in rows], dtype=float)
-    for axes, panel in zip(figure.subplots(3, 3).flat, panels(num_prototypes), strict=True):
+    for axes, panel in zip(figure.subplots(3, 4).flat, panels(), strict=True):
         _draw(axes, panel, step, rows)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
@@ -106,10 +118,14 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
         there = np.isfinite(values)
         if not there.any():
             continue
+        seldom = there.sum() < 0.5 * len(there)
         kind = column.removesuffix("_teacher_entropy").removesuffix("_student_entropy")
         colour = colours.setdefault(kind, f"C{len(colours)}")
         style = "--" if column.endswith("_student_entropy") else "-"
-        _curve(axes, step[there], values[there], colour, style=style, label=label)
+        if seldom:
+            axes.plot(step[there], values[there], style, color=colour, marker="o", markersize=3, label=label or None)
+        else:
+            _curve(axes, step[there], values[there], colour, style=style, label=label)
     for label, height in panel.lines.items():
         axes.axhline(height, color="black", linestyle=":", linewidth=1, label=label)
     if panel.logarithmic:

@@ -162,6 +162,8 @@ class CoDistillation(nn.Module):
         for name, one in compared.items():
             watched[f"{name}_teacher_entropy"] = one.teacher_entropy
             watched[f"{name}_student_entropy"] = one.student_entropy
+            some = hidden.any(dim=1).float().mean().clamp_min(1e-9) if name == "ampd" else 1.0
+            watched[f"{name}_loss_ratio"] = one.loss.detach() / some / math.log(self.method.heads.num_prototypes)
         if self.student.voxel_head is not None:
             values["amip"], watched["image_error_ratio"] = self._predict(student.pyramid[-1], images, hidden)
         return Outcome(self._weigh(values), teacher.means, watched)

@@ -196,5 +196,5 @@ def draw(job: Job) -> None:
     except ImportError:
         return
     title = f"{job.config.recipe}: {job.run.folder.name}"
-    picture = progress.png(job.run.metrics(), job.config.method.heads.num_prototypes, title)
+    picture = progress.png(job.run.metrics(), title)
     files.write_bytes(job.run.progress_file, picture)

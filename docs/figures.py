@@ -1,0 +1,58 @@
+"""Draw the figures of README and docs from `benchmarks/results/learning/*.json`; `make docs` runs this."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dagman.figures import learning, progress
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "learning"
+KINDS = {"pooled": "pretrained, pooled", "cells": "pretrained, mean cell", "cls": "pretrained, [CLS]"}
+QUESTIONS = {
+    "organ": "phantoms: which of 8 organs",
+    "malignancy": "phantoms: malignant nodule or not",
+    "nodule": "phantoms: a nodule in the crop or not",
+    "tumour": "real CTs: tumour or not",
+    "side": "real CTs: left or right",
+    "upright": "real CTs: upright or upside down",
+}
+
+
+def runs(corpus: str, name: str = "tiny") -> list[dict[str, Any]]:
+    """The results of all seeds that there are."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{corpus}-{name}-seed*.json"))]
+
+
+def points(result: dict[str, Any]) -> list[dict[str, float]]:
+    """The curve of a run, with the losses over ln K where the run did not log them."""
+    method = result["config"]["method"]
+    most = math.log(method["heads"]["num_prototypes"])
+    shares = {"aitd": 1.0, "gitd": 1.0, "ampd": method["hidden"]["probability"]}
+    return [
+        {f"{term}_loss_ratio": row[term] / share / most for term, share in shares.items() if term in row} | row
+        for row in result["curve"]
+    ]
+
+
+def main() -> None:
+    """Draw what there are results for."""
+    for corpus in ("phantoms", "real"):
+        found = runs(corpus)
+        if not found:
+            continue
+        asked = {question: title for question, title in QUESTIONS.items() if question in found[0]["crops"]}
+        pictures = {
+            f"learning-probes-{corpus}.png": learning.png(found, asked, kinds=KINDS),
+            f"learning-run-{corpus}.png": progress.png(
+                points(found[0]), f"dagman-tiny on {found[0]['volumes']} {corpus}, seed {found[0]['seed']}"
+            ),
+        }
+        for name, picture in pictures.items():
+            (ROOT / "docs" / name).write_bytes(picture)
+            print(f"wrote docs/{name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Probe scores against steps, beside an untrained encoder and raw voxels: does pretraining pay, and when."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+BASELINES = {"untrained": ("C7", "untrained encoder"), "voxels": ("C1", "raw voxels")}
+COLUMNS = 3
+
+
+def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str], *, kinds: Mapping[str, str]) -> bytes:
+    """Draw the probes with 32 labels of one or several runs on one corpus.
+
+    Args:
+        results: Files of `benchmarks/learning_curve.py`, one for each seed.
+        titles: Question to the title of its plot, in order.
+        kinds: Features to their label.
+
+    Returns:
+        A PNG file.
+    """
+    height = -(-len(titles) // COLUMNS)
+    figure = Figure(figsize=(15, 4.2 * height + 0.9), dpi=80)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.2 / height + 0.03, top=0.93, wspace=0.2, hspace=0.35)
+    axes = figure.subplots(height, COLUMNS, squeeze=False).ravel()
+    for plot in axes[len(titles) :]:
+        plot.set_axis_off()
+    for plot, (question, title) in zip(axes, titles.items(), strict=False):
+        plot.set_title(title, fontsize=11)
+        plot.set_xlabel("step (0: untrained)")
+        plot.set_ylabel("AUC, 32 labels")
+        plot.grid(alpha=0.3)
+        for number, result in enumerate(results):
+            for shade, (kind, label) in zip(("C0", "C2", "C3"), kinds.items(), strict=False):
+                style = {"color": shade, "label": label if number == 0 else None}
+                _curve(plot, result, question, kind, style)
+        for name, (colour, label) in BASELINES.items():
+            auc = _find(results[0]["baselines"][name], question, "pooled")
+            if auc:
+                plot.axhline(auc["value"], color=colour, linestyle="--", label=label)
+                plot.axhspan(auc["low"], auc["high"], color=colour, alpha=0.1)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=10)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def _curve(plot: Any, result: Mapping[str, Any], question: str, kind: str, style: Mapping[str, Any]) -> None:
+    start = _find(result["baselines"]["untrained"], question, kind)
+    found = [(0, start), *((probe["step"], _find(probe["rows"], question, kind)) for probe in result["probes"])]
+    steps, aucs = zip(*[(step, auc) for step, auc in found if auc], strict=True)
+    values = [auc["value"] for auc in aucs]
+    errors = [[auc["value"] - auc["low"] for auc in aucs], [auc["high"] - auc["value"] for auc in aucs]]
+    plot.errorbar(steps, values, errors, marker="o", markersize=4, capsize=3, **style)
+
+
+def _find(rows: Sequence[Mapping[str, Any]], question: str, kind: str) -> dict[str, float] | None:
+    for row in rows:
+        if (row["question"], row["features"], row["labels"]) == (question, kind, 32) and row["auc"]["low"] is not None:
+            return dict(row["auc"])
+    return None
