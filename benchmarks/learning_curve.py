@@ -36,7 +36,7 @@ from dagman.train.pretrain import pretrain
 from dagman.types import Preparation
 
 METRICS = [
-    *("total", "amip", "ampd", "aitd", "gitd", "seconds", "learning_rate", "momentum"),
+    *("total", "amip", "ampd", "aitd", "gitd", "seconds", "learning_rate", "momentum", "grad_norm"),
     *diagnostics.MEANINGS,
     *examination.MEANINGS,
 ]
@@ -192,6 +192,7 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--at", type=int, nargs="*", default=[100, 300, 1000, 3000])
     parser.add_argument("--volumes", type=int, default=160, help="phantoms to train on")
     parser.add_argument("--asked", type=int, default=160, help="phantoms to ask about")
+    parser.add_argument("--no-questions", action="store_true", help="train and watch, but probe nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="processor threads; 0 for all")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "learning")
@@ -201,6 +202,22 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     return arguments, dict(zip([flag.removeprefix("--") for flag in rest[::2]], rest[1::2], strict=True))
 
 
+def gather(arguments: argparse.Namespace, side: int) -> tuple[str, PreparedStore, dict[str, cases.Crops]]:
+    """Name of the corpus, what is trained on, and the questions with crops of `side`."""
+    work = arguments.work
+    if arguments.data:
+        corpus, store = "real", cases.real_store(arguments.data, work / "real")
+    else:
+        corpus = "phantoms"
+        store = cases.phantom_store(work / f"phantoms_{arguments.volumes}", arguments.volumes)
+    if arguments.no_questions:
+        return corpus, store, {}
+    questions = cases.phantom_crops(work / f"phantom_crops_{arguments.asked}.npz", arguments.asked)
+    if arguments.data:
+        questions |= cases.real_crops(store, work / "real_crops.npz")
+    return corpus, store, {name: asked._replace(hu=asked.middle(side)) for name, asked in questions.items()}
+
+
 def main() -> None:
     """Train, probe, write."""
     arguments, settings = parse()
@@ -208,29 +225,21 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     chosen = recipes.with_length(recipes.get(arguments.recipe), arguments.steps, None)
     chosen = config.override(chosen, {"data.window_hu": "-1000,400", **settings, "optimisation.seed": arguments.seed})
-    work, side = arguments.work, chosen.data.crop[0]
-    questions = cases.phantom_crops(work / f"phantom_crops_{arguments.asked}.npz", arguments.asked)
-    if arguments.data:
-        store = cases.real_store(arguments.data, work / "real")
-        questions |= cases.real_crops(store, work / "real_crops.npz")
-    else:
-        store = cases.phantom_store(work / f"phantoms_{arguments.volumes}", arguments.volumes)
-    corpus = "real" if arguments.data else "phantoms"
+    corpus, store, questions = gather(arguments, chosen.data.crop[0])
     name = f"{corpus}-{arguments.name}-seed{arguments.seed}"
-    run, path = Run(work / "runs" / name), arguments.results / f"{name}.json"
-    shown = {question: asked.middle(side) for question, asked in questions.items()}
+    run, path = Run(arguments.work / "runs" / name), arguments.results / f"{name}.json"
+    few = np.stack([store.hu(row, (40, 40, 40), chosen.data.crop) for row in range(8)])
 
     def see(encoder: SwinEncoder) -> dict[str, dict[str, np.ndarray]]:
-        return {question: features(encoder, hu, arguments.device) for question, hu in shown.items()}
+        return {question: features(encoder, asked.hu, arguments.device) for question, asked in questions.items()}
 
     torch.manual_seed(torch_seed(arguments.seed, "untrained"))
     untrained = SwinEncoder(chosen.encoder).eval()
     untrained.preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
     baselines = {
         "untrained": ask(see(untrained), questions),
-        "voxels": ask({name: voxels(hu, chosen.data.window_hu) for name, hu in shown.items()}, questions),
+        "voxels": ask({name: voxels(asked.hu, chosen.data.window_hu) for name, asked in questions.items()}, questions),
     }
-    first = next(iter(shown.values()))[:16]
     result: dict[str, Any] = {
         "name": arguments.name,
         "corpus": corpus,
@@ -244,24 +253,19 @@ def main() -> None:
         "crops": {question: len(asked.words) for question, asked in questions.items()},
         "baselines": {name: table(asked, {}) for name, asked in baselines.items()},
         "untrained_attention": attention_on_truth(untrained, store, arguments.device),
-        "untrained_heads": look_at_heads(untrained, first),
+        "untrained_heads": look_at_heads(untrained, few),
         "probes": [],
     }
     for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
         pretrain(chosen, store, run.folder, device=arguments.device, checkpoint_every=100_000, listeners=[StopAt(step)])
         encoder = load_encoder(run.folder)
         rows = table(ask(see(encoder), questions), baselines)
-        attention = attention_on_truth(encoder, store, arguments.device)
-        heads = look_at_heads(encoder, first)
+        attention, heads = attention_on_truth(encoder, store, arguments.device), look_at_heads(encoder, few)
         result["probes"].append({"step": step, "rows": rows, "attention": attention, "heads": heads})
         result["curve"] = curve(run)
         files.write_json(path, result)
-        few = {
-            f"{row['question']}": row["auc"]["value"]
-            for row in rows
-            if (row["features"], row["labels"]) == ("pooled", 32)
-        }
-        print(json.dumps({"step": step, **few}), flush=True)
+        scores = {row["question"]: row["auc"]["value"] for row in rows if row["labels"] == 32}
+        print(json.dumps({"step": step, **scores}), flush=True)
     print(f"wrote {path}")
 
 

@@ -4,6 +4,7 @@ A document marks a table with `<!-- table: NAME -->` and `<!-- end -->`; `make d
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -142,8 +143,148 @@ def tour() -> str:
     return f"```\n{(RESULTS / 'tour.txt').read_text()}```"
 
 
+LAST_ROWS = 2
+"""Points of a thinned curve that stand for its end: about the last sixth of the steps."""
+QUESTIONS = {
+    "organ": "which of 8 organs",
+    "malignancy": "malignant nodule or not",
+    "nodule": "a nodule in the crop or not",
+    "tumour": "tumour or not",
+    "side": "left or right",
+    "upright": "upright or upside down",
+}
+
+
+def learning(pattern: str) -> list[dict[str, Any]]:
+    """Results of `benchmarks/learning_curve.py`."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / "learning").glob(pattern))]
+
+
+def end_of(result: dict[str, Any]) -> dict[str, float]:
+    """What a run's curve came to: means over its last points, the losses over ln K of views that are hidden."""
+    method = result["config"]["method"]
+    points = result["curve"][-LAST_ROWS:]
+    names = {name for point in points for name in point}
+    found = {
+        name: sum(some) / len(some)
+        for name in names
+        if (some := [point[name] for point in points if point.get(name) is not None])
+    }
+    most = math.log(method["heads"]["num_prototypes"])
+    for term, share in {"aitd": 1.0, "gitd": 1.0, "ampd": method["hidden"]["probability"]}.items():
+        if term in found:
+            found[f"{term}_loss_ratio"] = found[term] / share / most
+    return found
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure, or nothing where the run has none."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def learning_reach() -> str:
+    """What the runs came to, beside what was aimed at."""
+    wanted = {
+        "image error / visible mean": ("image_error_ratio", "below .6"),
+        "AITD / ln K": ("aitd_loss_ratio", "below .9"),
+        "AMPD / ln K": ("ampd_loss_ratio", "below .9"),
+        "GITD / ln K": ("gitd_loss_ratio", "below .9"),
+        "nats about the image in [CLS] targets": ("aitd_image_nats", "more than place: 0"),
+        "nats about the image in patch targets": ("ampd_image_nats", "more than place"),
+        "nats about the place in patch targets": ("ampd_position_nats", ""),
+        "nats about the image in pooled targets": ("gitd_image_nats", "more than place: 0"),
+        "guiding attention, entropy / ln N": ("attention_entropy", "below .97"),
+        "clean attention, largest / mean": ("clean_attention_peak", ""),
+        "spread of pooled features": ("pooled_spread", "not near 0"),
+        "spread of cells": ("tokens_spread", "not near 0"),
+    }
+    results = learning("*-tiny-seed*.json")
+    ends = [end_of(result) for result in results]
+    body = [
+        [meaning, target, *(number(end.get(column), 3) for end in ends)] for meaning, (column, target) in wanted.items()
+    ]
+    for structure in ("organs", "heart", "aorta", "nodule", "tumour or nodule"):
+        gains = [result["probes"][-1]["attention"].get(structure) for result in results]
+        cells = [f"{gain['gain']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})" if gain else "" for gain in gains]
+        aim = "2 on organs or nodules" if structure == "organs" else ""
+        body.append([f"attention / volume on: {structure}", aim, *cells])
+    header = ["", "aim", *(f"{result['corpus']}, seed {result['seed']}" for result in results)]
+    told = "; ".join(
+        f"{result['corpus']}, seed {result['seed']}: {result['probes'][-1]['step']} of {result['steps']} steps of "
+        f"{end['seconds']:.2f} s on {result['machine']['threads']} thread(s)"
+        for result, end in zip(results, ends, strict=True)
+    )
+    return rows(header, body) + f"\n\n{told}. {machine(results[0])}."
+
+
+def learning_probes() -> str:
+    """Probes of the newest step of each run with 32 labels, beside the untrained encoder and raw voxels."""
+    body = []
+    for result in learning("*-tiny-seed*.json"):
+        last = result["probes"][-1]
+        for row in last["rows"]:
+            if row["labels"] != 32 or row["features"] == "cls":
+                continue
+            base = {
+                name: next(
+                    (
+                        other["auc"]
+                        for other in table
+                        if all(other[key] == row[key] for key in ("question", "labels"))
+                        and other["features"] in (row["features"], "pooled" if name == "voxels" else "")
+                    ),
+                    None,
+                )
+                for name, table in result["baselines"].items()
+            }
+            body.append(
+                [
+                    f"{result['corpus']}, seed {result['seed']}, step {last['step']}",
+                    QUESTIONS[row["question"]],
+                    row["features"],
+                    interval(row["auc"]),
+                    interval(base["untrained"]),
+                    interval(base["voxels"]),
+                    interval(row["above untrained"]),
+                ]
+            )
+    header = ["pretrained on", "question", "features", "pretrained", "untrained", "raw voxels", "above untrained"]
+    return rows(header, body)
+
+
+def learning_factors() -> str:
+    """One factor at a time."""
+    columns = {
+        "image error": "image_error_ratio",
+        "AMPD / ln K": "ampd_loss_ratio",
+        "AITD / ln K": "aitd_loss_ratio",
+        "GITD / ln K": "gitd_loss_ratio",
+        "image nats: cells": "ampd_image_nats",
+        "place nats: cells": "ampd_position_nats",
+        "[CLS]": "aitd_image_nats",
+        "pooled": "gitd_image_nats",
+        "attention": "attention_entropy",
+        "hidden and dropped / chance": "hidden_dropped_excess",
+        "spread": "pooled_spread",
+    }
+    results = sorted(learning("phantoms-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is")
+    body = []
+    for result in results:
+        end = end_of(result)
+        changed = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in result["settings"].items())
+        shown = [number(end.get(column), 3 if column == "attention_entropy" else 2) for column in columns.values()]
+        body.append([result["name"].removeprefix("factor-"), changed or "the recipe", *shown])
+    if not results:
+        return "No run has finished yet."
+    told = f"{results[0]['steps']} steps on {results[0]['volumes']} phantoms, seed {results[0]['seed']}"
+    return rows(["factor", "value", *columns], body) + f"\n\n{told}. {machine(results[0])}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "learning-factors": learning_factors,
+    "learning-probes": learning_probes,
+    "learning-reach": learning_reach,
     "demo-training": demo_training,
     "real-probes": real_probes,
     "real-training": real_training,
