@@ -88,42 +88,6 @@ def demo_training() -> str:
     )
 
 
-def real_probes() -> str:
-    """Probes on real CTs."""
-    result = load("real_data")
-    body = [
-        [
-            name,
-            f"{found['crop']}^3",
-            f"{found[kind]['cases']} ({found[kind]['positive']})",
-            kind,
-            interval(found[kind]["auc"]),
-            interval(found[kind]["pretrained_minus_this"]),
-        ]
-        for name, found in result["probes"].items()
-        for kind in ("pretrained", "untrained", "raw voxels")
-    ]
-    header = ["probe", "crop", "cases (positive)", "features", "AUC", "pretrained minus this"]
-    return rows(header, body) + f"\n\n{machine(result)}."
-
-
-def real_training() -> str:
-    """Start and end of a pretraining on real CTs."""
-    result = load("real_data")
-    training = result["training"]
-    body = [
-        [meaning, f"{training['first'][name]:.3f}", f"{training['last'][name]:.3f}"]
-        for name, meaning in READINGS.items()
-        if name in training["first"]
-    ]
-    note = (
-        f"`dagman-tiny`, {training['steps']} steps of {training['seconds_per_step_median']:.2f} s (median) on "
-        f"{result['cases']} CTs; peak memory {result['peak_mib']['pretrain'] / 1024:.1f} GiB. "
-        f"{machine(result)}."
-    )
-    return rows(["", "first twentieth", "last twentieth"], body) + "\n\n" + note
-
-
 def store() -> str:
     """Reading a random crop from each kind of storage."""
     result = load("store")
@@ -286,8 +250,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-probes": learning_probes,
     "learning-reach": learning_reach,
     "demo-training": demo_training,
-    "real-probes": real_probes,
-    "real-training": real_training,
     "store": store,
     "tour": tour,
 }
