@@ -1,6 +1,7 @@
 """What is not finite never gets into the network, and a collapse is named."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,32 @@ def test_validation_and_test_cases_are_not_trained_on(
     assert all(0 < value < 1 for value in values if value)
 
 
+def test_small_numbers_are_flushed_in_training_only(store: PreparedStore, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Looking(Listening):
+        def on_step(self, row: Mapping[str, Any]) -> None:
+            seen.append(float(torch.tensor(1e-39) * 0.5))
+
+    pretrain(small(steps=1), store, tmp_path / "run", listeners=[Looking()])
+    assert seen == [0.0]
+    assert float(torch.tensor(1e-39) * 0.5) > 0
+
+
 def test_a_store_without_training_cases_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DagmanError, match="E-NODATA") as caught:
         pretrain(small(), write_store(tmp_path / "store", ["validation", "test"]), tmp_path / "run")
     assert caught.value.exit_code is ExitCode.NOTHING_USABLE
+
+
+class Listening:
+    """Hears of a run and does nothing."""
+
+    def on_start(self, step: int, total_steps: int) -> None: ...
+
+    def on_step(self, row: Mapping[str, Any]) -> None: ...
+
+    def on_message(self, text: str) -> None: ...
 
 
 def healthy(step: int) -> dict[str, Any]:

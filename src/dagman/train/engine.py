@@ -29,7 +29,6 @@ def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | 
     Raises:
         DagmanError: `E-DEVICE` for more devices than there are.
     """
-    torch.set_flush_denormal(True)  # gradients of attention that underflow cost ten times a normal multiplication
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = torch.cuda.device_count() if kind == "cuda" else devices
     if devices < 1 or devices > found:
@@ -124,6 +123,19 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         if self.wanted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.wanted = True
+
+
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """While entered, numbers too small for full precision become 0.
+
+    Gradients of attention underflow, and each such number costs ten times a normal one.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def pretrain(
     """
     fabric = engine.fabric(devices, config.optimisation.precision, device)
     lock = files.folder_lock(folder) if fabric.is_global_zero else contextlib.nullcontext()
-    with lock, engine.StopRequest() as stop, engine.memory_guard(_MEMORY_ADVICE):
+    with lock, engine.StopRequest() as stop, engine.memory_guard(_MEMORY_ADVICE), engine.flushed_denormals():
         job = prepare(config, store, Run(folder), fabric, listeners=listeners, keep=keep)
         start = resume(job)
         if start == job.total:
