@@ -15,19 +15,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "learning.md")
 READINGS = {
     "image_error_ratio": "image error / that of predicting each view's visible mean",
-    "amip": "AMIP",
-    "ampd": "AMPD (ln K is 6.238)",
-    "aitd": "AITD",
-    "gitd": "GITD",
     "pooled_spread": "spread of the pooled features",
-    "cls_spread": "spread of the [CLS] tokens",
-    "tokens_spread": "spread of the cell tokens",
-    "tokens_effective_rank": "effective rank of the cell tokens",
     "aitd_teacher_entropy": "teacher entropy of [CLS] / ln K",
-    "ampd_teacher_entropy": "teacher entropy of the cells / ln K",
-    "gitd_teacher_entropy": "teacher entropy of the pooled features / ln K",
     "attention_entropy": "attention entropy / ln N",
     "attention_peak": "attention peak, times uniform",
+    "ampd_image_nats": "nats about the image in the teacher's targets for cells",
+    "ampd_position_nats": "nats about the cell's place in them",
+    "gitd_image_nats": "nats about the image in its pooled targets",
 }
 
 

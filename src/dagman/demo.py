@@ -20,11 +20,14 @@ from dagman.run import Run, describe_environment
 from dagman.tasks import classify
 from dagman.tasks.attention import explain
 from dagman.tasks.embed import embed, untrained, voxels
+from dagman.train.cost import duration
 from dagman.train.pretrain import Listener, pretrain
 
 NUM_PHANTOMS = 48
 STEPS = 200
 """About three and a half minutes of pretraining on two cores."""
+CROSSING_STEPS = 700
+"""Where the features of `dagman-tiny` were first seen above those of an untrained encoder (docs/learning.md)."""
 LUNG_WINDOW_HU = "-1000,400"
 NUM_PICTURES = 2
 
@@ -34,6 +37,9 @@ READINGS = {
     "aitd_teacher_entropy": "teacher entropy of the [CLS] token / ln K (1: no signal yet)",
     "attention_entropy": "attention entropy / ln N (1: looks everywhere alike)",
     "attention_peak": "attention peak, times uniform",
+    "ampd_image_nats": "what the teacher's targets for cells tell about the image, nats (0: nothing)",
+    "ampd_position_nats": "what they tell about the cell's place alone, nats",
+    "gitd_image_nats": "what its pooled targets tell about the image, nats",
 }
 
 Say = Callable[[str], None]
@@ -201,6 +207,11 @@ def _report(found: dict[str, Any], folder: Path, pictures: list[Path], say: Say)
         for row in rows:
             say(f"  {row['features']:12s} {_interval(row['auc']):24s} {_interval(row['first_minus_this'])}")
         say(verdict(rows))
+        if training["seconds"] and training["steps"] < CROSSING_STEPS:
+            say(
+                f"Features fell below the untrained encoder's at first and crossed by step {CROSSING_STEPS} where we "
+                f"looked: {duration(training['seconds'] * CROSSING_STEPS)} at this machine's pace."
+            )
     say("")
     say(f"Wrote {folder}: prepared/ run/progress.png probe/ attention/ summary.json")
     for picture in pictures:
