@@ -380,11 +380,13 @@ class SwinEncoder(nn.Module):
         """Patch tokens, those of hidden and dropped cells replaced."""
         grid = self.config.grid((images.shape[2], images.shape[3], images.shape[4]))
         x: Tensor = self.patch_embed(images)
+        side = x.shape[1] // grid[0]
         if hidden is not None:
             learned = self.config.hidden_token == "learned"  # noqa: S105
-            x = _replace(x, hidden, grid, self.hidden_token.to(x.dtype) if learned else x.new_zeros(()))
+            token = self.hidden_token.to(x.dtype) if learned else x.new_zeros(())
+            x = torch.where(_per_patch(hidden, grid, side)[..., None], token, x)
         if dropped is not None:
-            x = _replace(x, dropped, grid, x.new_zeros(()))
+            x = torch.where(_per_patch(dropped, grid, side)[..., None], x.new_zeros(()), x)
         return x
 
 
@@ -392,12 +394,3 @@ def _per_patch(cells: Tensor, grid: Size, side: int) -> Tensor:
     """Give every patch the value of its cell."""
     boxes = cells.view(-1, grid[0], 1, grid[1], 1, grid[2], 1).expand(-1, -1, side, -1, side, -1, side)
     return boxes.reshape(len(cells), *(cells_along * side for cells_along in grid))
-
-
-def _replace(x: Tensor, cells: Tensor, grid: Size, token: Tensor) -> Tensor:
-    """Put `token` in place of every patch of the marked cells."""
-    batch, *patches, width = x.shape
-    side = patches[0] // grid[0]
-    split = x.view(batch, grid[0], side, grid[1], side, grid[2], side, width)
-    marked = cells.view(batch, grid[0], 1, grid[1], 1, grid[2], 1, 1)
-    return torch.where(marked, token, split).view(x.shape)
