@@ -108,8 +108,11 @@ def _ask_phantom(case: int) -> list[Asked]:
     return [(name, _cut(made.volume.hu, centre), word, str(made.patient)) for name, centre, word in asked]
 
 
-def real_store(data: Path, folder: Path) -> PreparedStore:
-    """Whole CTs of chest and abdomen, and soft-tissue sarcomas with their tumours' masks, prepared."""
+def real_store(data: Path, work: Path) -> PreparedStore:
+    """Whole CTs of chest and abdomen, and soft-tissue sarcomas with their tumours' masks, prepared in `work/real`."""
+    folder, done = work / "real", work / "real.done"
+    if done.exists():
+        return PreparedStore(folder)
     patients = {row["name"]: row["patient"] for row in json.loads((data / "ct_corpus" / "index.json").read_text())}
     nodules = (data / "lidc" / "LIDC-IDRI-0314_nodule_votes.nii.gz").resolve()
     rows = [
@@ -124,12 +127,15 @@ def real_store(data: Path, folder: Path) -> PreparedStore:
     source = folder.with_suffix(".csv")
     files.write_text(source, table.getvalue())
     prepare([source], folder)
+    files.write_text(done, "")
     return PreparedStore(folder)
 
 
-def real_crops(store: PreparedStore, path: Path) -> dict[str, Crops]:
+def real_crops(data: Path, work: Path) -> dict[str, Crops]:
     """Three questions about real CTs: tumour or not, left or right, upright or upside down."""
+    path = work / "real_crops.npz"
     if not path.exists():
+        store = real_store(data, work)
         _save(path, [crop for row in range(len(store)) for crop in _ask_scan(store, row)])
     return _load(path)
 

@@ -1,11 +1,12 @@
 """Does it learn? One run, probed on its way: what the features know, what the losses say, where attention goes.
 
-    python benchmarks/learning_curve.py --work WORK --name tiny [--data DATA] [--seed 0] [--steps 1500] [SETTINGS]
+    python benchmarks/learning_curve.py --work WORK --name tiny --data DATA [--corpus real] [--seed 0] [SETTINGS]
 
-Trains a recipe on phantoms, or with `--data` on the real CTs of that folder (`ct_corpus/`, `sts/`, `lidc/`), stops at
-the steps of `--at`, asks the teacher the questions of `learning_cases.py`, and goes on exactly where it stopped; run
-again, it continues. SETTINGS are pairs such as `--method.guide noisy`. Every answer stands beside those of the same
-encoder untrained and of raw voxels. The result is `benchmarks/results/learning/CORPUS-NAME-seedSEED.json`.
+Trains a recipe on phantoms or on the real CTs of the folder DATA (`ct_corpus/`, `sts/`, `lidc/`), stops at the steps of
+`--at`, asks the teacher the questions of `learning_cases.py`, about real CTs only with `--data`, and goes on exactly
+where it stopped; run again, it continues. SETTINGS are pairs such as `--method.guide noisy`. Every answer stands beside
+those of the same encoder untrained and of raw voxels. The result is
+`benchmarks/results/learning/CORPUS-NAME-seedSEED.json`.
 """
 
 import argparse
@@ -50,13 +51,15 @@ LOOKS, LOOK_ROWS = 4, 40
 
 
 def features(encoder: SwinEncoder, hu: np.ndarray, device: str) -> dict[str, np.ndarray]:
-    """Pooled, [CLS] and mean cell features of every crop."""
+    """Pooled, mean cell and [CLS] features of every crop, and all of them side by side."""
     images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
     found: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(images), 32):
         seen = encode(encoder, images[start : start + 32], device=device, precision="float32")
         parts = {"pooled": seen.pooled, "cells": seen.tokens.mean(dim=1)}
-        for name, part in (parts | ({} if seen.cls is None else {"cls": seen.cls})).items():
+        if seen.cls is not None:
+            parts["cls"] = seen.cls
+        for name, part in (parts | {"all": torch.cat(list(parts.values()), dim=1)}).items():
             found.setdefault(name, []).append(part.float().cpu().numpy())
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
@@ -64,7 +67,7 @@ def features(encoder: SwinEncoder, hu: np.ndarray, device: str) -> dict[str, np.
 def voxels(hu: np.ndarray, window_hu: tuple[float, float]) -> dict[str, np.ndarray]:
     """The baseline that knows no network: 8^3 means."""
     images = torch.from_numpy(crops.window(hu, window_hu))[:, None]
-    return {"pooled": torch.nn.functional.adaptive_avg_pool3d(images, 8).flatten(1).numpy()}
+    return {probes.TOGETHER: torch.nn.functional.adaptive_avg_pool3d(images, 8).flatten(1).numpy()}
 
 
 Asked = dict[tuple[str, str, int | None], probes.Scores]
@@ -72,12 +75,12 @@ Asked = dict[tuple[str, str, int | None], probes.Scores]
 
 
 def ask(seen: Mapping[str, dict[str, np.ndarray]], questions: Mapping[str, cases.Crops]) -> Asked:
-    """All probes: pooled features with 8, 32 and all labels, the others with 32."""
+    """All probes: all features together with 8, 32 and all labels, each by itself with 32."""
     return {
         (question, kind, labels): probes.probe(vectors, questions[question].words, questions[question].patients, labels)
         for question, kinds in seen.items()
         for kind, vectors in kinds.items()
-        for labels in (probes.LABELS if kind == "pooled" else (32,))
+        for labels in (probes.LABELS if kind == probes.TOGETHER else (32,))
     }
 
 
@@ -97,14 +100,14 @@ def attention_on_truth(encoder: SwinEncoder, store: PreparedStore, device: str) 
     """Share of attention over share of volume of each structure in the masks, with an interval over volumes."""
     if encoder.config.attention is None:
         return {}
-    structures = (
-        PHANTOM_STRUCTURES if "phantom" in str(store.rows[0]["case_id"]) else {"tumour or nodule": [1, 2, 3, 4]}
-    )
+    phantoms = "phantom" in str(store.rows[0]["case_id"])
     side, cell = encoder.preparation.crop[0], encoder.config.cell_side
-    sums: dict[str, list[np.ndarray]] = {name: [] for name in structures}
+    sums: dict[str, list[np.ndarray]] = {}
     for row in [row for row, entry in enumerate(store.rows) if entry["mask"]][:LOOK_ROWS]:
         draws, mask = generator(0, "learning.look", row), store.mask(row)
         assert mask is not None
+        real = "nodule of one CT" if store.rows[row]["case_id"] == cases.NODULE else "tumour"
+        structures = PHANTOM_STRUCTURES if phantoms else {real: [1, 2, 3, 4]}
         for name, labels in structures.items():
             inside = np.argwhere(np.isin(mask, labels))
             if not len(inside):
@@ -120,17 +123,17 @@ def attention_on_truth(encoder: SwinEncoder, store: PreparedStore, device: str) 
             assert seen is not None
             n = side // cell
             share = truth.reshape(-1, n, cell, n, cell, n, cell).mean(axis=(2, 4, 6)).reshape(LOOKS, -1)
-            sums[name].append(np.array([(seen.cpu().numpy() * share).sum(), share.mean(axis=1).sum()]))
+            sums.setdefault(name, []).append(np.array([(seen.cpu().numpy() * share).sum(), share.mean(axis=1).sum()]))
     found = {}
     for name, parts in sums.items():
-        if len(parts) < 2:
-            continue
         values = np.stack(parts)
         again = generator(0, "learning.look.bootstrap").integers(len(values), size=(2000, len(values)))
         ratios = values[again].sum(axis=1)
         low, high = np.quantile(ratios[:, 0] / ratios[:, 1], [0.025, 0.975])
         total = values.sum(axis=0)
-        found[name] = {"gain": round(total[0] / total[1], 4), "low": round(low, 4), "high": round(high, 4)}
+        found[name] = {"gain": round(total[0] / total[1], 4), "volumes": len(values)}
+        if len(values) > 1:
+            found[name] |= {"low": round(low, 4), "high": round(high, 4)}
     return found
 
 
@@ -185,11 +188,12 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for stores, crops and runs")
     parser.add_argument("--name", required=True, help="what the settings are called in the tables")
-    parser.add_argument("--data", type=Path, help="folder of real CTs; phantoms without")
+    parser.add_argument("--data", type=Path, help="folder of real CTs, to ask about and to train on")
+    parser.add_argument("--corpus", choices=["phantoms", "real"], default="phantoms", help="what is trained on")
     parser.add_argument("--recipe", default="dagman-tiny")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--at", type=int, nargs="*", default=[100, 300, 1000, 3000])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--at", type=int, nargs="*", default=[100, 300, 600])
     parser.add_argument("--volumes", type=int, default=160, help="phantoms to train on")
     parser.add_argument("--asked", type=int, default=160, help="phantoms to ask about")
     parser.add_argument("--no-questions", action="store_true", help="train and watch, but probe nothing")
@@ -199,23 +203,23 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     arguments, rest = parser.parse_known_args()
     if len(rest) % 2 or not all(flag.startswith("--") and "." in flag for flag in rest[::2]):
         parser.error(f"cannot read {' '.join(rest)}; settings are pairs such as --method.guide noisy")
+    if arguments.corpus == "real" and not arguments.data:
+        parser.error("--corpus real wants the folder of real CTs: --data FOLDER")
     return arguments, dict(zip([flag.removeprefix("--") for flag in rest[::2]], rest[1::2], strict=True))
 
 
-def gather(arguments: argparse.Namespace, side: int) -> tuple[str, PreparedStore, dict[str, cases.Crops]]:
-    """Name of the corpus, what is trained on, and the questions with crops of `side`."""
-    work = arguments.work
-    if arguments.data:
-        corpus, store = "real", cases.real_store(arguments.data, work / "real")
+def gather(arguments: argparse.Namespace, side: int) -> tuple[PreparedStore, dict[str, cases.Crops]]:
+    """What is trained on, and the questions with crops of `side`."""
+    work, questions = arguments.work, {}
+    if not arguments.no_questions:
+        questions = cases.phantom_crops(work / f"phantom_crops_{arguments.asked}.npz", arguments.asked)
+        if arguments.data:
+            questions |= cases.real_crops(arguments.data, work)
+    if arguments.corpus == "real":
+        store = cases.real_store(arguments.data, work)
     else:
-        corpus = "phantoms"
         store = cases.phantom_store(work / f"phantoms_{arguments.volumes}", arguments.volumes)
-    if arguments.no_questions:
-        return corpus, store, {}
-    questions = cases.phantom_crops(work / f"phantom_crops_{arguments.asked}.npz", arguments.asked)
-    if arguments.data:
-        questions |= cases.real_crops(store, work / "real_crops.npz")
-    return corpus, store, {name: asked._replace(hu=asked.middle(side)) for name, asked in questions.items()}
+    return store, {name: asked._replace(hu=asked.middle(side)) for name, asked in questions.items()}
 
 
 def main() -> None:
@@ -225,8 +229,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     chosen = recipes.with_length(recipes.get(arguments.recipe), arguments.steps, None)
     chosen = config.override(chosen, {"data.window_hu": "-1000,400", **settings, "optimisation.seed": arguments.seed})
-    corpus, store, questions = gather(arguments, chosen.data.crop[0])
-    name = f"{corpus}-{arguments.name}-seed{arguments.seed}"
+    store, questions = gather(arguments, chosen.data.crop[0])
+    name = f"{arguments.corpus}-{arguments.name}-seed{arguments.seed}"
     run, path = Run(arguments.work / "runs" / name), arguments.results / f"{name}.json"
     few = np.stack([store.hu(row, (40, 40, 40), chosen.data.crop) for row in range(8)])
 
@@ -242,7 +246,7 @@ def main() -> None:
     }
     result: dict[str, Any] = {
         "name": arguments.name,
-        "corpus": corpus,
+        "corpus": arguments.corpus,
         "seed": arguments.seed,
         "settings": settings,
         "config": config.to_dict(chosen),
@@ -256,15 +260,22 @@ def main() -> None:
         "untrained_heads": look_at_heads(untrained, few),
         "probes": [],
     }
+    if path.exists() and (before := json.loads(path.read_text()))["config"] == result["config"]:
+        result["probes"] = before["probes"]
+    asked_at = {probe["step"] for probe in result["probes"]}
     for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
+        if step in asked_at:
+            continue
         pretrain(chosen, store, run.folder, device=arguments.device, checkpoint_every=100_000, listeners=[StopAt(step)])
+        if run.metrics()[-1]["step"] != step:
+            return  # someone else asked it to stop
         encoder = load_encoder(run.folder)
         rows = table(ask(see(encoder), questions), baselines)
         attention, heads = attention_on_truth(encoder, store, arguments.device), look_at_heads(encoder, few)
         result["probes"].append({"step": step, "rows": rows, "attention": attention, "heads": heads})
         result["curve"] = curve(run)
         files.write_json(path, result)
-        scores = {row["question"]: row["auc"]["value"] for row in rows if row["labels"] == 32}
+        scores = {row["question"]: row["auc"]["value"] for row in rows if row["features"] == probes.TOGETHER}
         print(json.dumps({"step": step, **scores}), flush=True)
     print(f"wrote {path}")
 

@@ -15,6 +15,8 @@ from dagman.randomness import generator
 from dagman.tasks import statistics
 
 DRAWS = 10
+TOGETHER = "all"
+"""The name of all features of an encoder side by side."""
 LABELS = (8, 32, None)
 """None is all labels of a half."""
 STRENGTH = 0.1

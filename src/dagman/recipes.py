@@ -19,7 +19,7 @@ dagman_swin = PretrainConfig(
 
 dagman_tiny = PretrainConfig(
     recipe="dagman-tiny",
-    data=DataConfig(crop=(32, 32, 32), overlap_ratio=0.75, pairs_per_volume=8),
+    data=DataConfig(crop=(32, 32, 32), overlap_ratio=0.75, pairs_per_volume=4),
     encoder=SwinConfig(
         embed_dim=24,
         depths=(2, 2, 4, 2),
@@ -32,12 +32,12 @@ dagman_tiny = PretrainConfig(
         dropped_ratio=0.3,
         guide="clean",
         heads=HeadConfig(num_prototypes=128, hidden_width=512, bottleneck_width=64),
-        class_temperature=(0.03, 0.03),
-        patch_temperature=(0.04, 0.04),
+        class_temperature=(0.01, 0.01),
+        patch_temperature=(0.015, 0.015),
         patch_centers="position",
         balance="sinkhorn",
     ),
-    optimisation=OptimisationConfig(steps=1000, batch_size=16, learning_rate=1e-3, momentum=0.9, precision="float32"),
+    optimisation=OptimisationConfig(steps=1000, batch_size=16, learning_rate=5e-4, momentum=0.9, precision="float32"),
 )
 """The same losses and networks for two CPU cores and minutes; docs/learning.md says why each value differs.
 

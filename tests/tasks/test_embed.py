@@ -97,11 +97,16 @@ def test_twice_is_bit_equal_and_the_weights_decide(table, encoder, store):
     assert np.abs(other - table.features).max() > 1e-2
 
 
-def test_pooled_cls_or_both(table, encoder, store):
-    cls = embed.embed(encoder, store, which="cls", batch_size=1).features
-    both = embed.embed(encoder, store, which="both", batch_size=1).features
-    assert cls.shape == (4, NETWORK.cell_width)
-    np.testing.assert_array_equal(both, np.hstack([table.features, cls]))
+def test_pooled_cells_cls_or_all(table, encoder, store):
+    cells, cls, all_of_them = (
+        embed.embed(encoder, store, which=which, batch_size=1).features for which in ("cells", "cls", "all")
+    )
+    assert cells.shape == cls.shape == (4, NETWORK.cell_width)
+    np.testing.assert_array_equal(all_of_them, np.hstack([table.features, cells, cls]))
+    crop = crops.window(crops.centred(store, 1, CROP, "mask"), encoder.preparation.window_hu)
+    with torch.inference_mode():
+        tokens = encoder(torch.from_numpy(crop)[None, None]).tokens
+    np.testing.assert_allclose(cells[1], tokens[0].mean(dim=0), rtol=1e-5, atol=1e-6)
 
 
 def test_bf16_stays_near_float32(table, encoder, store):
@@ -142,4 +147,4 @@ def test_cls_of_a_plain_swin_is_refused(encoder, store):
     plain.preparation = encoder.preparation
     assert embed.embed(plain, store).features.shape == (4, NETWORK.final_width)
     with pytest.raises(DagmanError, match="E-NOCLS"):
-        embed.embed(plain, store, which="both")
+        embed.embed(plain, store, which="all")

@@ -16,9 +16,9 @@ def embed(
     weights: Path,
     data: Annotated[Path, Parameter(name=["--input", "-i"])],
     output: Output,
-    which: Literal["pooled", "cls", "both"] = "pooled",
+    which: Literal["pooled", "cells", "cls", "all"] = "pooled",
     device: str = "cpu",
-    batch_size: int = 4,
+    batch_size: int | None = None,
 ) -> int:
     """Turn every case of a prepared store into one vector; write a CSV.
 
@@ -28,9 +28,9 @@ def embed(
         weights: A run folder or a .safetensors file.
         data: A prepared store.
         output: The CSV file: case_id, patient, label, f0, f1, ...
-        which: Mean of the final tokens, [CLS], or both.
+        which: Mean of the final tokens, mean of the cell tokens (more of what is small), [CLS], or all side by side.
         device: `cpu` or `cuda`.
-        batch_size: Crops at a time; no influence on the result.
+        batch_size: Crops at a time, by their size if not given; no influence on the result.
     """
     from dagman.ct.store import PreparedStore
     from dagman.nets.weights import load_encoder

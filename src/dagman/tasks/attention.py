@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32
+from torch import Tensor
 from torch.nn import functional
 
 from dagman import files
@@ -25,8 +26,8 @@ from dagman.ct.store import AIR_HU, padded_crop
 from dagman.errors import DagmanError
 from dagman.figures import attention as figure
 from dagman.nets.swin import SwinEncoder
-from dagman.tasks.embed import encode
-from dagman.types import Features, Grid, Scan, Volume
+from dagman.tasks.embed import crops_at_once, encode
+from dagman.types import Grid, Scan, Volume
 
 Triple = tuple[int, int, int]
 BLEND_SIGMA_RATIO = 0.125
@@ -129,17 +130,19 @@ def attention_map(
     corners = crops.sliding(_triple(prepared.hu.shape), preparation.crop, overlap_ratio)
     blend = _blending_weights(preparation.crop)
     total, weight = (np.zeros(prepared.hu.shape, np.float32) for _ in range(2))
-    for number, corner in enumerate(corners, 1):
-        hu = padded_crop(prepared.hu, corner, preparation.crop, AIR_HU)
-        image = torch.from_numpy(crops.window(hu, preparation.window_hu))
-        features = encode(encoder, image[None, None], device=device, precision=precision)
-        inside, source = _overlap(prepared.hu.shape, corner, preparation.crop)
-        total[inside] += (blend * _times_uniform(features, encoder.config.grid(preparation.crop), preparation.crop))[
-            source
-        ]
-        weight[inside] += blend[source]
+    grid, together = encoder.config.grid(preparation.crop), crops_at_once(preparation)
+    for start in range(0, len(corners), together):
+        part = corners[start : start + together]
+        hu = np.stack([padded_crop(prepared.hu, corner, preparation.crop, AIR_HU) for corner in part])
+        images = torch.from_numpy(crops.window(hu, preparation.window_hu))[:, None]
+        rows = encode(encoder, images, device=device, precision=precision).attention
+        assert rows is not None  # noqa: S101
+        for corner, row in zip(part, rows, strict=True):
+            inside, source = _overlap(prepared.hu.shape, corner, preparation.crop)
+            total[inside] += (blend * _times_uniform(row, grid, preparation.crop))[source]
+            weight[inside] += blend[source]
         if progress:
-            progress(number, len(corners))
+            progress(start + len(part), len(corners))
     blended: np.ndarray = total / weight
     return onto(blended, prepared.affine, Grid(_triple(volume.hu.shape), volume.affine))
 
@@ -166,10 +169,9 @@ def _overlap(shape: tuple[int, ...], corner: Triple, crop: Triple) -> tuple[tupl
     return inside, tuple(slice(low - first, high - first) for low, high, first in edges)
 
 
-def _times_uniform(features: Features, cells: Triple, crop: Triple) -> np.ndarray:
-    assert features.attention is not None  # noqa: S101
-    row = features.attention.float().cpu().view(1, 1, *cells) * features.attention.shape[1]
-    voxels: np.ndarray = functional.interpolate(row, size=crop, mode="trilinear")[0, 0].numpy()
+def _times_uniform(row: Float[Tensor, " cells"], grid: Triple, crop: Triple) -> np.ndarray:
+    cells = row.float().cpu().view(1, 1, *grid) * row.numel()
+    voxels: np.ndarray = functional.interpolate(cells, size=crop, mode="trilinear")[0, 0].numpy()
     return voxels
 
 

@@ -18,7 +18,10 @@ from dagman.nets.swin import SwinEncoder
 from dagman.tasks.table import Table
 from dagman.types import Features, Preparation
 
-Which = Literal["pooled", "cls", "both"]
+Which = Literal["pooled", "cells", "cls", "all"]
+VOXELS_AT_ONCE = 4 * 128**3
+"""Of the crops that are encoded together: four of the paper's size, more of smaller ones."""
+MOST_CROPS = 32
 Progress = Callable[[int, int], None]
 """Called with the number of finished cases and their total."""
 
@@ -36,7 +39,7 @@ def embed(
     which: Which = "pooled",
     device: torch.device | str = "cpu",
     precision: Literal["float32", "bf16"] = "float32",
-    batch_size: int = 4,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Table:
     """Encode every case of a store.
@@ -44,23 +47,26 @@ def embed(
     Args:
         encoder: In eval mode; its `preparation` says how crops are cut and windowed.
         store: Cases on the grid that the encoder was trained on.
-        which: `pooled` (METHOD's default), `cls`, or both side by side.
+        which: `pooled`, the mean of the final tokens; `cells`, the mean of the cell tokens, which keeps more of what
+            is small; `cls`; or `all` side by side.
         device: Where to compute.
         precision: `bf16` computes under autocast.
-        batch_size: Crops encoded at once; the result does not depend on it beyond rounding.
+        batch_size: Crops encoded at once, by their size where None; no influence on the result beyond rounding.
         progress: Hears of each finished case.
 
     Raises:
         DagmanError: `E-GRID`, exit code 4, for a store of another spacing; `E-NOCLS` for `cls` of an encoder without.
     """
-    if which != "pooled" and encoder.config.attention is None:
-        raise DagmanError("NOCLS", f"--which {which}", "this encoder has no [CLS] token", "use pooled")
+    if which in ("cls", "all") and encoder.config.attention is None:
+        raise DagmanError("NOCLS", f"--which {which}", "this encoder has no [CLS] token", "use pooled or cells")
     _check_grid(store, encoder.preparation)
 
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
         return _chosen(encode(encoder, images, device=device, precision=precision), which)
 
-    return _mean_per_case(store, encoder.preparation, features, batch_size, progress)
+    return _mean_per_case(
+        store, encoder.preparation, features, batch_size or crops_at_once(encoder.preparation), progress
+    )
 
 
 def voxels(store: PreparedStore, preparation: Preparation, *, side: int = 8, progress: Progress | None = None) -> Table:
@@ -100,10 +106,15 @@ def encode(
 
 
 def _chosen(features: Features, which: Which) -> Tensor:
-    parts = [features.pooled] if which in ("pooled", "both") else []
-    if which in ("cls", "both") and features.cls is not None:
-        parts.append(features.cls)
-    return torch.cat([part.float().cpu() for part in parts], dim=1)
+    parts = {"pooled": features.pooled, "cells": features.tokens.mean(dim=1), "cls": features.cls}
+    chosen = [part for name, part in parts.items() if which in (name, "all") and part is not None]
+    return torch.cat([part.float().cpu() for part in chosen], dim=1)
+
+
+def crops_at_once(preparation: Preparation) -> int:
+    """How many crops of an encoder's size are encoded together."""
+    x, y, z = preparation.crop
+    return max(1, min(MOST_CROPS, VOXELS_AT_ONCE // (x * y * z)))
 
 
 def _check_grid(store: PreparedStore, preparation: Preparation) -> None:
