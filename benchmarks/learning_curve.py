@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import learning_alterations as alterations
 import learning_cases as cases
 import learning_probes as probes
 from dagman import config, files, recipes
@@ -196,6 +197,7 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--at", type=int, nargs="*", default=[100, 300, 600])
     parser.add_argument("--volumes", type=int, default=160, help="phantoms to train on")
     parser.add_argument("--asked", type=int, default=160, help="phantoms to ask about")
+    parser.add_argument("--alter", choices=list(alterations.ALTERATIONS), help="a change that is no setting")
     parser.add_argument("--no-questions", action="store_true", help="train and watch, but probe nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="processor threads; 0 for all")
@@ -225,6 +227,8 @@ def gather(arguments: argparse.Namespace, side: int) -> tuple[PreparedStore, dic
 def main() -> None:
     """Train, probe, write."""
     arguments, settings = parse()
+    if arguments.alter:
+        alterations.ALTERATIONS[arguments.alter]()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     chosen = recipes.with_length(recipes.get(arguments.recipe), arguments.steps, None)
@@ -249,6 +253,7 @@ def main() -> None:
         "corpus": arguments.corpus,
         "seed": arguments.seed,
         "settings": settings,
+        "altered": arguments.alter,
         "config": config.to_dict(chosen),
         "steps": arguments.steps,
         "volumes": len(store),

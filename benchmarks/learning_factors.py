@@ -1,9 +1,10 @@
-"""What decides whether it learns: short runs of `dagman-tiny` on phantoms, each with one factor changed.
+"""What decides whether it learns: short runs of `dagman-tiny`, each with one factor changed.
 
-    python benchmarks/learning_factors.py --work WORK [--steps 150] [--seed 0] [--part 0/2]
+    python benchmarks/learning_factors.py --work WORK [--data DATA] [--seed 0] [--part 0/2]
 
-Each run writes `benchmarks/results/learning/phantoms-factor-NAME-seedSEED.json`; what is there is not run again: the
-table grows over several sittings. `--part i/n` does every n-th run, for n processes side by side.
+On the real CTs of DATA, or on phantoms without. Each run writes
+`benchmarks/results/learning/CORPUS-factor-NAME-seedSEED.json`; what is there is not run again: the table grows over
+several sittings. `--part i/n` does every n-th run, for n processes side by side.
 """
 
 import argparse
@@ -11,16 +12,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import learning_alterations as alterations
+
 FACTORS: dict[str, dict[str, str]] = {
     "as-it-is": {},
+    "rate-1e-3": {"optimisation.learning_rate": "1e-3"},
+    "rate-2e-4": {"optimisation.learning_rate": "2e-4"},
+    "warmer-teacher": {"method.class_temperature": "0.03,0.03", "method.patch_temperature": "0.04,0.04"},
+    "paper-temperature": {"method.class_temperature": "0.04,0.07", "method.patch_temperature": "0.04,0.07"},
+    "one-pair-a-volume": {"data.pairs_per_volume": "1"},
+    "eight-pairs-a-volume": {"data.pairs_per_volume": "8"},
     "centering": {"method.balance": "centering"},
-    "centering-cold": {"method.balance": "centering", "method.class_temperature": "0.01,0.01"},
-    "one-patch-center": {"method.patch_centers": "shared"},
-    "position-in-residual": {"method.patch_centers": "shared", "encoder.attention.position": "residual"},
     "noisy-guide": {"method.guide": "noisy"},
     "paper-noise": {"method.dropped_ratio": "0.7", "method.hidden.probability": "1.0"},
+    "one-patch-center": {"method.patch_centers": "shared"},
+    "position-in-residual": {"method.patch_centers": "shared", "encoder.attention.position": "residual"},
+    "batch-4": {"optimisation.batch_size": "4"},
+    "batch-4-times-4": {"optimisation.batch_size": "4", "optimisation.accumulate": "4"},
+    "voxel-head-of-torch": {},
+    "small-semantic-attention": {},
+    "query-gain-1": {"encoder.attention.query_gain": "1.0"},
     "paper-weights": {"method.losses.ampd": "0.1", "method.losses.aitd": "0.1", "method.losses.gitd": "0.1"},
-    "paper-start": {
+    "distillation-late": {},
+    "image-late": {},
+    "image-weight-3": {"method.losses.amip": "3.0"},
+    "no-image-term": {"method.losses.amip": "0.0"},
+    "overlap-half": {"data.overlap_ratio": "0.5"},
+    "momentum-.996": {"optimisation.momentum": "0.996"},
+    "momentum-warm-up": {"optimisation.momentum": "0.996"},
+    "paper": {
         "method.balance": "centering",
         "method.patch_centers": "shared",
         "encoder.attention.position": "residual",
@@ -31,24 +51,31 @@ FACTORS: dict[str, dict[str, str]] = {
         "method.losses.ampd": "0.1",
         "method.losses.aitd": "0.1",
         "method.losses.gitd": "0.1",
-        "method.class_temperature": "0.04,0.04",
+        "method.class_temperature": "0.04,0.07",
+        "method.patch_temperature": "0.04,0.07",
+        "optimisation.learning_rate": "8e-4",
+        "optimisation.momentum": "0.996",
         "data.pairs_per_volume": "1",
         "data.overlap_ratio": "0.5",
     },
-    "query-gain-1": {"encoder.attention.query_gain": "1.0"},
-    "query-gain-4": {"encoder.attention.query_gain": "4.0"},
-    "batch-4": {"optimisation.batch_size": "4"},
-    "rate-3e-4": {"optimisation.learning_rate": "3e-4"},
-    "rate-3e-3": {"optimisation.learning_rate": "3e-3"},
-    "one-pair-a-volume": {"data.pairs_per_volume": "1"},
-    "overlap-half": {"data.overlap_ratio": "0.5"},
-    "momentum-.99": {"optimisation.momentum": "0.99"},
-    "prototypes-1024": {"method.heads.num_prototypes": "1024"},
-    "warm-teacher": {"method.class_temperature": "0.06,0.06", "method.patch_temperature": "0.08,0.08"},
+    "no-warm-up": {"optimisation.warmup_ratio": "0.0"},
+    "warm-up-.5": {"optimisation.warmup_ratio": "0.5"},
     "start-random-75": {"method.hidden.start_step": "75"},
-    "no-image-term": {"method.losses.amip": "0.0"},
+    "prototypes-1024": {"method.heads.num_prototypes": "1024"},
+    "center-momentum-.5": {"method.center_momentum": "0.5"},
+    "center-momentum-.99": {"method.center_momentum": "0.99"},
+    "normalised-target": {},
     "soft-tissue-window": {"data.window_hu": "-175,250"},
+    "large-tokens": {},
+    "zero-hidden-token": {"encoder.hidden_token": "zero"},
+    "cells-of-16": {"encoder.attention.stage": "3"},
+    "embed-12": {"encoder.embed_dim": "12"},
+    "crop-64": {"data.crop": "64,64,64", "optimisation.batch_size": "2", "data.pairs_per_volume": "1"},
+    "float32": {"optimisation.precision": "float32"},
 }
+"""What is changed, the most telling first; a name of `learning_alterations.py` also alters what no setting changes."""
+PRECISION = {"optimisation.precision": "bf16"}
+"""Of all runs but the one about it."""
 RESULTS = Path(__file__).parent / "results" / "learning"
 
 
@@ -56,18 +83,24 @@ def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--data", type=Path, help="folder of real CTs; phantoms without")
+    parser.add_argument("--steps", type=int, default=2 * alterations.HALF)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
+    corpus = "real" if arguments.data else "phantoms"
     part, parts = map(int, arguments.part.split("/"))
     for name, settings in list(FACTORS.items())[part::parts]:
-        if (RESULTS / f"phantoms-factor-{name}-seed{arguments.seed}.json").exists():
+        if (RESULTS / f"{corpus}-factor-{name}-seed{arguments.seed}.json").exists():
             continue
         script = Path(__file__).with_name("learning_curve.py")
         common = ["--work", arguments.work, "--steps", arguments.steps, "--seed", arguments.seed, "--no-questions"]
-        chosen = [word for key, value in settings.items() for word in (f"--{key}", value)]
+        if arguments.data:
+            common += ["--data", arguments.data, "--corpus", corpus]
+        if name in alterations.ALTERATIONS:
+            common += ["--alter", name]
+        chosen = [word for key, value in (PRECISION | settings).items() for word in (f"--{key}", value)]
         command = [sys.executable, script, "--name", f"factor-{name}", "--threads", arguments.threads, "--at"]
         print(f"{name}: {' '.join(chosen) or 'the recipe'}", flush=True)
         subprocess.run(list(map(str, [*command, *common, *chosen])), check=True)
