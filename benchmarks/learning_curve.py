@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 import learning_alterations as alterations
 import learning_cases as cases
@@ -231,6 +232,7 @@ def main() -> None:
         alterations.ALTERATIONS[arguments.alter]()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+        threadpool_limits(arguments.threads)
     chosen = recipes.with_length(recipes.get(arguments.recipe), arguments.steps, None)
     chosen = config.override(chosen, {"data.window_hu": "-1000,400", **settings, "optimisation.seed": arguments.seed})
     store, questions = gather(arguments, chosen.data.crop[0])
@@ -271,7 +273,9 @@ def main() -> None:
     for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
         if step in asked_at:
             continue
-        pretrain(chosen, store, run.folder, device=arguments.device, checkpoint_every=100_000, listeners=[StopAt(step)])
+        if not (run.checkpoints / f"step-{step:08d}").exists():
+            stop = StopAt(step)
+            pretrain(chosen, store, run.folder, device=arguments.device, checkpoint_every=100_000, listeners=[stop])
         if run.metrics()[-1]["step"] != step:
             return  # someone else asked it to stop
         encoder = load_encoder(run.folder)
