@@ -23,8 +23,8 @@ def test_the_defaults_are_the_papers() -> None:
         "top",
     )
     assert (method.dropped_ratio, method.guide) == (0.7, "noisy")
-    assert method.hidden.count(512, attended=True) == 307
-    assert method.hidden.count(512, attended=False) == 359
+    assert method.hidden.most(512, attended=True) == 307
+    assert method.hidden.most(512, attended=False) == 359
     check_fit(SwinConfig(), method)
 
 

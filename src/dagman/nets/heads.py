@@ -53,6 +53,47 @@ class ProjectionHead(nn.Module):
         return self.logits(self.project(features))
 
 
+class LinearHead(nn.Module):
+    """One linear layer from the features to K logits.
+
+    Args:
+        in_width: Width of the features.
+        num_prototypes: K.
+
+    Reference: section 3.2, the wording "a linear projection layer".
+    """
+
+    def __init__(self, in_width: int, *, num_prototypes: int) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.zeros(num_prototypes, in_width))
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+
+    def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape in_width"]:
+        """The features in float32: what the logits are linear in."""
+        return features.float()
+
+    def logits(self, bottleneck: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape prototypes"]:
+        """Products with the prototypes."""
+        return functional.linear(bottleneck, self.prototypes)
+
+
+class NoHead(nn.Module):
+    """The features are the logits; K is their width."""
+
+    prototypes: None = None
+
+    def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape in_width"]:
+        """The features in float32."""
+        return features.float()
+
+    def logits(self, bottleneck: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape in_width"]:
+        """The features."""
+        return bottleneck
+
+
+Head = ProjectionHead | LinearHead | NoHead
+
+
 class VoxelHead(nn.Module):
     """One linear layer from a final token to the voxels it stands for.
 

@@ -72,6 +72,8 @@ class SwinConfig:
     hidden_token: Literal["learned", "zero"] = "learned"  # noqa: S105
     """What stands for a hidden patch."""
     attention: AttentionConfig | None = AttentionConfig()
+    plain_cell_stage: int = 3
+    """Without semantic attention: the stage whose output tokens are the cells."""
 
     def __post_init__(self) -> None:
         if self.embed_dim < 12 or self.embed_dim % 12:
@@ -85,6 +87,8 @@ class SwinConfig:
             raise DagmanError("CONFIG", "window", f"cannot be {self.window}", "give at least 2 tokens (paper: 4)")
         if not 0 <= self.drop_path < 1:
             raise DagmanError("CONFIG", "drop_path", f"cannot be {self.drop_path}", "choose 0 <= drop_path < 1")
+        if not 1 <= self.plain_cell_stage <= 4:
+            raise DagmanError("CONFIG", "plain_cell_stage", f"cannot be {self.plain_cell_stage}", "choose 1, 2, 3 or 4")
         for stage, heads in enumerate(self.num_heads):
             _check_heads(f"num_heads of stage {stage + 1}", heads, self.embed_dim << stage)
         if self.attention:
@@ -92,8 +96,8 @@ class SwinConfig:
 
     @property
     def cell_stage(self) -> int:
-        """The stage whose output tokens are the cells: semantic attention's, 3 without it."""
-        return self.attention.stage if self.attention else 3
+        """The stage whose output tokens are the cells: semantic attention's where there is one."""
+        return self.attention.stage if self.attention else self.plain_cell_stage
 
     @property
     def cell_side(self) -> int:
@@ -327,7 +331,8 @@ class SwinEncoder(nn.Module):
         Args:
             images: Intensities in [0, 1]; sides are multiples of 32.
             hidden: Cells whose patches the network sees as the hidden token.
-            dropped: Cells whose patches become zero after the embedding (the noisy teacher).
+            dropped: Cells whose patches become zero after the embedding (the noisy teacher), or the patches one by one
+                in C order.
             final_only: Leave the finer levels out of the pyramid where nothing else needs them.
 
         Raises:
@@ -391,6 +396,8 @@ class SwinEncoder(nn.Module):
 
 
 def _per_patch(cells: Tensor, grid: Size, side: int) -> Tensor:
-    """Give every patch the value of its cell."""
+    """Give every patch the value of its cell; what has a value for each patch is taken as it is."""
+    if cells.shape[1] == math.prod(grid) * side**3:
+        return cells.view(-1, *(cells_along * side for cells_along in grid))
     boxes = cells.view(-1, grid[0], 1, grid[1], 1, grid[2], 1).expand(-1, -1, side, -1, side, -1, side)
     return boxes.reshape(len(cells), *(cells_along * side for cells_along in grid))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dagman.pretext import diagnostics, losses
-from dagman.pretext.codistill import CoDistillation, Knobs, head_input
+from dagman.pretext.codistill import CoDistillation, Knobs
 from dagman.types import Features
 
 MEANINGS = {
@@ -88,10 +88,11 @@ def examine(
     attention: list[Tensor] = []
     levels: list[list[Tensor]] = []
     for images in batches:
-        noisy = module.teacher.encoder(images, None, module.draw_dropped(len(images), generator, images.device))
+        dropped = module.draw_dropped(len(images), generator, images.device)
+        noisy = module.teacher.encoder(images, None, dropped)
         for name, information in told.items():
             temperature = knobs.patch_temperature if name == "ampd" else knobs.class_temperature
-            bottleneck = module.teacher.head(name).project(head_input(name, noisy))
+            bottleneck = module.teacher.head(name).project(module.head_input(name, noisy))
             targets = module.targets(name, bottleneck, temperature)
             information.add(targets if targets.ndim == 3 else targets[:, None])
         clean: Features = module.teacher.encoder(images) if module.method.dropped_ratio else noisy
