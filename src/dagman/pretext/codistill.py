@@ -85,9 +85,8 @@ class Compared(NamedTuple):
     """Student against teacher at one head."""
 
     loss: Tensor
-    teacher_entropy: Tensor
-    """Mean over ln K."""
-    student_entropy: Tensor
+    watched: dict[str, Tensor]
+    """Of `diagnostics.MEANINGS`, without the head's name before it."""
 
 
 class Targets(NamedTuple):
@@ -176,8 +175,8 @@ class CoDistillation(nn.Module):
         watched = diagnostics.of_features(student) | diagnostics.of_hiding(hidden, teacher.dropped, teacher.attention)
         watched["padding_ratio"] = views.padding.mean()
         for name, one in compared.items():
-            watched[f"{name}_teacher_entropy"] = one.teacher_entropy
-            watched[f"{name}_student_entropy"] = one.student_entropy
+            watched |= {f"{name}_{what}": value for what, value in one.watched.items()}
+            watched[f"{name}_center_size"] = diagnostics.size(self.center(name)) / diagnostics.size(teacher.means[name])
             some = hidden.any(dim=1).float().mean().clamp_min(1e-9) if name == "ampd" else 1.0
             watched[f"{name}_loss_ratio"] = one.loss.detach() / some / math.log(self.center(name).shape[-1])
         if self.student.voxel_head is not None:
@@ -291,8 +290,11 @@ class CoDistillation(nn.Module):
         loss = rows.mean() if hidden is None else losses.mean_over_hidden(rows, hidden)
         with torch.no_grad():
             guesses = (logits / self.method.student_temperature).softmax(dim=-1)
-            teacher, student = (diagnostics.entropy_share(side, hidden) for side in (targets, guesses))
-        return Compared(loss, teacher_entropy=teacher, student_entropy=student)
+            watched = {}
+            for side, said in {"teacher": targets, "student": guesses}.items():
+                watched[f"{side}_entropy"] = diagnostics.entropy_share(said, hidden)
+                watched[f"{side}_variety"] = diagnostics.variety(said, hidden)
+        return Compared(loss, watched)
 
     def head_input(self, name: str, features: Features) -> Tensor:
         """What a head works on: [CLS] tokens, cell tokens or pooled tokens."""

@@ -28,6 +28,7 @@ MEANINGS = {
         f"level{level}_spread": f"spread of the mean token of the crops, level {level} (0: finest)"
         for level in range(5)
     },
+    "teacher_distance": "distance of the teacher's weights from the student's / length of the student's",
     **{f"level{level}_effective_rank": f"effective rank of the same, level {level}" for level in range(5)},
 }
 """Name -> what it is. A name is absent where the recipe lacks its head or attention."""
@@ -99,7 +100,7 @@ def examine(
         levels.append([level.float().mean(dim=(2, 3, 4)) for level in clean.pyramid])
         if clean.attention is not None:
             attention.append(clean.attention)
-    found = {}
+    found = {"teacher_distance": _distance(module)}
     for name, information in told.items():
         position, image = information.split()
         found[f"{name}_image_nats"] = image
@@ -115,3 +116,11 @@ def examine(
         found[f"level{number}_spread"] = float(diagnostics.spread(vectors))
         found[f"level{number}_effective_rank"] = float(diagnostics.effective_rank(vectors))
     return found
+
+
+def _distance(module: CoDistillation) -> float:
+    """How far the teacher's weights are from the student's, over the length of the student's."""
+    students = dict(module.student.named_parameters())
+    pairs = [(mine, students[name]) for name, mine in module.teacher.named_parameters()]
+    apart = sum(float((mine - student).float().square().sum()) for mine, student in pairs)
+    return math.sqrt(apart / sum(float(student.float().square().sum()) for _, student in pairs))
