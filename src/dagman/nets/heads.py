@@ -41,8 +41,9 @@ class ProjectionHead(nn.Module):
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 
     def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape bottleneck"]:
-        """The bottleneck: vectors of length 1."""
-        return functional.normalize(self.layers(features).float(), dim=-1)
+        """The bottleneck: vectors of length 1, in at least float32."""
+        bottleneck = self.layers(features)
+        return functional.normalize(bottleneck.to(torch.promote_types(bottleneck.dtype, torch.float32)), dim=-1)
 
     def logits(self, bottleneck: Float[Tensor, "*shape bottleneck"]) -> Float[Tensor, "*shape prototypes"]:
         """Cosines with the prototypes: linear in the bottleneck, so the mean's logits are the mean logits."""

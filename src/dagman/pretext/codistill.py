@@ -349,7 +349,8 @@ class CoDistillation(nn.Module):
             if distributed.is_available() and distributed.is_initialized():
                 distributed.all_reduce(mean)
                 mean /= distributed.get_world_size()
-            self.center(name).lerp_(mean, 1 - self.method.center_momentum)
+            center = self.center(name)
+            center.copy_(losses.moved_center(center, mean, self.method.center_momentum))
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
