@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,20 @@ import torch
 from torch import nn
 
 from dagman import config
-from dagman.errors import DagmanError
+from dagman.ct.store import AIR_HU
+from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import build
+from dagman.nets.swin import SwinConfig
 from dagman.nets.vit import ViTConfig, ViTEncoder
+from dagman.nets.weights import export_monai, load_encoder, save_encoder
+from dagman.pretext.codistill import CoDistillation, Knobs
+from dagman.pretext.examination import MEANINGS, examine
+from dagman.pretext.method import HeadConfig, LossWeights, MethodConfig
+from dagman.recipes import dagman_tiny
+from dagman.tasks.attention import attention_map
+from dagman.tasks.embed import encode, untrained
+from dagman.train.settings import PretrainConfig
+from dagman.types import Preparation, Views, Volume
 
 SMALL = ViTConfig(width=48, depth=4, num_heads=4)
 CROP = (32, 64, 48)
@@ -296,3 +308,131 @@ def test_impossible_sizes_are_refused(field, value, word):
     with pytest.raises(DagmanError, match=word) as error:
         config.override(SMALL, {field: value})
     assert error.value.code == "CONFIG"
+
+
+def test_settings_of_a_run_hold_either_encoder(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    vit = config.override(dagman_tiny, {"encoder.kind": "vit", "encoder.width": "192", "encoder.mlp-ratio": "2"})
+    assert vit.encoder == ViTConfig(width=192, mlp_ratio=2.0)
+    assert config.override(vit, {"encoder.depth": "6"}).encoder == ViTConfig(width=192, depth=6, mlp_ratio=2.0)
+    assert config.override(vit, {"encoder.kind": "swin", "encoder.attention.stage": "2"}).encoder.cell_stage == 2
+    for recipe in (vit, dagman_tiny):
+        path.write_text(config.to_yaml(recipe))
+        assert config.from_dict(PretrainConfig, config.read_yaml(path)) == recipe
+    values = config.to_dict(dagman_tiny)
+    del values["encoder"]["kind"]  # as files were before there was a ViT
+    assert config.from_dict(PretrainConfig, values) == dagman_tiny
+    for flags in ({"encoder.kind": "resnet"}, {"encoder": {"kind": "resnet"}}):
+        with pytest.raises(DagmanError, match=r"E-CONFIG encoder.kind: cannot be 'resnet'; give one of swin, vit"):
+            config.override(dagman_tiny, flags)
+
+
+@pytest.fixture
+def saved(encoder, tmp_path) -> Path:
+    encoder.preparation = Preparation(window_hu=(-1000.0, 400.0), crop=CROP)
+    path = tmp_path / "run" / "weights" / "model.safetensors"
+    save_encoder(encoder, path, {"recipe": "dagman-vit", "role": "teacher"})
+    return path
+
+
+def test_saved_weights_come_back(encoder, images, saved):
+    loaded = load_encoder(saved.parent.parent)
+    assert isinstance(loaded, ViTEncoder)
+    assert (loaded.config, loaded.preparation, loaded.training) == (SMALL, encoder.preparation, False)
+    assert "54 tensors loaded (100.0% of the ViT), 0 missing" in str(loaded.report)
+    assert torch.equal(loaded(images).attention, encoder(images).attention)
+    assert loaded.state_dict().keys() == encoder.state_dict().keys()
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_monai_has_no_place_for_it(encoder, saved, tmp_path):
+    for source in (encoder, saved):
+        with pytest.raises(DagmanError, match="is a ViT, which MONAI's SwinUNETR has no place for") as error:
+            export_monai(source, tmp_path / "monai.safetensors")
+        assert error.value.code == "WEIGHTS"
+        assert error.value.exit_code == ExitCode.REFUSED
+    assert not (tmp_path / "monai.safetensors").exists()
+
+
+def test_weights_of_an_encoder_from_the_future_are_refused(encoder, saved):
+    encoder.config = replace(SMALL)
+    object.__setattr__(encoder.config, "kind", "resnet")
+    save_encoder(encoder, saved, {})
+    with pytest.raises(DagmanError, match=r"E-CONFIG network.kind: cannot be 'resnet'; give one of swin, vit"):
+        load_encoder(saved)
+
+
+def test_features_and_attention_maps_of_whole_cts(encoder, images):
+    encoder.preparation = Preparation(spacing_mm=2.0, crop=CROP)
+    found = encode(encoder, images, device="cpu", precision="float32")
+    torch.testing.assert_close(found.tokens.mean(dim=1), found.pooled)
+    other = untrained(encoder)
+    assert isinstance(other, ViTEncoder)
+    assert other.preparation == encoder.preparation
+    hu = np.full((40, 70, 60), AIR_HU, np.int16)
+    hu[8:32, 10:60, 10:50] = np.random.default_rng(0).integers(-100, 200, (24, 50, 40))
+    seen = attention_map(encoder, Volume(hu=hu, affine=np.diag([2.0, 2.0, 2.0, 1.0])))
+    assert seen.shape == hu.shape
+    assert seen[seen > 0].mean() == pytest.approx(1, abs=0.3)
+
+
+HEADS = HeadConfig(num_prototypes=16, hidden_width=24, bottleneck_width=8)
+
+
+def pairs() -> Views:
+    draws = torch.Generator().manual_seed(4)
+    u, v = torch.rand(2, 3, 1, *CROP, generator=draws)
+    return Views(u, v, torch.arange(3), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        LossWeights(),
+        LossWeights(ampd=0.0, aitd=0.0),
+        LossWeights(amip=0.0, aitd=0.0, gitd=0.0),
+        LossWeights(amip=0.0, ampd=0.0, gitd=0.0),
+    ],
+)
+def test_codistillation_trains_all_of_the_student_and_nothing_of_the_teacher(losses):
+    torch.manual_seed(0)
+    module = CoDistillation(SMALL, MethodConfig(losses=losses, heads=HEADS), mean_intensity=0.4, crop=CROP).train()
+    optimizer = torch.optim.SGD(module.student.parameters(), lr=0.1)
+    teacher = copy.deepcopy(module.teacher.state_dict())
+    for step in range(2):
+        optimizer.zero_grad()
+        outcome = module(pairs(), Knobs(0.04, 0.06, attended=True), torch.Generator().manual_seed(step))
+        outcome.losses.total.backward()
+        grads = {name: parameter.grad for name, parameter in module.student.named_parameters()}
+        assert [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()] == []
+        assert [name for name, grad in grads.items() if not grad.any()] == []
+        assert all(parameter.grad is None for parameter in module.teacher.parameters())
+        optimizer.step()
+        module.move_centers(outcome.means)
+    assert all(torch.equal(value, teacher[name]) for name, value in module.teacher.state_dict().items())
+    module.update_teacher(0.5)
+    assert not torch.equal(module.teacher.encoder.cls_token, teacher["encoder.cls_token"])
+
+
+def test_the_image_term_compares_a_cell_with_the_voxels_it_stands_for():
+    """A head that knows the answer leaves no error, whatever is hidden."""
+    torch.manual_seed(0)
+    method = MethodConfig(losses=LossWeights(ampd=0.0, aitd=0.0, gitd=0.0), heads=HEADS)
+    module = CoDistillation(SMALL, method, mean_intensity=0.4, crop=CROP).eval()
+    assert module.student.voxel_head.linear.out_features == 16**3
+    views = pairs()
+    pattern = torch.rand(16, 16, 16)
+    same = pattern.repeat(GRID)[None, None].expand(3, 1, *CROP)
+    with torch.no_grad():
+        module.student.voxel_head.linear.weight.zero_()
+        module.student.voxel_head.linear.bias.copy_(pattern.flatten())
+    outcome = module(views._replace(u=same, v=same), Knobs(0.04, 0.06, attended=True), torch.Generator().manual_seed(0))
+    assert outcome.losses.amip.item() == pytest.approx(0, abs=1e-6)
+    found = examine(module, [views.u], Knobs(0.04, 0.06, attended=True), torch.Generator().manual_seed(0))
+    assert found.keys() <= MEANINGS.keys()
+    assert "level3_effective_rank" in found
+
+
+def test_the_swins_part_of_the_contract():
+    assert (SwinConfig().final_side, SwinConfig().has_cls, SwinConfig(attention=None).has_cls) == (32, True, False)

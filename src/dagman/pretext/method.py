@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dagman.errors import DagmanError
+from dagman.nets.encoder import EncoderConfig
 from dagman.nets.swin import SwinConfig
 from dagman.pretext import hiding
 
@@ -124,19 +125,19 @@ class MethodConfig:
         _require(min(temperatures) > 0, "temperatures", temperatures, "give values above 0")
 
 
-def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
+def check_fit(encoder: EncoderConfig, method: MethodConfig) -> None:
     """Refuse an encoder that lacks what the method needs.
 
     Raises:
         DagmanError: `E-CONFIG`.
     """
     _require(
-        method.losses.amip + method.losses.gitd > 0 or encoder.cell_stage == 4,
+        not isinstance(encoder, SwinConfig) or encoder.cell_stage == 4 or method.losses.amip + method.losses.gitd > 0,
         "losses.amip and losses.gitd",
         "both 0",
         "set losses.gitd to 0.1: nothing else trains the last stage of the Swin",
     )
-    if encoder.attention is None:
+    if not encoder.has_cls:
         _require(
             not method.losses.aitd,
             "losses.aitd",
@@ -149,7 +150,7 @@ def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
             f"{method.hidden.kind} without semantic attention",
             "set hidden.kind to random or give the encoder semantic attention",
         )
-    elif encoder.attention.placement == "branch":
+    elif isinstance(encoder, SwinConfig) and encoder.attention and encoder.attention.placement == "branch":
         _require(
             method.losses.ampd + method.losses.aitd > 0,
             "losses.ampd and losses.aitd",
