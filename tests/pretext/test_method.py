@@ -8,6 +8,7 @@ import pytest
 from dagman import config
 from dagman.errors import DagmanError
 from dagman.nets.swin import AttentionConfig, SwinConfig
+from dagman.nets.vit import ViTConfig
 from dagman.pretext.method import HeadConfig, HidingConfig, LossWeights, MethodConfig, check_fit
 
 IMAGE_ALONE = LossWeights(ampd=0.0, aitd=0.0, gitd=0.0)
@@ -77,3 +78,8 @@ def test_an_encoder_that_lacks_what_the_method_needs_is_refused(
     with pytest.raises(DagmanError, match="E-CONFIG") as error:
         check_fit(encoder, method)
     assert error.value.subject == field
+
+
+def test_a_vit_is_trained_by_every_loss() -> None:
+    for weights in (IMAGE_ALONE, LossWeights(amip=0.0, gitd=0.0), LossWeights(amip=0.0, ampd=0.0, gitd=0.0)):
+        check_fit(ViTConfig(), MethodConfig(losses=weights))

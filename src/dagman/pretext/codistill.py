@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, distributed, nn
 
+from dagman.nets.encoder import EncoderConfig, build
 from dagman.nets.heads import Head, LinearHead, NoHead, ProjectionHead, VoxelHead
-from dagman.nets.swin import CROP_MULTIPLE, PATCH_SIDE, SwinConfig, SwinEncoder
+from dagman.nets.swin import SwinEncoder
 from dagman.pretext import diagnostics, hiding, losses
 from dagman.pretext.method import HeadConfig, MethodConfig, check_fit
 from dagman.types import Features, Losses, Views
@@ -44,9 +45,9 @@ class Outcome(NamedTuple):
 class Network(nn.Module):
     """Student or teacher: an encoder and one projection head for each distillation loss that counts."""
 
-    def __init__(self, encoder: SwinConfig, method: MethodConfig) -> None:
+    def __init__(self, encoder: EncoderConfig, method: MethodConfig) -> None:
         super().__init__()
-        self.encoder = SwinEncoder(encoder)
+        self.encoder = build(encoder)
         pooled = encoder.final_width if method.pooled_stage == 4 else encoder.final_width // 2
         widths = {"aitd": encoder.cell_width, "ampd": encoder.cell_width, "gitd": pooled}
         made = {name: _make_head(widths[name], method.heads) for name in DISTILLED if getattr(method.losses, name)}
@@ -117,28 +118,29 @@ class CoDistillation(nn.Module):
     """
 
     def __init__(
-        self, encoder: SwinConfig, method: MethodConfig, *, mean_intensity: float, crop: tuple[int, int, int]
+        self, encoder: EncoderConfig, method: MethodConfig, *, mean_intensity: float, crop: tuple[int, int, int]
     ) -> None:
         super().__init__()
         check_fit(encoder, method)
         self.method = method
         self.grid = encoder.grid(crop)
-        self.cell_side = encoder.cell_side
+        self.cell_side, self.patch_side = encoder.cell_side, encoder.patch_side
         self.final_only = method.pooled_stage == 4
         self.student = Network(encoder, method)
-        if encoder.attention and not (method.losses.ampd or method.losses.aitd):
+        swin = self.student.encoder
+        if isinstance(swin, SwinEncoder) and encoder.has_cls and not (method.losses.ampd or method.losses.aitd):
             # Only those losses see past this norm; DDP wants a gradient for whatever needs one.
-            self.student.encoder.semantic_attention.norm.requires_grad_(requires_grad=False)
+            swin.semantic_attention.norm.requires_grad_(requires_grad=False)
         self.teacher = copy.deepcopy(self.student).requires_grad_(requires_grad=False).eval()
         if method.losses.amip:
             self.student.voxel_head = VoxelHead(
-                encoder.final_width, cell_side=CROP_MULTIPLE, mean_intensity=mean_intensity
+                encoder.final_width, cell_side=encoder.final_side, mean_intensity=mean_intensity
             )
         for name in self.student.heads:
             places = (math.prod(self.grid),) if self._has_places(name) else ()
             self.register_buffer(f"center_{name}", torch.zeros(*places, self._num_prototypes(name, encoder)))
 
-    def _num_prototypes(self, name: str, encoder: SwinConfig) -> int:
+    def _num_prototypes(self, name: str, encoder: EncoderConfig) -> int:
         """K of a head."""
         prototypes = self.student.head(name).prototypes
         if prototypes is not None:
@@ -210,7 +212,7 @@ class CoDistillation(nn.Module):
             return None
         places = math.prod(self.grid)
         if self.method.dropped_by == "patch":
-            places *= (self.cell_side // PATCH_SIDE) ** 3
+            places *= (self.cell_side // self.patch_side) ** 3
         count = hiding.floor_count(self.method.dropped_ratio, places)
         return hiding.random(batch, places, count=count, generator=generator).to(device, non_blocking=True)
 

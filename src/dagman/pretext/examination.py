@@ -25,8 +25,7 @@ MEANINGS = {
     "clean_attention_entropy": "entropy of the teacher's attention rows without noise / ln N; 1 is uniform",
     "clean_attention_peak": "N times the largest attention without noise, mean over crops; 1 is uniform",
     **{
-        f"level{level}_spread": f"spread of the mean token of the crops, level {level} (0: finest)"
-        for level in range(5)
+        f"level{level}_spread": f"spread of the mean token of the crops, level {level} (0: first)" for level in range(5)
     },
     "teacher_distance": "distance of the teacher's weights from the student's / length of the student's",
     **{f"level{level}_effective_rank": f"effective rank of the same, level {level}" for level in range(5)},

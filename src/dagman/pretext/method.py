@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dagman.errors import DagmanError
+from dagman.nets.encoder import EncoderConfig
 from dagman.nets.swin import SwinConfig
 from dagman.pretext import hiding
 
@@ -150,7 +151,7 @@ class MethodConfig:
         _require(min(temperatures) > 0, "temperatures", temperatures, "give values above 0")
 
 
-def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
+def check_fit(encoder: EncoderConfig, method: MethodConfig) -> None:
     """Refuse an encoder that lacks what the method needs.
 
     Raises:
@@ -158,10 +159,16 @@ def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
     """
     last = method.losses.amip + (method.losses.gitd if method.pooled_stage == 4 else 0)
     _require(
-        last > 0 or encoder.cell_stage == 4,
+        not isinstance(encoder, SwinConfig) or encoder.cell_stage == 4 or last > 0,
         "losses.amip and losses.gitd",
         "both 0" if method.pooled_stage == 4 else "0 and on stage 3",
         "set losses.gitd to 0.1 with pooled_stage 4: nothing else trains the last stage of the Swin",
+    )
+    _require(
+        isinstance(encoder, SwinConfig) or method.pooled_stage == 4,
+        "pooled_stage",
+        "3 with a ViT, which has no stages",
+        "set pooled_stage to 4: the mean of the last tokens",
     )
     _require(
         not method.heads.shared or min(method.losses.ampd, method.losses.aitd) > 0,
@@ -169,7 +176,7 @@ def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
         "true without both AMPD and AITD",
         "set heads.shared to false or give both losses a weight",
     )
-    if encoder.attention is None:
+    if not encoder.has_cls:
         _require(
             not method.losses.aitd,
             "losses.aitd",
@@ -182,7 +189,7 @@ def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
             f"{method.hidden.kind} without semantic attention",
             "set hidden.kind to random or blocks, or give the encoder semantic attention",
         )
-    elif encoder.attention.placement == "branch":
+    elif isinstance(encoder, SwinConfig) and encoder.attention and encoder.attention.placement == "branch":
         _require(
             method.losses.ampd + method.losses.aitd > 0,
             "losses.ampd and losses.aitd",

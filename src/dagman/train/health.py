@@ -99,7 +99,7 @@ ALARMS = (
         is_bad=lambda value: value < 0.5,
         limit="below 0.5: the teacher's distributions tell where a cell lies rather than what it shows",
         steps=3,
-        advice="set method.patch_centers position and encoder.attention.position attention",
+        advice="set method.patch_centers position and, of a Swin, encoder.attention.position attention",
     ),
     Alarm(
         name="hiding follows the noise",
