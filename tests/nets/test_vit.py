@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dagman import config
+from dagman import config, recipes
 from dagman.ct.store import AIR_HU
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import build
@@ -19,7 +19,6 @@ from dagman.nets.weights import export_monai, load_encoder, save_encoder
 from dagman.pretext.codistill import CoDistillation, Knobs
 from dagman.pretext.examination import MEANINGS, examine
 from dagman.pretext.method import HeadConfig, LossWeights, MethodConfig
-from dagman.recipes import dagman_tiny
 from dagman.tasks.attention import attention_map
 from dagman.tasks.embed import encode, untrained
 from dagman.train.settings import PretrainConfig
@@ -312,19 +311,21 @@ def test_impossible_sizes_are_refused(field, value, word):
 
 def test_settings_of_a_run_hold_either_encoder(tmp_path: Path):
     path = tmp_path / "config.yaml"
-    vit = config.override(dagman_tiny, {"encoder.kind": "vit", "encoder.width": "192", "encoder.mlp-ratio": "2"})
+    vit = config.override(
+        recipes.get("dagman-tiny"), {"encoder.kind": "vit", "encoder.width": "192", "encoder.mlp-ratio": "2"}
+    )
     assert vit.encoder == ViTConfig(width=192, mlp_ratio=2.0)
     assert config.override(vit, {"encoder.depth": "6"}).encoder == ViTConfig(width=192, depth=6, mlp_ratio=2.0)
     assert config.override(vit, {"encoder.kind": "swin", "encoder.attention.stage": "2"}).encoder.cell_stage == 2
-    for recipe in (vit, dagman_tiny):
+    for recipe in (vit, recipes.get("dagman-tiny")):
         path.write_text(config.to_yaml(recipe))
         assert config.from_dict(PretrainConfig, config.read_yaml(path)) == recipe
-    values = config.to_dict(dagman_tiny)
+    values = config.to_dict(recipes.get("dagman-tiny"))
     del values["encoder"]["kind"]  # as files were before there was a ViT
-    assert config.from_dict(PretrainConfig, values) == dagman_tiny
+    assert config.from_dict(PretrainConfig, values) == recipes.get("dagman-tiny")
     for flags in ({"encoder.kind": "resnet"}, {"encoder": {"kind": "resnet"}}):
         with pytest.raises(DagmanError, match=r"E-CONFIG encoder.kind: cannot be 'resnet'; give one of swin, vit"):
-            config.override(dagman_tiny, flags)
+            config.override(recipes.get("dagman-tiny"), flags)
 
 
 @pytest.fixture

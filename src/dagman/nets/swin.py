@@ -1,5 +1,6 @@
 """The 3D Swin transformer with semantic attention (paper, section 3.1), weight-compatible with MONAI's Swin."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
