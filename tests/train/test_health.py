@@ -11,11 +11,16 @@ import torch
 from small_run import small, write_store
 from test_resume import rows
 
+from dagman.ct import phantom
 from dagman.ct.datasets import DataConfig, ViewsDataset
+from dagman.ct.prepare import prepare
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
+from dagman.nets.weights import load_encoder
 from dagman.pretext.codistill import CoDistillation, Knobs, Outcome
 from dagman.run import Run
+from dagman.tasks import classify
+from dagman.tasks.embed import embed
 from dagman.train import checkpoints
 from dagman.train.health import ALARMS, Watch
 from dagman.train.pretrain import pretrain
@@ -248,6 +253,20 @@ def test_a_forced_failure_of_a_head_is_named_within_50_steps(
     pretrain(config, store, tmp_path / "run")
     rang = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if f"ALARM {named}" in line]
     assert {line.split(": ")[1].split("_")[0] for line in rang} == {"aitd", "ampd", "gitd"}
+
+
+def test_a_probe_on_labelled_cases_watches_the_run(tmp_path: Path) -> None:
+    phantom.write(tmp_path / "phantoms", 12)
+    prepare([tmp_path / "phantoms" / "cases.csv"], tmp_path / "prepared")
+    labelled = PreparedStore(tmp_path / "prepared")
+    config = replace(small(steps=3), data=DataConfig(crop=(32, 32, 32)))
+    pretrain(config, labelled, tmp_path / "run", labelled=labelled)
+    table = embed(load_encoder(tmp_path / "run"), labelled)
+    auc = classify.probe(table, positive="malignant").auc()
+    first, between, last = Run(tmp_path / "run").metrics()
+    assert "probe_auc" not in between
+    assert (last["probe_auc"], last["probe_low"], last["probe_high"]) == pytest.approx((auc.value, auc.low, auc.high))
+    assert first["probe_low"] <= first["probe_auc"] <= first["probe_high"]
 
 
 @pytest.mark.slow

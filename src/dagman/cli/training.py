@@ -28,6 +28,7 @@ def pretrain(
     devices: int = 1,
     workers: int = 0,
     checkpoint_every: int = 100,
+    labelled: Path | None = None,
     fresh: Switch = False,
     dry_run: Switch = False,
 ) -> int:
@@ -46,6 +47,7 @@ def pretrain(
         devices: Processes that share a step (GPUs of this machine).
         workers: Processes that read crops ahead, for each device.
         checkpoint_every: Steps between two checkpoints.
+        labelled: A prepared store with labels of two classes: a linear probe watches the run, every 100 steps.
         fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
         dry_run: Say what would be done and what it would cost, and stop.
     """
@@ -86,6 +88,7 @@ def pretrain(
             workers=workers,
             checkpoint_every=checkpoint_every,
             listeners=[Watcher(tell)],
+            labelled=PreparedStore(labelled) if labelled else None,
         )
     if result.status == "stopped":
         return ExitCode.STOPPED

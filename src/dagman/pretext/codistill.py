@@ -102,6 +102,18 @@ class Targets(NamedTuple):
     """Cells that the teacher did not see, where whole cells are dropped."""
 
 
+class Look(NamedTuple):
+    """What one pass of the pretext task does to crops."""
+
+    attention: Float[Tensor, "batch cells"] | None
+    """That guides hiding."""
+    hidden: Bool[Tensor, "batch cells"]
+    dropped: Bool[Tensor, "batch cells"] | None
+    """None for a clean teacher, or one from which patches are dropped one by one."""
+    prediction: Float[Tensor, "batch 1 x y z"] | None
+    """Of the student's voxel head; None without an image term."""
+
+
 class CoDistillation(nn.Module):
     """A student that fills in what is hidden from it, and a teacher, its slow average, that guides the hiding.
 
@@ -216,10 +228,28 @@ class CoDistillation(nn.Module):
         count = hiding.floor_count(self.method.dropped_ratio, places)
         return hiding.random(batch, places, count=count, generator=generator).to(device, non_blocking=True)
 
-    def _hide(self, attention: Tensor | None, batch: int, generator: torch.Generator) -> Bool[Tensor, "batch cells"]:
+    @torch.no_grad()
+    def look(self, images: Float[Tensor, "batch 1 x y z"], knobs: Knobs, generator: torch.Generator) -> Look:
+        """Hide, drop and fill in as a training step does, but leave no crop whole; nothing of the module changes.
+
+        Args:
+            images: Crops in [0, 1].
+            knobs: Of the step.
+            generator: On the CPU; draws all that is hidden.
+        """
+        teacher = self._teach(images, generator)
+        attention = teacher.attention if knobs.attended else None
+        hidden = self._hide(attention, len(images), generator, leave_whole=False).to(images.device)
+        head = self.student.voxel_head
+        prediction = None if head is None else head(self.student.encoder(images, hidden, final_only=True).pyramid[-1])
+        return Look(teacher.attention, hidden, teacher.dropped, prediction)
+
+    def _hide(
+        self, attention: Tensor | None, batch: int, generator: torch.Generator, *, leave_whole: bool = True
+    ) -> Bool[Tensor, "batch cells"]:
         """What the student does not see; random without attention to follow."""
         config, cells = self.method.hidden, math.prod(self.grid)
-        touched = torch.rand(batch, 1, generator=generator) < config.probability
+        touched = torch.rand(batch, 1, generator=generator) < (config.probability if leave_whole else 1.0)
 
         def ratios(num: int) -> list[float]:
             """As many r as asked for; nothing is drawn where r is fixed."""

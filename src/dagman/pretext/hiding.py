@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 Hints = Literal["top", "attmask", "shift", "none"]
@@ -117,16 +117,18 @@ def blocks(grid: tuple[int, int, int], *, ratio: float, generator: torch.Generat
     return flat
 
 
-def repeat(hidden: Bool[Tensor, "batch cells"], grid: tuple[int, int, int], times: int) -> Bool[Tensor, "batch x y z"]:
+def repeat(
+    values: Shaped[Tensor, "batch cells"], grid: tuple[int, int, int], times: int
+) -> Shaped[Tensor, "batch x y z"]:
     """Give every patch or voxel the value of its cell.
 
     Args:
-        hidden: On cells, in C order of `grid`.
+        values: On cells, in C order of `grid`.
         grid: Cells (x, y, z).
         times: Side of a cell: 2^k in patches, 2^(k+1) in voxels, for cells of stage k.
     """
     x, y, z = grid
-    boxes = hidden.view(-1, x, 1, y, 1, z, 1).expand(-1, x, times, y, times, z, times)
+    boxes = values.view(-1, x, 1, y, 1, z, 1).expand(-1, x, times, y, times, z, times)
     return boxes.reshape(-1, x * times, y * times, z * times)
 
 
