@@ -28,7 +28,7 @@ import learning_probes as probes
 from dagman import config, files, recipes
 from dagman.ct import crops, phantom_canvas
 from dagman.ct.store import PreparedStore
-from dagman.nets.swin import SwinEncoder
+from dagman.nets.encoder import Encoder, build
 from dagman.nets.weights import load_encoder
 from dagman.pretext import diagnostics, examination
 from dagman.randomness import generator, torch_seed
@@ -52,7 +52,7 @@ LOOKS, LOOK_ROWS = 4, 40
 """Crops of a volume, and volumes, on which attention is held against the truth."""
 
 
-def features(encoder: SwinEncoder, hu: np.ndarray, device: str) -> dict[str, np.ndarray]:
+def features(encoder: Encoder, hu: np.ndarray, device: str) -> dict[str, np.ndarray]:
     """Pooled, mean cell and [CLS] features of every crop, and all of them side by side."""
     images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
     found: dict[str, list[np.ndarray]] = {}
@@ -98,9 +98,9 @@ def table(asked: Asked, baselines: Mapping[str, Asked]) -> list[dict[str, Any]]:
     return rows
 
 
-def attention_on_truth(encoder: SwinEncoder, store: PreparedStore, device: str) -> dict[str, dict[str, float]]:
+def attention_on_truth(encoder: Encoder, store: PreparedStore, device: str) -> dict[str, dict[str, float]]:
     """Share of attention over share of volume of each structure in the masks, with an interval over volumes."""
-    if encoder.config.attention is None:
+    if not encoder.config.has_cls:
         return {}
     phantoms = "phantom" in str(store.rows[0]["case_id"])
     side, cell = encoder.preparation.crop[0], encoder.config.cell_side
@@ -139,7 +139,7 @@ def attention_on_truth(encoder: SwinEncoder, store: PreparedStore, device: str) 
     return found
 
 
-def look_at_heads(encoder: SwinEncoder, hu: np.ndarray) -> list[dict[str, Any]]:
+def look_at_heads(encoder: Encoder, hu: np.ndarray) -> list[dict[str, Any]]:
     """Diversity of the attention heads on a few crops."""
     images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
     return [
@@ -240,11 +240,11 @@ def main() -> None:
     run, path = Run(arguments.work / "runs" / name), arguments.results / f"{name}.json"
     few = np.stack([store.hu(row, (40, 40, 40), chosen.data.crop) for row in range(8)])
 
-    def see(encoder: SwinEncoder) -> dict[str, dict[str, np.ndarray]]:
+    def see(encoder: Encoder) -> dict[str, dict[str, np.ndarray]]:
         return {question: features(encoder, asked.hu, arguments.device) for question, asked in questions.items()}
 
     torch.manual_seed(torch_seed(arguments.seed, "untrained"))
-    untrained = SwinEncoder(chosen.encoder).eval()
+    untrained = build(chosen.encoder).eval()
     untrained.preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
     baselines = {
         "untrained": ask(see(untrained), questions),

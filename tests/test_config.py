@@ -17,6 +17,26 @@ class InnerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundConfig:
+    kind: Literal["round"] = "round"
+    radius: float = 1.0
+    inner: InnerConfig = InnerConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareConfig:
+    kind: Literal["square"] = "square"
+    side: float = 1.0
+    corners: int = 4
+    inner: InnerConfig = InnerConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeConfig:
+    shape: RoundConfig | SquareConfig = SquareConfig(side=3.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OuterConfig:
     rate: float = 0.1
     count: int | None = None
@@ -55,6 +75,49 @@ def test_dotted_flags_replace_one_field_each() -> None:
 def test_a_wrong_setting_is_named_with_the_way_out(flags: dict[str, object], message: str) -> None:
     with pytest.raises(DagmanError) as caught:
         config.override(OuterConfig(), flags)
+    assert message in str(caught.value)
+
+
+def test_one_of_several_configs_is_told_apart_by_its_kind(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    for value in (ShapeConfig(shape=RoundConfig(radius=2.0)), ShapeConfig(shape=SquareConfig(corners=3))):
+        path.write_text(config.to_yaml(value))
+        assert config.from_dict(ShapeConfig, config.read_yaml(path)) == value
+    assert config.from_dict(ShapeConfig, {"shape": {"radius": 4}}) == ShapeConfig(shape=RoundConfig(radius=4.0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape"),
+    [
+        ({"shape.corners": "5"}, SquareConfig(side=3.0, corners=5)),
+        ({"shape.kind": "square", "shape.corners": "5"}, SquareConfig(side=3.0, corners=5)),
+        (
+            {"shape.radius": "2", "shape.kind": "round", "shape.inner.kind": "b"},
+            RoundConfig(radius=2.0, inner=InnerConfig(kind="b")),
+        ),
+        (
+            {"shape": {"kind": "round", "radius": 2, "inner": {"kind": "b"}}},
+            RoundConfig(radius=2.0, inner=InnerConfig(kind="b")),
+        ),
+    ],
+)
+def test_another_kind_starts_from_its_defaults(flags: dict[str, object], shape: object) -> None:
+    assert config.override(ShapeConfig(), flags).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"shape.kind": "oval"}, "E-CONFIG shape.kind: cannot be 'oval'; give one of round, square"),
+        ({"shape": {"kind": ["round"]}}, "give one of round, square"),
+        ({"shape.radius": "2"}, "E-CONFIG shape.radius: is not known"),
+        ({"shape": "none"}, "E-CONFIG shape: cannot be 'none'"),
+        ({"shape.kind": "round", "shape.side": "2"}, "E-CONFIG shape.side: is not known"),
+    ],
+)
+def test_a_kind_that_does_not_exist_or_fit_is_named(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(DagmanError) as caught:
+        config.override(ShapeConfig(), flags)
     assert message in str(caught.value)
 
 

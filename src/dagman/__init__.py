@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dagman.ct.store import PreparedStore
     from dagman.errors import DagmanError
     from dagman.nets.swin import SwinConfig, SwinEncoder
+    from dagman.nets.vit import ViTConfig, ViTEncoder
     from dagman.nets.weights import export_monai, load_encoder
     from dagman.run import Run
     from dagman.tasks.attention import attention_map
@@ -29,6 +30,8 @@ _HOMES = {
     "Run": "dagman.run",
     "SwinConfig": "dagman.nets.swin",
     "SwinEncoder": "dagman.nets.swin",
+    "ViTConfig": "dagman.nets.vit",
+    "ViTEncoder": "dagman.nets.vit",
     "attention_map": "dagman.tasks.attention",
     "embed": "dagman.tasks.embed",
     "export_monai": "dagman.nets.weights",
@@ -46,6 +49,8 @@ __all__ = [
     "Run",
     "SwinConfig",
     "SwinEncoder",
+    "ViTConfig",
+    "ViTEncoder",
     "attention_map",
     "embed",
     "export_monai",

@@ -1,7 +1,8 @@
 """Frozen dataclasses to and from nested dictionaries, YAML and dotted flags, with errors that name the field.
 
 A config is a frozen, keyword-only dataclass whose fields are scalars, tuples of scalars, `Literal`s, optional values or
-other configs. Impossible combinations raise `DagmanError` in `__post_init__`.
+other configs. Where a field may hold one of several configs, their field `kind` tells them apart; without it the first
+is meant. Impossible combinations raise `DagmanError` in `__post_init__`.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], where: str = "") ->
         path = f"{where}{name}"
         if name not in hints:
             raise unknown("CONFIG", path, [f"{where}{known}" for known in hints])
-        arguments[name] = _convert(hints[name], value, path)
+        arguments[name] = convert(hints[name], value, path)
     return kind(**arguments)
 
 
@@ -55,12 +56,23 @@ def unknown(code: str, word: str, known: list[str]) -> DagmanError:
     return DagmanError(code, word, "is not known", advice)
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """A plain value as what a type hint says.
+
+    Args:
+        hint: Of a config's field.
+        value: From YAML, JSON or a flag.
+        path: The field's name in errors.
+
+    Raises:
+        DagmanError: `E-CONFIG` as in `from_dict`, and for a `kind` that none of the hint's configs has.
+    """
     arguments = typing.get_args(hint)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None or str(value).lower() in ("none", "null"):
+    if _is_union(hint):
+        if type(None) in arguments and str(value).lower() in ("none", "null"):
             return None
-        return _convert(next(argument for argument in arguments if argument is not type(None)), value, path)
+        first = next(argument for argument in arguments if argument is not type(None))
+        return convert(_config_meant(hint, value, path, first), value, path)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_dict(typing.cast(type[Any], hint), value, f"{path}.")
     if typing.get_origin(hint) is tuple:
@@ -75,6 +87,21 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return converted
 
 
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _config_meant(hint: Any, value: Any, path: str, default: Any) -> Any:
+    """Which of the configs of a union the `kind` of a mapping names; `default` without one."""
+    configs = {arm.kind: arm for arm in typing.get_args(hint) if hasattr(arm, "kind")} if _is_union(hint) else {}
+    if len(configs) < 2 or not isinstance(value, Mapping) or "kind" not in value:
+        return default
+    kind = str(value["kind"])
+    if kind not in configs:
+        raise DagmanError("CONFIG", f"{path}.kind", f"cannot be {kind!r}", f"give one of {', '.join(configs)}")
+    return configs[kind]
+
+
 def _items(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...] | None:
     """`value` as a tuple (a list, or text such as `2,2,8,2`); None where the length is wrong or it is no sequence."""
     items = value.strip("[]() ").split(",") if isinstance(value, str) else value
@@ -84,7 +111,7 @@ def _items(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...] | N
         kinds = kinds[:1] * len(items)
     if len(kinds) != len(items):
         return None
-    return tuple(_convert(kind, item, path) for kind, item in zip(kinds, items, strict=True))
+    return tuple(convert(kind, item, path) for kind, item in zip(kinds, items, strict=True))
 
 
 def _scalar(kind: Any, value: Any) -> Any:
@@ -108,8 +135,10 @@ def _scalar(kind: Any, value: Any) -> Any:
 def override(config: Config, values: Mapping[str, Any], where: str = "") -> Config:
     """A copy of `config` with fields replaced, by nested mapping or dotted names (`{"method.losses.ampd": 0}`).
 
+    Another `kind` of a config starts from the defaults of that kind.
+
     Raises:
-        DagmanError: `E-CONFIG` as in `from_dict`.
+        DagmanError: `E-CONFIG` as in `convert`.
     """
     nested: dict[str, Any] = {}
     for name, value in values.items():
@@ -128,9 +157,10 @@ def override(config: Config, values: Mapping[str, Any], where: str = "") -> Conf
             raise unknown("CONFIG", path, [f"{where}{known}" for known in hints])
         current = getattr(config, name)
         if dataclasses.is_dataclass(current) and isinstance(value, Mapping):
-            changes[name] = override(current, value, f"{path}.")
+            meant = _config_meant(hints[name], value, path, type(current))
+            changes[name] = override(current if isinstance(current, meant) else meant(), value, f"{path}.")
         else:
-            changes[name] = _convert(hints[name], value, path)
+            changes[name] = convert(hints[name], value, path)
     return dataclasses.replace(typing.cast(Any, config), **changes) if changes else config
 
 

@@ -14,7 +14,7 @@ from dagman.ct.prepare import prepare
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.figures import phantom as sheets
-from dagman.nets.swin import SwinEncoder
+from dagman.nets.encoder import Encoder
 from dagman.nets.weights import load_encoder
 from dagman.run import Run, describe_environment
 from dagman.tasks import classify
@@ -142,7 +142,7 @@ def _training(run: Run) -> dict[str, Any]:
     return {"steps": rows[-1]["step"] if rows else 0, **means}
 
 
-def _probe(encoder: SwinEncoder, store: PreparedStore, folder: Path, say: Say) -> list[dict[str, Any]]:
+def _probe(encoder: Encoder, store: PreparedStore, folder: Path, say: Say) -> list[dict[str, Any]]:
     """Probe the pretrained encoder, the same encoder untrained, and raw voxels; empty without usable labels."""
     classes = {row.get("label") for row in store.rows} - {None}
     if len(classes) != 2:
@@ -174,7 +174,7 @@ def _probe(encoder: SwinEncoder, store: PreparedStore, folder: Path, say: Say) -
     ]
 
 
-def _pictures(encoder: SwinEncoder, source: Path, folder: Path, say: Say) -> list[Path]:
+def _pictures(encoder: Encoder, source: Path, folder: Path, say: Say) -> list[Path]:
     scans, _ = index([source])
     chosen = [scan for scan in scans if scan.mask] or scans
     pictures = []

@@ -35,6 +35,7 @@ class Run:
         self.metrics_file = folder / "metrics.jsonl"
         self.log_file = folder / "log.txt"
         self.progress_file = folder / "progress.png"
+        self.pictures = folder / "pictures"
         self.checkpoints = folder / "checkpoints"
         self.weights = folder / "weights"
         self.tensorboard = folder / "tensorboard"

@@ -89,13 +89,15 @@ class LoadReport:
     mismatched: tuple[str, ...] = ()
     """In both, of different shapes."""
     share: float = 1.0
-    """Of the Swin's parameters (without semantic attention and the hidden token) that were loaded, 0 to 1."""
+    """Of the parameters that were loaded, 0 to 1; a Swin's without semantic attention and the hidden token."""
+    network: str = "Swin"
+    """Or `ViT`."""
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, word))} {word}" for word in ("missing", "unexpected", "mismatched"))
-        line = f"{self.source}: {self.kind} weights, {len(self.loaded)} tensors loaded ({self.share:.1%} of the Swin)"
-        return "; ".join([f"{line}, {counts}", *self.notes])
+        loaded = f"{len(self.loaded)} tensors loaded ({self.share:.1%} of the {self.network})"
+        return "; ".join([f"{self.source}: {self.kind} weights, {loaded}, {counts}", *self.notes])
 
 
 class Views(NamedTuple):
@@ -113,7 +115,7 @@ class Features(NamedTuple):
     """What every encoder returns. Cells are in C order of their (x, y, z) grid."""
 
     tokens: Float[Tensor, "batch cells width"]
-    """Normalised cell tokens (semantic attention's, or the grid of stage 3 without it)."""
+    """Normalised cell tokens: semantic attention's, the grid of stage 3 without it, or a ViT's."""
     cls: Float[Tensor, "batch width"] | None
     """Normalised [CLS] token; None for an encoder without one."""
     attention: Float[Tensor, "batch cells"] | None
@@ -121,7 +123,7 @@ class Features(NamedTuple):
     pooled: Float[Tensor, "batch final_width"]
     """Mean over the normalised final tokens."""
     pyramid: tuple[Float[Tensor, "batch level_width level_x level_y level_z"], ...]
-    """Normalised feature maps, finest first; the last is the final map."""
+    """Normalised feature maps in the order they are computed, so a Swin's finest first; the last is the final map."""
 
 
 class Losses(NamedTuple):

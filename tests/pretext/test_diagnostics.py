@@ -60,6 +60,16 @@ def test_entropy_share_counts_hidden_rows_only() -> None:
     assert diagnostics.entropy_share(rows, torch.zeros(1, 3, dtype=torch.bool)).item() == 0
 
 
+def test_variety_is_what_tells_rows_apart() -> None:
+    same, apart = torch.eye(8)[[3, 3, 3, 3]], torch.eye(8)[:4]
+    assert diagnostics.variety(same).item() == 0
+    assert diagnostics.variety(apart).item() == pytest.approx(1)
+    assert diagnostics.variety(torch.full((4, 8), 1 / 8)).item() == pytest.approx(0, abs=1e-6)
+    assert diagnostics.variety(torch.eye(8)[[0, 1, 0, 1]]).item() == pytest.approx(1 / 2)
+    assert diagnostics.variety(apart, torch.tensor([True, True, False, False])).item() == pytest.approx(1)
+    assert diagnostics.variety(apart, torch.tensor([True, False, False, False])).item() == 0
+
+
 def test_visible_mean_leaves_hidden_voxels_out() -> None:
     images = torch.rand(2, 1, 4, 4, 4)
     hidden = torch.zeros(2, 4, 4, 4, dtype=torch.bool)

@@ -8,6 +8,7 @@ import pytest
 from dagman import config
 from dagman.errors import DagmanError
 from dagman.nets.swin import AttentionConfig, SwinConfig
+from dagman.nets.vit import ViTConfig
 from dagman.pretext.method import HeadConfig, HidingConfig, LossWeights, MethodConfig, check_fit
 
 IMAGE_ALONE = LossWeights(ampd=0.0, aitd=0.0, gitd=0.0)
@@ -23,8 +24,8 @@ def test_the_defaults_are_the_papers() -> None:
         "top",
     )
     assert (method.dropped_ratio, method.guide) == (0.7, "noisy")
-    assert method.hidden.count(512, attended=True) == 307
-    assert method.hidden.count(512, attended=False) == 359
+    assert method.hidden.most(512, attended=True) == 307
+    assert method.hidden.most(512, attended=False) == 359
     check_fit(SwinConfig(), method)
 
 
@@ -77,3 +78,8 @@ def test_an_encoder_that_lacks_what_the_method_needs_is_refused(
     with pytest.raises(DagmanError, match="E-CONFIG") as error:
         check_fit(encoder, method)
     assert error.value.subject == field
+
+
+def test_a_vit_is_trained_by_every_loss() -> None:
+    for weights in (IMAGE_ALONE, LossWeights(amip=0.0, gitd=0.0), LossWeights(amip=0.0, ampd=0.0, gitd=0.0)):
+        check_fit(ViTConfig(), MethodConfig(losses=weights))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
+from dagman.nets.vit import ViTConfig, ViTEncoder
 from dagman.tasks import diversity
 from dagman.types import Preparation
 
@@ -44,6 +45,21 @@ def test_uniform_attention_reaches_the_mean_distance_and_the_largest_entropy(uni
     assert found["semantic attention"].distance_mm == pytest.approx(32 * window, rel=1e-5)
     assert found["semantic attention"].row_entropy == pytest.approx(1, abs=1e-5)
     assert found["stage 4"].distance_entropy == pytest.approx(math.log(8), abs=1e-6)
+
+
+def test_a_vit_is_told_block_by_block() -> None:
+    torch.manual_seed(0)
+    encoder = ViTEncoder(ViTConfig(width=24, depth=3, num_heads=4)).eval()
+    encoder.preparation = Preparation(spacing_mm=2.0, crop=(64, 64, 32))
+    with torch.no_grad():
+        encoder.blocks[1].qkv.weight.zero_()
+    first, uniform, last = diversity.heads(encoder, torch.rand(2, 1, 64, 64, 32))
+    assert [one.place for one in (first, uniform, last)] == ["block 1", "block 2", "block 3"]
+    assert [len(one.distance_mm) for one in (first, uniform, last)] == [4, 4, 4]
+    assert uniform.distance_mm == pytest.approx(2.0 * 16 * mean_distance((4, 4, 2)), rel=1e-5)
+    assert uniform.row_entropy == pytest.approx(1, abs=1e-5)
+    assert first.row_entropy < 1
+    assert last.row_entropy < 1
 
 
 def test_a_head_that_looks_at_its_own_token_reaches_nowhere(uniform: SwinEncoder) -> None:

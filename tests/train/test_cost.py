@@ -1,26 +1,34 @@
 """What a run will cost, against PyTorch's own count."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_run import small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dagman.ct.datasets import DataConfig
 from dagman.figures import progress
-from dagman.nets.swin import SwinConfig, SwinEncoder
+from dagman.nets.encoder import build
+from dagman.nets.swin import SwinConfig
+from dagman.nets.vit import ViTConfig
 from dagman.pretext.codistill import CoDistillation
 from dagman.train import cost
 
 
-def test_operations_are_those_that_pytorch_counts() -> None:
-    config, crop = small().encoder, (64, 64, 64)
+@pytest.mark.parametrize(
+    ("config", "crop", "tolerance"),
+    [(small().encoder, (64, 64, 64), 0.05), (ViTConfig(width=96, depth=3, patch_side=8), (32, 64, 48), 1e-12)],
+)
+def test_operations_are_those_that_pytorch_counts(config, crop, tolerance) -> None:
     with (
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
         torch.no_grad(),
     ):
-        SwinEncoder(config).eval()(torch.rand(1, 1, *crop))
-    assert cost.encoder_flops(config, crop) == pytest.approx(counter.get_total_flops(), rel=0.05)
+        build(config).eval()(torch.rand(1, 1, *crop))
+    assert cost.encoder_flops(config, crop) == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
 def test_the_paper_size_is_extrapolated_by_operations() -> None:
@@ -28,6 +36,14 @@ def test_the_paper_size_is_extrapolated_by_operations() -> None:
     line = cost.time_line(small(batch_size=2), cost.Measured(1.0, 0.5, 0.25), 30, 10, 1)
     assert line.startswith("about 2.00 s a step, 60 s in all, about 1.0 GiB")
     assert f"on these 10 volumes would take about {cost.duration(factor * 8000)} here" in line
+    assert "(embedding 48, crop 128^3, 800 epochs)" in line
+    vit = replace(small(), encoder=ViTConfig(), data=DataConfig(crop=(64, 64, 64)))
+    factor = cost.encoder_flops(ViTConfig(), (128, 128, 128)) / cost.encoder_flops(ViTConfig(), (64, 64, 64))
+    line = cost.time_line(vit, cost.Measured(1.0, 0.5, 0.25), 30, 10, 1)
+    assert (
+        f"(width 768, crop 128^3, 800 epochs) on these 10 volumes would take about {cost.duration(factor * 8000)}"
+        in line
+    )
 
 
 def test_measuring_a_pair_changes_nothing() -> None:

@@ -11,11 +11,16 @@ import torch
 from small_run import small, write_store
 from test_resume import rows
 
+from dagman.ct import phantom
 from dagman.ct.datasets import DataConfig, ViewsDataset
+from dagman.ct.prepare import prepare
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
+from dagman.nets.weights import load_encoder
 from dagman.pretext.codistill import CoDistillation, Knobs, Outcome
 from dagman.run import Run
+from dagman.tasks import classify
+from dagman.tasks.embed import embed
 from dagman.train import checkpoints
 from dagman.train.health import ALARMS, Watch
 from dagman.train.pretrain import pretrain
@@ -172,7 +177,7 @@ def healthy(step: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("alarm", ALARMS, ids=lambda alarm: f"{alarm.name} {alarm.column}")
 def test_each_alarm_rings_once_within_50_steps_of_the_onset(alarm: Any) -> None:
-    bad = next(value for value in (0.0, 2.0, 1.0) if alarm.is_bad(value))
+    bad = next(value for value in (0.0, 2.0, 1.0, 99.0) if alarm.is_bad(value))
     watch, onset = Watch(400), 250
     rang = [
         (step, message)
@@ -206,3 +211,67 @@ def test_a_forced_collapse_rings_and_a_short_healthy_run_does_not(store: Prepare
     }
     pretrain(small(steps=22, learning_rate=1e-4), store, tmp_path / "healthy")
     assert "ALARM" not in (tmp_path / "healthy" / "log.txt").read_text()
+
+
+@torch.no_grad()
+def constant_teacher(model: CoDistillation) -> None:
+    for head in model.teacher.heads.values():
+        head.layers[-1].weight.zero_()
+        head.layers[-1].bias.fill_(1)
+
+
+@torch.no_grad()
+def dead_head(model: CoDistillation) -> None:
+    for head in model.student.heads.values():
+        head.layers[0].weight.zero_()
+        head.layers[0].bias.zero_()
+        head.layers[-1].bias.fill_(1)
+
+
+@torch.no_grad()
+def runaway_center(model: CoDistillation) -> None:
+    for name in model.student.heads:
+        model.center(name).add_(0.5).mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    ("force", "named"),
+    [(constant_teacher, "teacher constant"), (dead_head, "head dead"), (runaway_center, "center runaway")],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_forced_failure_of_a_head_is_named_within_50_steps(
+    force: Any, named: str, store: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = CoDistillation.update_teacher
+
+    def then_break(self: CoDistillation, momentum: float) -> None:
+        update(self, momentum)
+        force(self)
+
+    monkeypatch.setattr(CoDistillation, "update_teacher", then_break)
+    config = replace(small(steps=50, learning_rate=1e-4), data=DataConfig(crop=(32, 32, 32)))
+    pretrain(config, store, tmp_path / "run")
+    rang = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if f"ALARM {named}" in line]
+    assert {line.split(": ")[1].split("_")[0] for line in rang} == {"aitd", "ampd", "gitd"}
+
+
+def test_a_probe_on_labelled_cases_watches_the_run(tmp_path: Path) -> None:
+    phantom.write(tmp_path / "phantoms", 12)
+    prepare([tmp_path / "phantoms" / "cases.csv"], tmp_path / "prepared")
+    labelled = PreparedStore(tmp_path / "prepared")
+    config = replace(small(steps=3), data=DataConfig(crop=(32, 32, 32)))
+    pretrain(config, labelled, tmp_path / "run", labelled=labelled)
+    table = embed(load_encoder(tmp_path / "run"), labelled)
+    auc = classify.probe(table, positive="malignant").auc()
+    first, between, last = Run(tmp_path / "run").metrics()
+    assert "probe_auc" not in between
+    assert (last["probe_auc"], last["probe_low"], last["probe_high"]) == pytest.approx((auc.value, auc.low, auc.high))
+    assert first["probe_low"] <= first["probe_auc"] <= first["probe_high"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_healthy_seeds_ring_nothing(seed: int, store: PreparedStore, tmp_path: Path) -> None:
+    config = replace(small(steps=52, learning_rate=1e-4, batch_size=4, seed=seed), data=DataConfig(crop=(32, 32, 32)))
+    pretrain(config, store, tmp_path / "run")
+    assert "ALARM" not in (tmp_path / "run" / "log.txt").read_text()

@@ -213,6 +213,8 @@ def test_the_folder_holds_what_other_verbs_read(whole: Path) -> None:
     assert environment["versions"]["threads"] == 1
     assert environment["data"]["volumes"] == 4
     assert run.progress_file.read_bytes().startswith(b"\x89PNG")
+    assert [picture.name for picture in sorted(run.pictures.iterdir())] == ["step-00000001.png", "step-00000006.png"]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in run.pictures.iterdir())
     card = json.loads((run.weights / "config.json").read_text())
     assert (card["recipe"], card["role"], card["steps"]) == ("small", "teacher", 6)
     assert card["preparation"] == {

@@ -21,6 +21,7 @@ classify = App(name="classify", help="Predict labels from a pretrained encoder's
 app.command(scans.check)
 app.command(scans.prepare)
 app.command(training.pretrain)
+app.command(training.ablate)
 app.command(encoder.embed)
 app.command(classify)
 classify.command(encoder.probe)
@@ -41,7 +42,7 @@ KEEP_MEMORY = {
 
 def main() -> None:
     """Run the command line and leave with an exit code of the contract."""
-    training = {"pretrain", "demo"}.intersection(sys.argv[1:2])
+    training = {"pretrain", "ablate", "demo"}.intersection(sys.argv[1:2])
     if training and sys.platform == "linux" and not KEEP_MEMORY.keys() & os.environ.keys():
         os.execve(sys.executable, [sys.executable, "-m", "dagman", *sys.argv[1:]], os.environ | KEEP_MEMORY)  # noqa: S606
     sys.exit(run(sys.argv[1:]))

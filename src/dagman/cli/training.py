@@ -28,6 +28,7 @@ def pretrain(
     devices: int = 1,
     workers: int = 0,
     checkpoint_every: int = 100,
+    labelled: Path | None = None,
     fresh: Switch = False,
     dry_run: Switch = False,
 ) -> int:
@@ -46,6 +47,7 @@ def pretrain(
         devices: Processes that share a step (GPUs of this machine).
         workers: Processes that read crops ahead, for each device.
         checkpoint_every: Steps between two checkpoints.
+        labelled: A prepared store with labels of two classes: a linear probe watches the run, every 100 steps.
         fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
         dry_run: Say what would be done and what it would cost, and stop.
     """
@@ -86,6 +88,7 @@ def pretrain(
             workers=workers,
             checkpoint_every=checkpoint_every,
             listeners=[Watcher(tell)],
+            labelled=PreparedStore(labelled) if labelled else None,
         )
     if result.status == "stopped":
         return ExitCode.STOPPED
@@ -126,6 +129,58 @@ def dotted(tokens: Sequence[str]) -> dict[str, str]:
             value = rest.pop(0)
         values[name] = value
     return values
+
+
+def ablate(
+    recipe: str,
+    /,
+    *settings: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    axis: Literal["losses", "hiding", "stage", "encoder"],
+    data: Path,
+    output: Output,
+    steps: int | None = None,
+    seeds: int = 3,
+    labelled: Path | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+) -> int:
+    """Train a family of recipes that differ in one thing, and compare them; run again, it continues.
+
+    Args:
+        recipe: What is varied, such as `dagman-tiny`.
+        settings: Settings of all members, such as `--data.pairs-per-volume 1`.
+        axis: `losses` (Table 1 of the paper), `hiding` (attended or random, clean or noisy teacher: Figure 4), `stage`
+            (of semantic attention: Figures 6, 8, 9) or `encoder` (Swin or ViT, DAGMaN or SMIT: Table 2).
+        data: A prepared store to train on.
+        output: Folder of the runs and of AXIS.csv and AXIS.png.
+        steps: Length of each run in optimizer steps.
+        seeds: Runs of each member.
+        labelled: A prepared store with labels of two classes: each run is probed on it.
+        device: Where to compute; by default the GPU where there is one.
+    """
+    from dagman import ablation, recipes
+    from dagman import config as configs
+    from dagman.ct.store import PreparedStore
+
+    base = configs.override(recipes.with_length(recipes.get(recipe), steps, None), dotted(settings))
+    with progress("Pretraining") as tell:
+        outputs = ablation.ablate(
+            axis,
+            base,
+            PreparedStore(data),
+            output,
+            seeds=range(seeds),
+            device=device,
+            labelled=PreparedStore(labelled) if labelled else None,
+            listener=lambda _: Watcher(tell),
+            say=say,
+        )
+    if outputs.table.exists():
+        say(f"wrote {outputs.table} and {outputs.picture}")
+    if not outputs.complete:
+        return ExitCode.STOPPED
+    others = [name for name in ablation.AXES if name != axis]
+    next_step(f"dagman ablate {recipe} --axis {others[0]} --data {data} -o {output}")
+    return ExitCode.OK
 
 
 def demo(*, output: Output = Path("demo"), data: Path | None = None, steps: int | None = None) -> int:

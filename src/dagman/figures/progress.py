@@ -27,7 +27,7 @@ class Panel:
 
 
 def panels() -> tuple[Panel, ...]:
-    """The twelve plots."""
+    """The sixteen plots."""
     heads = {"ampd": "cells", "aitd": "[CLS]", "gitd": "pooled"}
     even = {"uniform = 1": 1.0}
     return (
@@ -73,10 +73,23 @@ def panels() -> tuple[Panel, ...]:
             curves={"attention_peak": "guides hiding", "clean_attention_peak": "teacher without noise"},
             lines=even,
         ),
+        Panel(title="Share of the guiding attention on hidden cells", curves={"attention_hidden_ratio": "share"}),
         Panel(
             title="Hidden cells that the teacher had dropped / chance",
             curves={"hidden_dropped_excess": "share / share of all cells"},
             lines={"unrelated = 1": 1.0},
+        ),
+        Panel(
+            title="Head center / mean teacher logits",
+            curves={f"{term}_center_size": name for term, name in heads.items()},
+            lines={"alarm = 10": 10.0},
+            logarithmic=True,
+        ),
+        Panel(title="Teacher's distance from the student / its length", curves={"teacher_distance": "distance"}),
+        Panel(
+            title="Linear probe on labelled cases, AUC",
+            curves={"probe_auc": "AUC", "probe_low": "95 % from", "probe_high": "95 % to"},
+            lines={"chance = .5": 0.5},
         ),
         Panel(title="Gradient norm before clipping", curves={"grad_norm": "norm"}, logarithmic=True),
         Panel(
@@ -97,11 +110,11 @@ def png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     Returns:
         A PNG file.
     """
-    figure = Figure(figsize=(19, 11), dpi=80)
-    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.05, top=0.91, wspace=0.2, hspace=0.33)
+    figure = Figure(figsize=(19, 14.5), dpi=80)
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.04, top=0.93, wspace=0.2, hspace=0.36)
     figure.suptitle(title, fontsize=13)
     step = np.array([row["step"] for row in rows], dtype=float)
-    for axes, panel in zip(figure.subplots(3, 4).flat, panels(), strict=True):
+    for axes, panel in zip(figure.subplots(4, 4).flat, panels(), strict=True):
         _draw(axes, panel, step, rows)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")

@@ -41,8 +41,9 @@ class ProjectionHead(nn.Module):
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 
     def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape bottleneck"]:
-        """The bottleneck: vectors of length 1."""
-        return functional.normalize(self.layers(features).float(), dim=-1)
+        """The bottleneck: vectors of length 1, in at least float32."""
+        bottleneck = self.layers(features)
+        return functional.normalize(bottleneck.to(torch.promote_types(bottleneck.dtype, torch.float32)), dim=-1)
 
     def logits(self, bottleneck: Float[Tensor, "*shape bottleneck"]) -> Float[Tensor, "*shape prototypes"]:
         """Cosines with the prototypes: linear in the bottleneck, so the mean's logits are the mean logits."""
@@ -51,6 +52,47 @@ class ProjectionHead(nn.Module):
     def forward(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape prototypes"]:
         """Features to logits."""
         return self.logits(self.project(features))
+
+
+class LinearHead(nn.Module):
+    """One linear layer from the features to K logits.
+
+    Args:
+        in_width: Width of the features.
+        num_prototypes: K.
+
+    Reference: section 3.2, the wording "a linear projection layer".
+    """
+
+    def __init__(self, in_width: int, *, num_prototypes: int) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.zeros(num_prototypes, in_width))
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+
+    def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape in_width"]:
+        """The features in float32: what the logits are linear in."""
+        return features.float()
+
+    def logits(self, bottleneck: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape prototypes"]:
+        """Products with the prototypes."""
+        return functional.linear(bottleneck, self.prototypes)
+
+
+class NoHead(nn.Module):
+    """The features are the logits; K is their width."""
+
+    prototypes: None = None
+
+    def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape in_width"]:
+        """The features in float32."""
+        return features.float()
+
+    def logits(self, bottleneck: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape in_width"]:
+        """The features."""
+        return bottleneck
+
+
+Head = ProjectionHead | LinearHead | NoHead
 
 
 class VoxelHead(nn.Module):

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
-from dagman.nets.transformer import MLP, DropPath, GlobalBlock, sine_cosine_position
-from dagman.nets.window import Size, WindowAttention, blank_windows, partition, reverse, window_layout
+from dagman.nets import cells
+from dagman.nets.cells import Size
+from dagman.nets.transformer import MLP, DropPath, GlobalBlock, check_heads, sine_cosine_position
+from dagman.nets.window import WindowAttention, blank_windows, partition, reverse, window_layout
 from dagman.types import Features, LoadReport, Preparation
 
 PATCH_SIDE = 2
 CROP_MULTIPLE = 32
 """Four mergings of patches of two voxels."""
-SMALLEST_NUMBER_OF_CELLS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,10 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SwinConfig:
-    """Sizes of the encoder; the defaults are the paper's."""
+    """Sizes of the Swin; the defaults are the paper's."""
 
+    kind: Literal["swin"] = "swin"
+    """Tells it from the other encoders."""
     embed_dim: int = 48
     """Width of a patch token; doubles at each stage. A multiple of 12."""
     depths: tuple[int, int, int, int] = (2, 2, 8, 2)
@@ -72,6 +75,8 @@ class SwinConfig:
     hidden_token: Literal["learned", "zero"] = "learned"  # noqa: S105
     """What stands for a hidden patch."""
     attention: AttentionConfig | None = AttentionConfig()
+    plain_cell_stage: int = 3
+    """Without semantic attention: the stage whose output tokens are the cells."""
 
     def __post_init__(self) -> None:
         if self.embed_dim < 12 or self.embed_dim % 12:
@@ -85,15 +90,22 @@ class SwinConfig:
             raise DagmanError("CONFIG", "window", f"cannot be {self.window}", "give at least 2 tokens (paper: 4)")
         if not 0 <= self.drop_path < 1:
             raise DagmanError("CONFIG", "drop_path", f"cannot be {self.drop_path}", "choose 0 <= drop_path < 1")
+        if not 1 <= self.plain_cell_stage <= 4:
+            raise DagmanError("CONFIG", "plain_cell_stage", f"cannot be {self.plain_cell_stage}", "choose 1, 2, 3 or 4")
         for stage, heads in enumerate(self.num_heads):
-            _check_heads(f"num_heads of stage {stage + 1}", heads, self.embed_dim << stage)
+            check_heads(f"num_heads of stage {stage + 1}", heads, self.embed_dim << stage)
         if self.attention:
-            _check_heads("attention.num_heads", self.attention.num_heads, self.cell_width)
+            check_heads("attention.num_heads", self.attention.num_heads, self.cell_width)
 
     @property
     def cell_stage(self) -> int:
-        """The stage whose output tokens are the cells: semantic attention's, 3 without it."""
-        return self.attention.stage if self.attention else 3
+        """The stage whose output tokens are the cells: semantic attention's where there is one."""
+        return self.attention.stage if self.attention else self.plain_cell_stage
+
+    @property
+    def patch_side(self) -> int:
+        """Side of a patch in voxels."""
+        return PATCH_SIDE
 
     @property
     def cell_side(self) -> int:
@@ -110,6 +122,16 @@ class SwinConfig:
         """Width of `Features.pooled`."""
         return self.embed_dim * 16
 
+    @property
+    def final_side(self) -> int:
+        """Side in voxels of what a final token, of `Features.pyramid[-1]`, stands for."""
+        return CROP_MULTIPLE
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether there is a [CLS] token, and its attention."""
+        return self.attention is not None
+
     def grid(self, crop: Size) -> Size:
         """Cells (x, y, z) of a crop.
 
@@ -119,26 +141,8 @@ class SwinConfig:
         Raises:
             DagmanError: `E-CROP` where a side is no multiple of 32 or the crop has fewer than 8 cells.
         """
-        sizes = "x".join(map(str, crop))
-        if any(side < CROP_MULTIPLE or side % CROP_MULTIPLE for side in crop):
-            near = "x".join(str(max(1, math.ceil(side / CROP_MULTIPLE)) * CROP_MULTIPLE) for side in crop)
-            raise DagmanError(
-                "CROP", f"crop {sizes}", f"sides must be multiples of {CROP_MULTIPLE} voxels", f"choose {near}"
-            )
-        x, y, z = (side // self.cell_side for side in crop)
-        if x * y * z < SMALLEST_NUMBER_OF_CELLS:
-            raise DagmanError(
-                "CROP",
-                f"crop {sizes}",
-                f"has {x * y * z} cells of {self.cell_side} voxels, fewer than {SMALLEST_NUMBER_OF_CELLS}",
-                "choose a larger crop or semantic attention at an earlier stage",
-            )
-        return x, y, z
-
-
-def _check_heads(name: str, heads: int, width: int) -> None:
-    if heads < 1 or width % heads:
-        raise DagmanError("CONFIG", name, f"{heads} does not divide the width {width}", "choose a divisor of it")
+        advice = "choose a larger crop or semantic attention at an earlier stage"
+        return cells.grid(crop, side=self.cell_side, multiple=CROP_MULTIPLE, advice=advice)
 
 
 class WindowBlock(nn.Module):
@@ -264,8 +268,7 @@ class SemanticAttention(nn.Module):
     def __init__(self, width: int, config: AttentionConfig) -> None:
         super().__init__()
         self.position = config.position
-        self.cls_token = nn.Parameter(torch.zeros(width))
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.cls_token = cells.learned_token(width)
         self.blocks = nn.ModuleList(
             GlobalBlock(width, num_heads=config.num_heads, mlp_ratio=config.mlp_ratio, query_gain=config.query_gain)
             for _ in range(config.num_blocks)
@@ -304,8 +307,7 @@ class SwinEncoder(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbedding(config.embed_dim, norm=config.patch_norm)
         if config.hidden_token == "learned":  # noqa: S105
-            self.hidden_token = nn.Parameter(torch.zeros(config.embed_dim))
-            nn.init.trunc_normal_(self.hidden_token, std=0.02)
+            self.hidden_token = cells.learned_token(config.embed_dim)
         drop_paths = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
         ends = np.cumsum(config.depths).tolist()
         self.stages = nn.ModuleList(
@@ -327,7 +329,8 @@ class SwinEncoder(nn.Module):
         Args:
             images: Intensities in [0, 1]; sides are multiples of 32.
             hidden: Cells whose patches the network sees as the hidden token.
-            dropped: Cells whose patches become zero after the embedding (the noisy teacher).
+            dropped: Cells whose patches become zero after the embedding (the noisy teacher), or the patches one by one
+                in C order.
             final_only: Leave the finer levels out of the pyramid where nothing else needs them.
 
         Raises:
@@ -381,16 +384,13 @@ class SwinEncoder(nn.Module):
         grid = self.config.grid((images.shape[2], images.shape[3], images.shape[4]))
         x: Tensor = self.patch_embed(images)
         side = x.shape[1] // grid[0]
-        if hidden is not None:
-            learned = self.config.hidden_token == "learned"  # noqa: S105
-            token = self.hidden_token.to(x.dtype) if learned else x.new_zeros(())
-            x = torch.where(_per_patch(hidden, grid, side)[..., None], token, x)
-        if dropped is not None:
-            x = torch.where(_per_patch(dropped, grid, side)[..., None], x.new_zeros(()), x)
-        return x
+        hidden, dropped = (None if seen is None else _per_patch(seen, grid, side) for seen in (hidden, dropped))
+        return cells.replaced(x, hidden, dropped, getattr(self, "hidden_token", None))
 
 
 def _per_patch(cells: Tensor, grid: Size, side: int) -> Tensor:
-    """Give every patch the value of its cell."""
+    """Give every patch the value of its cell; what has a value for each patch is taken as it is."""
+    if cells.shape[1] == math.prod(grid) * side**3:
+        return cells.view(-1, *(cells_along * side for cells_along in grid))
     boxes = cells.view(-1, grid[0], 1, grid[1], 1, grid[2], 1).expand(-1, -1, side, -1, side, -1, side)
     return boxes.reshape(len(cells), *(cells_along * side for cells_along in grid))

@@ -8,6 +8,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dagman.errors import DagmanError
+
+
+def check_heads(name: str, heads: int, width: int) -> None:
+    """Refuse attention heads that do not share the width evenly.
+
+    Raises:
+        DagmanError: `E-CONFIG`.
+    """
+    if heads < 1 or width % heads:
+        raise DagmanError("CONFIG", name, f"{heads} does not divide the width {width}", "choose a divisor of it")
+
 
 class MLP(nn.Module):
     """Two linear layers with a GELU between."""
@@ -59,7 +71,9 @@ def sine_cosine_position(grid: tuple[int, int, int], width: int, device: torch.d
 class GlobalBlock(nn.Module):
     """A pre-norm transformer block whose attention spans all tokens."""
 
-    def __init__(self, width: int, *, num_heads: int, mlp_ratio: float, query_gain: float = 1.0) -> None:
+    def __init__(
+        self, width: int, *, num_heads: int, mlp_ratio: float, query_gain: float = 1.0, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(width)
@@ -67,6 +81,7 @@ class GlobalBlock(nn.Module):
         with torch.no_grad():
             self.qkv.weight[: 2 * width] *= query_gain
         self.proj = nn.Linear(width, width)
+        self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
@@ -81,8 +96,8 @@ class GlobalBlock(nn.Module):
         """
         query, key, value = self.heads_of(x, position)
         mixed = _attend(query, key, value)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(x.shape))
-        return x + self.mlp(self.norm2(x)), attention_of_first(query, key)
+        x = x + self.drop_path(self.proj(mixed.transpose(1, 2).reshape(x.shape)))
+        return x + self.drop_path(self.mlp(self.norm2(x))), attention_of_first(query, key)
 
     def heads_of(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (batch, heads, tokens, head width)."""

@@ -1,7 +1,8 @@
-"""Encoder weights on disk: safetensors under MONAI's names, never pickle, with a report of what was loaded.
+"""Encoder weights on disk: safetensors, never pickle, with a report of what was loaded.
 
-A file holds the Swin under `swinViT.*`, semantic attention under `semantic_attention.*` and `hidden_token`. What the
-network is and what it must be shown stands in the file's own header and, for people, in `config.json` beside it.
+A file holds a Swin under MONAI's names, `swinViT.*`, beside `semantic_attention.*` and `hidden_token`, or a ViT under
+the names it has here. What the network is and what it must be shown stands in the file's own header and, for people, in
+`config.json` beside it.
 """
 
 import json
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dagman import config, files
 from dagman.errors import DagmanError, ExitCode
+from dagman.nets.encoder import Encoder, EncoderConfig, build
 from dagman.nets.swin import SwinConfig, SwinEncoder
 from dagman.nets.window import relative_position_index
 from dagman.types import LoadReport, Preparation
@@ -32,7 +34,7 @@ _MONAI_BLOCK = re.compile(r"^layers([1-4])\.0\.")
 _SMIT_BLOCK = re.compile(r"^layers\.([0-3])\.")
 
 
-def save_encoder(encoder: SwinEncoder, path: Path, card: Mapping[str, Any]) -> None:
+def save_encoder(encoder: Encoder, path: Path, card: Mapping[str, Any]) -> None:
     """Write weights, and `config.json` beside them.
 
     Args:
@@ -49,12 +51,14 @@ def save_encoder(encoder: SwinEncoder, path: Path, card: Mapping[str, Any]) -> N
         "network": config.to_dict(encoder.config),
         "preparation": config.to_dict(encoder.preparation),
     }
-    tensors = {_to_monai(name): tensor for name, tensor in encoder.state_dict().items()}
+    tensors = encoder.state_dict()
+    if isinstance(encoder, SwinEncoder):
+        tensors = {_to_monai(name): tensor for name, tensor in tensors.items()}
     _write(path, tensors, {_HEADER: json.dumps(described, allow_nan=False)})
     files.write_json(path.with_name("config.json"), described)
 
 
-def load_encoder(path: Path | str) -> SwinEncoder:
+def load_encoder(path: Path | str) -> Encoder:
     """An encoder in eval mode, with its `preparation` and the `report` of what was loaded.
 
     Args:
@@ -67,14 +71,17 @@ def load_encoder(path: Path | str) -> SwinEncoder:
     """
     file = _find(Path(path))
     tensors, card = _read(file)
+    network: EncoderConfig
     if card is None:
         named, kind, notes = _from_foreign(tensors)
         network, preparation = _infer_config(file, named), Preparation()
         notes += ("how its training images were prepared is unknown, the defaults are assumed",)
     else:
         network, preparation, notes = _described(file, card)
-        named, kind = {_from_monai(name): tensor for name, tensor in tensors.items()}, "DAGMaN"
-    encoder = SwinEncoder(network)
+        named, kind = tensors, "DAGMaN"
+        if isinstance(network, SwinConfig):
+            named = {_from_monai(name): tensor for name, tensor in tensors.items()}
+    encoder = build(network)
     report = replace(_fill(encoder, named, file, kind), notes=notes)
     if kind == "DAGMaN" and (report.missing or report.mismatched):
         raise _refused(
@@ -93,14 +100,23 @@ def load_encoder(path: Path | str) -> SwinEncoder:
     return encoder.eval()
 
 
-def export_monai(source: SwinEncoder | Path | str, path: Path) -> LoadReport:
+def export_monai(source: Encoder | Path | str, path: Path) -> LoadReport:
     """Write the Swin for MONAI's `SwinUNETR`, every `swinViT.*` tensor that it wants and no other.
 
     Args:
         source: An encoder, or what `load_encoder` takes.
         path: Where, ending in `.safetensors`.
+
+    Raises:
+        DagmanError: `E-WEIGHTS`, exit code 4, for a ViT; and as `load_encoder`.
     """
-    encoder = source if isinstance(source, SwinEncoder) else load_encoder(source)
+    encoder = load_encoder(source) if isinstance(source, (Path, str)) else source
+    if not isinstance(encoder, SwinEncoder):
+        raise _refused(
+            encoder.report.source if encoder.report else path,
+            "is a ViT, which MONAI's SwinUNETR has no place for",
+            "export weights of a Swin, or use `dagman.load_encoder`",
+        )
     network = encoder.config
     trunk = {_to_monai(name): value for name, value in encoder.state_dict().items() if _in_trunk(name)}
     index = relative_position_index(network.window, torch.device("cpu"))
@@ -188,21 +204,22 @@ def _card(file: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
     return card if ours else None
 
 
-def _described(file: Path, card: Mapping[str, Any]) -> tuple[SwinConfig, Preparation, tuple[str, ...]]:
+def _described(file: Path, card: Mapping[str, Any]) -> tuple[EncoderConfig, Preparation, tuple[str, ...]]:
     """Network and preparation of a file of ours."""
     if card.get("format") != FORMAT:
         raise _refused(file, f"has format {card.get('format')}, this version reads {FORMAT}", "update dagman")
-    network = config.from_dict(SwinConfig, card["network"], "network.")
+    network: EncoderConfig = config.convert(EncoderConfig, card["network"], "network")
     preparation = config.from_dict(Preparation, card["preparation"], "preparation.")
     return network, preparation, tuple(f"{word} {card[word]}" for word in ("recipe", "role") if word in card)
 
 
-def _fill(encoder: SwinEncoder, named: Mapping[str, Tensor], file: Path, kind: str) -> LoadReport:
+def _fill(encoder: Encoder, named: Mapping[str, Tensor], file: Path, kind: str) -> LoadReport:
     """Copy what fits into the encoder."""
     wanted = encoder.state_dict()
     fitting = {name for name in wanted if name in named and named[name].shape == wanted[name].shape}
     encoder.load_state_dict({name: named[name] for name in fitting}, strict=False)
-    trunk = [name for name in wanted if _in_trunk(name)]
+    swin = isinstance(encoder, SwinEncoder)
+    counted = [name for name in wanted if _in_trunk(name) or not swin]
     return LoadReport(
         source=file,
         kind=kind,
@@ -210,7 +227,8 @@ def _fill(encoder: SwinEncoder, named: Mapping[str, Tensor], file: Path, kind: s
         missing=tuple(name for name in wanted if name not in named),
         unexpected=tuple(name for name in named if name not in wanted and not name.endswith("relative_position_index")),
         mismatched=tuple(name for name in wanted if name in named and name not in fitting),
-        share=sum(wanted[n].numel() for n in trunk if n in fitting) / sum(wanted[n].numel() for n in trunk),
+        share=sum(wanted[n].numel() for n in counted if n in fitting) / sum(wanted[n].numel() for n in counted),
+        network="Swin" if swin else "ViT",
     )
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-Size = tuple[int, int, int]
+from dagman.nets.cells import Size
 
 FORBIDDEN = -1e4
 """Added where a shifted window joins two far sides of the map. exp(-100) would be a float32 denormal, which is slow."""

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, distributed, nn
 
-from dagman.nets.heads import ProjectionHead, VoxelHead
-from dagman.nets.swin import CROP_MULTIPLE, SwinConfig, SwinEncoder
+from dagman.nets.encoder import EncoderConfig, build
+from dagman.nets.heads import Head, LinearHead, NoHead, ProjectionHead, VoxelHead
+from dagman.nets.swin import SwinEncoder
 from dagman.pretext import diagnostics, hiding, losses
-from dagman.pretext.method import MethodConfig, check_fit
+from dagman.pretext.method import HeadConfig, MethodConfig, check_fit
 from dagman.types import Features, Losses, Views
 
 DISTILLED = ("aitd", "ampd", "gitd")
@@ -44,29 +45,21 @@ class Outcome(NamedTuple):
 class Network(nn.Module):
     """Student or teacher: an encoder and one projection head for each distillation loss that counts."""
 
-    def __init__(self, encoder: SwinConfig, method: MethodConfig) -> None:
+    def __init__(self, encoder: EncoderConfig, method: MethodConfig) -> None:
         super().__init__()
-        self.encoder = SwinEncoder(encoder)
-        widths = {"aitd": encoder.cell_width, "ampd": encoder.cell_width, "gitd": encoder.final_width}
-        sizes = method.heads
-        self.heads = nn.ModuleDict(
-            {
-                name: ProjectionHead(
-                    widths[name],
-                    num_prototypes=sizes.num_prototypes,
-                    hidden_width=sizes.hidden_width,
-                    bottleneck_width=sizes.bottleneck_width,
-                )
-                for name in DISTILLED
-                if getattr(method.losses, name)
-            }
-        )
+        self.encoder = build(encoder)
+        pooled = encoder.final_width if method.pooled_stage == 4 else encoder.final_width // 2
+        widths = {"aitd": encoder.cell_width, "ampd": encoder.cell_width, "gitd": pooled}
+        made = {name: _make_head(widths[name], method.heads) for name in DISTILLED if getattr(method.losses, name)}
+        if method.heads.shared:
+            made["ampd"] = made["aitd"]
+        self.heads = nn.ModuleDict(made)
         self.voxel_head: VoxelHead | None = None
 
-    def head(self, name: str) -> ProjectionHead:
+    def head(self, name: str) -> Head:
         """The head of a distillation loss."""
         head = self.heads[name]
-        assert isinstance(head, ProjectionHead)  # noqa: S101
+        assert isinstance(head, Head)  # noqa: S101
         return head
 
     def logits(self, name: str, bottleneck: Float[Tensor, "*rows bottleneck"]) -> Float[Tensor, "*rows prototypes"]:
@@ -75,13 +68,26 @@ class Network(nn.Module):
             return self.head(name).logits(losses.at_least_single(bottleneck))
 
 
+def _make_head(width: int, config: HeadConfig) -> Head:
+    """An untrained head on features of that width."""
+    if config.kind == "none":
+        return NoHead()
+    if config.kind == "linear":
+        return LinearHead(width, num_prototypes=config.num_prototypes)
+    return ProjectionHead(
+        width,
+        num_prototypes=config.num_prototypes,
+        hidden_width=config.hidden_width,
+        bottleneck_width=config.bottleneck_width,
+    )
+
+
 class Compared(NamedTuple):
     """Student against teacher at one head."""
 
     loss: Tensor
-    teacher_entropy: Tensor
-    """Mean over ln K."""
-    student_entropy: Tensor
+    watched: dict[str, Tensor]
+    """Of `diagnostics.MEANINGS`, without the head's name before it."""
 
 
 class Targets(NamedTuple):
@@ -93,7 +99,19 @@ class Targets(NamedTuple):
     attention: Tensor | None
     """Of the pass that guides hiding, (batch, cells)."""
     dropped: Tensor | None
-    """Cells that the teacher did not see."""
+    """Cells that the teacher did not see, where whole cells are dropped."""
+
+
+class Look(NamedTuple):
+    """What one pass of the pretext task does to crops."""
+
+    attention: Float[Tensor, "batch cells"] | None
+    """That guides hiding."""
+    hidden: Bool[Tensor, "batch cells"]
+    dropped: Bool[Tensor, "batch cells"] | None
+    """None for a clean teacher, or one from which patches are dropped one by one."""
+    prediction: Float[Tensor, "batch 1 x y z"] | None
+    """Of the student's voxel head; None without an image term."""
 
 
 class CoDistillation(nn.Module):
@@ -112,25 +130,36 @@ class CoDistillation(nn.Module):
     """
 
     def __init__(
-        self, encoder: SwinConfig, method: MethodConfig, *, mean_intensity: float, crop: tuple[int, int, int]
+        self, encoder: EncoderConfig, method: MethodConfig, *, mean_intensity: float, crop: tuple[int, int, int]
     ) -> None:
         super().__init__()
         check_fit(encoder, method)
         self.method = method
         self.grid = encoder.grid(crop)
-        self.cell_side = encoder.cell_side
+        self.cell_side, self.patch_side = encoder.cell_side, encoder.patch_side
+        self.final_only = method.pooled_stage == 4
         self.student = Network(encoder, method)
-        if encoder.attention and not (method.losses.ampd or method.losses.aitd):
+        swin = self.student.encoder
+        if isinstance(swin, SwinEncoder) and encoder.has_cls and not (method.losses.ampd or method.losses.aitd):
             # Only those losses see past this norm; DDP wants a gradient for whatever needs one.
-            self.student.encoder.semantic_attention.norm.requires_grad_(requires_grad=False)
+            swin.semantic_attention.norm.requires_grad_(requires_grad=False)
         self.teacher = copy.deepcopy(self.student).requires_grad_(requires_grad=False).eval()
         if method.losses.amip:
             self.student.voxel_head = VoxelHead(
-                encoder.final_width, cell_side=CROP_MULTIPLE, mean_intensity=mean_intensity
+                encoder.final_width, cell_side=encoder.final_side, mean_intensity=mean_intensity
             )
         for name in self.student.heads:
             places = (math.prod(self.grid),) if self._has_places(name) else ()
-            self.register_buffer(f"center_{name}", torch.zeros(*places, method.heads.num_prototypes))
+            self.register_buffer(f"center_{name}", torch.zeros(*places, self._num_prototypes(name, encoder)))
+
+    def _num_prototypes(self, name: str, encoder: EncoderConfig) -> int:
+        """K of a head."""
+        prototypes = self.student.head(name).prototypes
+        if prototypes is not None:
+            return len(prototypes)
+        if name != "gitd":
+            return encoder.cell_width
+        return encoder.final_width if self.method.pooled_stage == 4 else encoder.final_width // 2
 
     def _has_places(self, name: str) -> bool:
         """Whether a head has a center for each position of the grid."""
@@ -154,16 +183,16 @@ class CoDistillation(nn.Module):
         teacher = self._teach(images, generator)
         hidden = self._hide(teacher.attention if knobs.attended else None, len(images), generator)
         hidden = hidden.to(images.device, non_blocking=True)
-        student = self.student.encoder(images, hidden, final_only=True)
+        student = self.student.encoder(images, hidden, final_only=self.final_only)
         compared = self._distil(student, teacher, hidden, knobs)
         values = {name: one.loss for name, one in compared.items()}
         watched = diagnostics.of_features(student) | diagnostics.of_hiding(hidden, teacher.dropped, teacher.attention)
         watched["padding_ratio"] = views.padding.mean()
         for name, one in compared.items():
-            watched[f"{name}_teacher_entropy"] = one.teacher_entropy
-            watched[f"{name}_student_entropy"] = one.student_entropy
+            watched |= {f"{name}_{what}": value for what, value in one.watched.items()}
+            watched[f"{name}_center_size"] = diagnostics.size(self.center(name)) / diagnostics.size(teacher.means[name])
             some = hidden.any(dim=1).float().mean().clamp_min(1e-9) if name == "ampd" else 1.0
-            watched[f"{name}_loss_ratio"] = one.loss.detach() / some / math.log(self.method.heads.num_prototypes)
+            watched[f"{name}_loss_ratio"] = one.loss.detach() / some / math.log(self.center(name).shape[-1])
         if self.student.voxel_head is not None:
             values["amip"], watched["image_error_ratio"] = self._predict(student.pyramid[-1], images, hidden)
         return Outcome(self._weigh(values), teacher.means, watched)
@@ -172,43 +201,82 @@ class CoDistillation(nn.Module):
     def _teach(self, images: Tensor, generator: torch.Generator) -> Targets:
         """The teacher's pass over both views, in the midst of its noise."""
         dropped = self.draw_dropped(len(images), generator, images.device)
-        features = self.teacher.encoder(images, None, dropped, final_only=True)
+        features = self.teacher.encoder(images, None, dropped, final_only=self.final_only)
         guide = features
-        if self.method.guide == "clean" and dropped is not None:
+        if self.method.guide == "clean" and dropped is not None and self.method.hidden.guided:
             guide = self.teacher.encoder(images, final_only=True)
-        bottlenecks = {name: self.teacher.head(name).project(head_input(name, features)) for name in self.teacher.heads}
+        bottlenecks = {
+            name: self.teacher.head(name).project(self.head_input(name, features)) for name in self.teacher.heads
+        }
         means = {
             name: self.teacher.logits(
                 name, losses.at_least_single(bottleneck).flatten(0, 0 if self._has_places(name) else -2).mean(dim=0)
             )
             for name, bottleneck in bottlenecks.items()
         }
-        return Targets(bottlenecks, means, guide.attention, dropped)
+        return Targets(bottlenecks, means, guide.attention, dropped if self.method.dropped_by == "cell" else None)
 
     def draw_dropped(
         self, batch: int, generator: torch.Generator, device: torch.device
-    ) -> Bool[Tensor, "batch cells"] | None:
-        """Cells that the noisy teacher does not see; None for a clean one."""
+    ) -> Bool[Tensor, "batch places"] | None:
+        """Cells, or patches, that the noisy teacher does not see; None for a clean one."""
         if not self.method.dropped_ratio:
             return None
-        cells = math.prod(self.grid)
-        count = hiding.floor_count(self.method.dropped_ratio, cells)
-        return hiding.random(batch, cells, count=count, generator=generator).to(device, non_blocking=True)
+        places = math.prod(self.grid)
+        if self.method.dropped_by == "patch":
+            places *= (self.cell_side // self.patch_side) ** 3
+        count = hiding.floor_count(self.method.dropped_ratio, places)
+        return hiding.random(batch, places, count=count, generator=generator).to(device, non_blocking=True)
 
-    def _hide(self, attention: Tensor | None, batch: int, generator: torch.Generator) -> Bool[Tensor, "batch cells"]:
+    @torch.no_grad()
+    def look(self, images: Float[Tensor, "batch 1 x y z"], knobs: Knobs, generator: torch.Generator) -> Look:
+        """Hide, drop and fill in as a training step does, but leave no crop whole; nothing of the module changes.
+
+        Args:
+            images: Crops in [0, 1].
+            knobs: Of the step.
+            generator: On the CPU; draws all that is hidden.
+        """
+        teacher = self._teach(images, generator)
+        attention = teacher.attention if knobs.attended else None
+        hidden = self._hide(attention, len(images), generator, leave_whole=False).to(images.device)
+        head = self.student.voxel_head
+        prediction = None if head is None else head(self.student.encoder(images, hidden, final_only=True).pyramid[-1])
+        return Look(teacher.attention, hidden, teacher.dropped, prediction)
+
+    def _hide(
+        self, attention: Tensor | None, batch: int, generator: torch.Generator, *, leave_whole: bool = True
+    ) -> Bool[Tensor, "batch cells"]:
         """What the student does not see; random without attention to follow."""
         config, cells = self.method.hidden, math.prod(self.grid)
-        touched = torch.rand(batch, 1, generator=generator) < config.probability
-        if config.kind == "random" or attention is None:
-            hidden = hiding.random(batch, cells, count=config.count(cells, attended=False), generator=generator)
-        else:
+        touched = torch.rand(batch, 1, generator=generator) < (config.probability if leave_whole else 1.0)
+
+        def ratios(num: int) -> list[float]:
+            """As many r as asked for; nothing is drawn where r is fixed."""
+            if config.lowest_ratio is None:
+                return [config.ratio] * num
+            drawn = torch.rand(num, dtype=torch.float64, generator=generator)
+            return (config.least + drawn * (config.ratio - config.least)).tolist()
+
+        if config.kind == "attended" and attention is not None:
+            ratio, reveal_ratio = ratios(2)
             hidden = hiding.attended(
                 attention,
-                ratio=config.ratio,
+                ratio=ratio,
                 hint_ratio=config.hint_ratio,
                 hints=config.hints,
+                reveal_ratio=reveal_ratio,
                 generator=generator,
             )
+        elif config.kind == "unattended" and attention is not None:
+            hidden = hiding.unattended(attention, ratio=ratios(1)[0])
+        elif config.kind == "blocks":
+            hidden = torch.stack(
+                [hiding.blocks(self.grid, ratio=ratio, generator=generator) for ratio in ratios(batch)]
+            )
+        else:
+            counts = torch.tensor([hiding.ceil_count(ratio, cells) for ratio in ratios(batch)])
+            hidden = hiding.random(batch, cells, count=counts, generator=generator)
         return hidden & touched.to(hidden.device, non_blocking=True)
 
     def _distil(self, student: Features, teacher: Targets, hidden: Tensor, knobs: Knobs) -> dict[str, Compared]:
@@ -218,9 +286,9 @@ class CoDistillation(nn.Module):
             assert student.cls is not None  # noqa: S101
             found["aitd"] = self._compare("aitd", student.cls, _swap_views(said["aitd"]), knobs.class_temperature)
         if "ampd" in said:
-            # Hidden cells are picked by their known number, without waiting for the device to count them; a view left
-            # whole picks as many, which `mean_over_hidden` leaves out.
-            count = self.method.hidden.count(hidden.shape[1], attended=knobs.attended)
+            # As many cells are picked as can be hidden, hidden ones first, without waiting for the device to count
+            # them; `mean_over_hidden` leaves out those that are not.
+            count = self.method.hidden.most(hidden.shape[1], attended=knobs.attended)
             picked = hidden.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
             tokens, targets = _pick(student.tokens, picked), _pick(said["ampd"], picked)
             center = self.center("ampd")
@@ -233,7 +301,8 @@ class CoDistillation(nn.Module):
                 hidden=hidden.gather(1, picked),
             )
         if "gitd" in said:
-            found["gitd"] = self._compare("gitd", student.pooled, _swap_views(said["gitd"]), knobs.class_temperature)
+            pooled = self.head_input("gitd", student)
+            found["gitd"] = self._compare("gitd", pooled, _swap_views(said["gitd"]), knobs.class_temperature)
         return found
 
     def _compare(
@@ -253,8 +322,18 @@ class CoDistillation(nn.Module):
         loss = rows.mean() if hidden is None else losses.mean_over_hidden(rows, hidden)
         with torch.no_grad():
             guesses = (logits / self.method.student_temperature).softmax(dim=-1)
-            teacher, student = (diagnostics.entropy_share(side, hidden) for side in (targets, guesses))
-        return Compared(loss, teacher_entropy=teacher, student_entropy=student)
+            watched = {}
+            for side, said in {"teacher": targets, "student": guesses}.items():
+                watched[f"{side}_entropy"] = diagnostics.entropy_share(said, hidden)
+                watched[f"{side}_variety"] = diagnostics.variety(said, hidden)
+        return Compared(loss, watched)
+
+    def head_input(self, name: str, features: Features) -> Tensor:
+        """What a head works on: [CLS] tokens, cell tokens or pooled tokens."""
+        pooled = features.pooled if self.final_only else features.pyramid[3].mean(dim=(2, 3, 4))
+        value = {"aitd": features.cls, "ampd": features.tokens, "gitd": pooled}[name]
+        assert value is not None  # noqa: S101
+        return value
 
     def targets(
         self, name: str, bottleneck: Float[Tensor, "*rows bottleneck"], temperature: float, center: Tensor | None = None
@@ -302,7 +381,8 @@ class CoDistillation(nn.Module):
             if distributed.is_available() and distributed.is_initialized():
                 distributed.all_reduce(mean)
                 mean /= distributed.get_world_size()
-            self.center(name).lerp_(mean, 1 - self.method.center_momentum)
+            center = self.center(name)
+            center.copy_(losses.moved_center(center, mean, self.method.center_momentum))
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -323,14 +403,9 @@ class CoDistillation(nn.Module):
         Reference: DINO and iBOT do so in the first epoch.
         """
         for name in self.student.heads:
-            self.student.head(name).prototypes.grad = None
-
-
-def head_input(name: str, features: Features) -> Tensor:
-    """What a head works on: [CLS] tokens, cell tokens or pooled tokens."""
-    value = {"aitd": features.cls, "ampd": features.tokens, "gitd": features.pooled}[name]
-    assert value is not None  # noqa: S101
-    return value
+            prototypes = self.student.head(name).prototypes
+            if prototypes is not None:
+                prototypes.grad = None
 
 
 def _swap_views(values: Tensor) -> Tensor:

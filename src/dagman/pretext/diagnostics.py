@@ -30,6 +30,16 @@ MEANINGS: Mapping[str, str] = {
     "ampd_student_entropy": "the same of the student's",
     "gitd_teacher_entropy": "mean entropy of the teacher's pooled distributions / ln K",
     "gitd_student_entropy": "the same of the student's",
+    **{
+        f"{term}_{side}_variety": f"how far the {side}'s {what} distributions tell rows apart; 0: the same for all"
+        for term, what in {"aitd": "[CLS]", "ampd": "cells'", "gitd": "pooled"}.items()
+        for side in ("teacher", "student")
+    },
+    **{
+        f"{term}_center_size": "root mean square of the head's center / that of the batch's mean teacher logits"
+        for term in ("aitd", "ampd", "gitd")
+    },
+    "attention_hidden_ratio": "share of the guiding attention on cells hidden from the student",
     "attention_entropy": "mean entropy of the guiding attention rows / ln N; 1 is uniform",
     "attention_peak": "mean over views of N times the largest attention; 1 is uniform",
     "attention_dropped_ratio": "share of the guiding attention on cells dropped from the teacher",
@@ -85,6 +95,30 @@ def entropy_share(
     return rows.mean() if hidden is None else (rows * hidden).sum() / hidden.sum().clamp_min(1)
 
 
+@torch.no_grad()
+def size(values: Tensor) -> Float[Tensor, ""]:
+    """Root mean square, not quite 0."""
+    return values.square().mean().sqrt().clamp_min(1e-12)
+
+
+def variety(
+    probabilities: Float[Tensor, "*rows prototypes"], hidden: Bool[Tensor, "*rows"] | None = None
+) -> Float[Tensor, ""]:
+    """Mutual information of row and prototype over the largest that so many rows and prototypes allow.
+
+    Args:
+        probabilities: Distributions over K prototypes.
+        hidden: Rows to count; all without it.
+    """
+    rows = probabilities.flatten(0, -2)
+    weight = torch.ones_like(rows[:, 0]) if hidden is None else hidden.flatten().to(rows.dtype)
+    total = weight.sum().clamp_min(1)
+    between = losses.entropy((rows * weight[:, None]).sum(dim=0) / total)
+    within = (losses.entropy(rows) * weight).sum() / total
+    most = total.clamp(max=rows.shape[1]).log().clamp_min(math.log(2))
+    return ((between - within) / most).clamp_min(0)
+
+
 def visible_mean(
     images: Float[Tensor, "batch 1 x y z"], hidden: Bool[Tensor, "batch x y z"]
 ) -> Float[Tensor, "batch 1 x y z"]:
@@ -128,6 +162,7 @@ def of_hiding(
         cells = attention.shape[1]
         found["attention_entropy"] = losses.entropy(attention).mean() / math.log(cells)
         found["attention_peak"] = attention.amax(dim=1).mean() * cells
+        found["attention_hidden_ratio"] = (attention * hidden).sum(dim=1).mean()
     if attention is not None and dropped is not None:
         found["attention_dropped_ratio"] = (attention * dropped).sum(dim=1).mean()
     return found

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dagman.pretext import diagnostics, losses
-from dagman.pretext.codistill import CoDistillation, Knobs, head_input
+from dagman.pretext.codistill import CoDistillation, Knobs
 from dagman.types import Features
 
 MEANINGS = {
@@ -25,9 +25,9 @@ MEANINGS = {
     "clean_attention_entropy": "entropy of the teacher's attention rows without noise / ln N; 1 is uniform",
     "clean_attention_peak": "N times the largest attention without noise, mean over crops; 1 is uniform",
     **{
-        f"level{level}_spread": f"spread of the mean token of the crops, level {level} (0: finest)"
-        for level in range(5)
+        f"level{level}_spread": f"spread of the mean token of the crops, level {level} (0: first)" for level in range(5)
     },
+    "teacher_distance": "distance of the teacher's weights from the student's / length of the student's",
     **{f"level{level}_effective_rank": f"effective rank of the same, level {level}" for level in range(5)},
 }
 """Name -> what it is. A name is absent where the recipe lacks its head or attention."""
@@ -88,17 +88,18 @@ def examine(
     attention: list[Tensor] = []
     levels: list[list[Tensor]] = []
     for images in batches:
-        noisy = module.teacher.encoder(images, None, module.draw_dropped(len(images), generator, images.device))
+        dropped = module.draw_dropped(len(images), generator, images.device)
+        noisy = module.teacher.encoder(images, None, dropped)
         for name, information in told.items():
             temperature = knobs.patch_temperature if name == "ampd" else knobs.class_temperature
-            bottleneck = module.teacher.head(name).project(head_input(name, noisy))
+            bottleneck = module.teacher.head(name).project(module.head_input(name, noisy))
             targets = module.targets(name, bottleneck, temperature)
             information.add(targets if targets.ndim == 3 else targets[:, None])
         clean: Features = module.teacher.encoder(images) if module.method.dropped_ratio else noisy
         levels.append([level.float().mean(dim=(2, 3, 4)) for level in clean.pyramid])
         if clean.attention is not None:
             attention.append(clean.attention)
-    found = {}
+    found = {"teacher_distance": _distance(module)}
     for name, information in told.items():
         position, image = information.split()
         found[f"{name}_image_nats"] = image
@@ -114,3 +115,11 @@ def examine(
         found[f"level{number}_spread"] = float(diagnostics.spread(vectors))
         found[f"level{number}_effective_rank"] = float(diagnostics.effective_rank(vectors))
     return found
+
+
+def _distance(module: CoDistillation) -> float:
+    """How far the teacher's weights are from the student's, over the length of the student's."""
+    students = dict(module.student.named_parameters())
+    pairs = [(mine, students[name]) for name, mine in module.teacher.named_parameters()]
+    apart = sum(float((mine - student).float().square().sum()) for mine, student in pairs)
+    return math.sqrt(apart / sum(float(student.float().square().sum()) for _, student in pairs))

@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 Hints = Literal["top", "attmask", "shift", "none"]
@@ -33,6 +33,7 @@ def attended(
     ratio: float,
     hint_ratio: float,
     hints: Hints = "top",
+    reveal_ratio: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "batch cells"]:
     """Hide the cells that attention ranks highest, and show a few of the very highest as hints.
@@ -44,6 +45,7 @@ def attended(
         hints: `top` hides ranks floor(sN) to floor(rN) - 1 (paper); `attmask` hides the top floor(rN) but
             floor(srN) drawn from the top floor(sN) (AttMask); `shift` hides floor(rN) cells from rank floor(sN) on;
             `none` hides the top floor(rN).
+        reveal_ratio: r of the hints that `attmask` draws, where it is not that of hiding.
         generator: Draws the hints of `attmask`, and nothing else.
 
     Reference: section 3.1; Kakogeorgiou et al. 2022 for `attmask`.
@@ -55,7 +57,8 @@ def attended(
     last = shown + ranked if hints == "shift" else ranked
     hidden = _mark(order[:, first:last], cells)
     if hints == "attmask":
-        revealed = random(batch, shown, count=floor_count(hint_ratio * ratio, cells), generator=generator)
+        share = hint_ratio * (ratio if reveal_ratio is None else reveal_ratio)
+        revealed = random(batch, shown, count=floor_count(share, cells), generator=generator)
         hidden.scatter_(1, order[:, :shown], ~revealed.to(order.device, non_blocking=True))
     return hidden
 
@@ -73,10 +76,20 @@ def unattended(attention: Float[Tensor, "batch cells"], *, ratio: float) -> Bool
     return _mark(_ranking(attention)[:, cells - floor_count(ratio, cells) :], cells)
 
 
-def random(batch: int, cells: int, *, count: int, generator: torch.Generator | None) -> Bool[Tensor, "batch cells"]:
-    """Mark exactly `count` cells of each view, every choice equally likely."""
+def random(
+    batch: int, cells: int, *, count: int | Int64[Tensor, " batch"], generator: torch.Generator | None
+) -> Bool[Tensor, "batch cells"]:
+    """Mark exactly `count` cells of each view, every choice equally likely.
+
+    Args:
+        batch: Views.
+        cells: N, cells of a view.
+        count: One for all views, or one for each.
+        generator: On the CPU.
+    """
     order = torch.rand(batch, cells, dtype=torch.float64, generator=generator).argsort(dim=1, stable=True)
-    return _mark(order[:, :count], cells)
+    ranks = order.argsort(dim=1)
+    return ranks < torch.as_tensor(count).view(-1, 1)
 
 
 def blocks(grid: tuple[int, int, int], *, ratio: float, generator: torch.Generator) -> Bool[Tensor, " cells"]:
@@ -104,16 +117,18 @@ def blocks(grid: tuple[int, int, int], *, ratio: float, generator: torch.Generat
     return flat
 
 
-def repeat(hidden: Bool[Tensor, "batch cells"], grid: tuple[int, int, int], times: int) -> Bool[Tensor, "batch x y z"]:
+def repeat(
+    values: Shaped[Tensor, "batch cells"], grid: tuple[int, int, int], times: int
+) -> Shaped[Tensor, "batch x y z"]:
     """Give every patch or voxel the value of its cell.
 
     Args:
-        hidden: On cells, in C order of `grid`.
+        values: On cells, in C order of `grid`.
         grid: Cells (x, y, z).
         times: Side of a cell: 2^k in patches, 2^(k+1) in voxels, for cells of stage k.
     """
     x, y, z = grid
-    boxes = hidden.view(-1, x, 1, y, 1, z, 1).expand(-1, x, times, y, times, z, times)
+    boxes = values.view(-1, x, 1, y, 1, z, 1).expand(-1, x, times, y, times, z, times)
     return boxes.reshape(-1, x * times, y * times, z * times)
 
 

@@ -29,6 +29,21 @@ def sharpen(
     return ((at_least_single(logits) - center) / temperature).softmax(dim=-1)
 
 
+def moved_center(
+    center: Float[Tensor, "*places prototypes"], mean: Float[Tensor, "*places prototypes"], momentum: float
+) -> Float[Tensor, "*places prototypes"]:
+    """The center after one step.
+
+    Args:
+        center: Running mean of the teacher's logits.
+        mean: Their mean over the tokens of this step.
+        momentum: Share of the old center that stays (0.9, as DINO and iBOT).
+
+    Reference: appendix A, centering.
+    """
+    return center.lerp(mean, 1 - momentum)
+
+
 def balanced(
     logits: Float[Tensor, "*rows prototypes"], center: Float[Tensor, "*#rows prototypes"], temperature: float
 ) -> Float[Tensor, "*rows prototypes"]:

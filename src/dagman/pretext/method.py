@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dagman.errors import DagmanError
+from dagman.nets.encoder import EncoderConfig
 from dagman.nets.swin import SwinConfig
 from dagman.pretext import hiding
 
@@ -35,10 +36,14 @@ class LossWeights:
 class HidingConfig:
     """What is hidden from the student."""
 
-    kind: Literal["attended", "random"] = "attended"
-    """`attended`: the cells that the teacher attends to most; `random`: any (SMIT)."""
+    kind: Literal["attended", "unattended", "random", "blocks"] = "attended"
+    """`attended`: the cells that the teacher attends to most; `unattended`: those it attends to least (MST); `random`:
+    any (SMIT); `blocks`: boxes of cells (iBOT)."""
     ratio: float = 0.7
     """r, share of a view's cells to hide, or to rank for hiding (paper: 0.7)."""
+    lowest_ratio: float | None = None
+    """Where given, r is drawn evenly from here to `ratio`: once a batch where attention guides (AttMask), else for each
+    view (iBOT)."""
     hint_ratio: float = 0.1
     """s, share of a view's cells that stay visible as hints (paper: 0.1). For `attended` only."""
     hints: hiding.Hints = "top"
@@ -50,11 +55,12 @@ class HidingConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.ratio <= 1, "hidden.ratio", self.ratio, "choose a share from 0 to 1 (paper: 0.7)")
+        _require(0 <= self.least <= self.ratio, "hidden.lowest_ratio", self.lowest_ratio, "give at most hidden.ratio")
         _require(0 <= self.probability <= 1, "hidden.probability", self.probability, "choose a share from 0 to 1")
         _require(self.start_step >= 0, "hidden.start_step", self.start_step, "give 0 or more")
-        if self.kind == "random" or self.hints == "none":
+        if self.kind != "attended" or self.hints == "none":
             return
-        most = 1 - self.ratio if self.hints == "shift" else self.ratio
+        most = 1 - self.ratio if self.hints == "shift" else self.least
         _require(
             0 <= self.hint_ratio <= most + hiding.ROUNDING,
             "hidden.hint_ratio",
@@ -62,23 +68,40 @@ class HidingConfig:
             f"choose a share from 0 to {most:.3g} for hints {self.hints} and ratio {self.ratio}",
         )
 
-    def count(self, cells: int, *, attended: bool) -> int:
-        """How many cells of a view are hidden, where it is hidden at all.
+    @property
+    def least(self) -> float:
+        """The smallest r that is drawn."""
+        return self.ratio if self.lowest_ratio is None else self.lowest_ratio
+
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher's attention decides what is hidden."""
+        return self.kind in ("attended", "unattended")
+
+    def most(self, cells: int, *, attended: bool) -> int:
+        """The largest number of cells of a view that are hidden, where it is hidden at all.
 
         Args:
             cells: N, cells of a view.
             attended: Whether there is attention to follow at this step.
         """
-        if self.kind == "random" or not attended:
+        if self.kind == "random" or (self.guided and not attended):
             return hiding.ceil_count(self.ratio, cells)
-        shown = {"top": self.hint_ratio, "attmask": self.hint_ratio * self.ratio}.get(self.hints, 0.0)
+        shown = 0.0
+        if self.kind == "attended":
+            shown = {"top": self.hint_ratio, "attmask": self.hint_ratio * self.least}.get(self.hints, 0.0)
         return hiding.floor_count(self.ratio, cells) - hiding.floor_count(shown, cells)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """Sizes of the projection heads (iBOT's; K from the lab's code)."""
+    """Shape and sizes of the projection heads (iBOT's; K from the lab's code)."""
 
+    kind: Literal["mlp", "linear", "none"] = "mlp"
+    """`mlp`: three layers to a unit vector and its cosines with K prototypes (DINO, iBOT); `linear`: one layer to K;
+    `none`: the features themselves are the logits."""
+    shared: bool = False
+    """One head for [CLS] and cells (iBOT), each with a center of its own."""
     num_prototypes: int = 8192
     """K, outputs of a head. Small data wants 512 to 4096."""
     hidden_width: int = 2048
@@ -97,8 +120,12 @@ class MethodConfig:
     hidden: HidingConfig = HidingConfig()
     dropped_ratio: float = 0.7
     """r_t, share of each view's cells dropped from the teacher (paper: 0.7); 0 is a clean teacher."""
+    dropped_by: Literal["cell", "patch"] = "cell"
+    """What is dropped as one: a cell, or a patch of the embedding."""
     guide: Literal["noisy", "clean"] = "noisy"
     """Whose attention guides hiding: the noisy teacher's (paper), or one clean pass more."""
+    pooled_stage: Literal[3, 4] = 4
+    """Stage of a Swin whose output tokens GITD pools (paper: 4; SMIT: 3)."""
     heads: HeadConfig = HeadConfig()
     student_temperature: float = 0.1
     """tau_s (DINO, iBOT)."""
@@ -124,19 +151,32 @@ class MethodConfig:
         _require(min(temperatures) > 0, "temperatures", temperatures, "give values above 0")
 
 
-def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
+def check_fit(encoder: EncoderConfig, method: MethodConfig) -> None:
     """Refuse an encoder that lacks what the method needs.
 
     Raises:
         DagmanError: `E-CONFIG`.
     """
+    last = method.losses.amip + (method.losses.gitd if method.pooled_stage == 4 else 0)
     _require(
-        method.losses.amip + method.losses.gitd > 0 or encoder.cell_stage == 4,
+        not isinstance(encoder, SwinConfig) or encoder.cell_stage == 4 or last > 0,
         "losses.amip and losses.gitd",
-        "both 0",
-        "set losses.gitd to 0.1: nothing else trains the last stage of the Swin",
+        "both 0" if method.pooled_stage == 4 else "0 and on stage 3",
+        "set losses.gitd to 0.1 with pooled_stage 4: nothing else trains the last stage of the Swin",
     )
-    if encoder.attention is None:
+    _require(
+        isinstance(encoder, SwinConfig) or method.pooled_stage == 4,
+        "pooled_stage",
+        "3 with a ViT, which has no stages",
+        "set pooled_stage to 4: the mean of the last tokens",
+    )
+    _require(
+        not method.heads.shared or min(method.losses.ampd, method.losses.aitd) > 0,
+        "heads.shared",
+        "true without both AMPD and AITD",
+        "set heads.shared to false or give both losses a weight",
+    )
+    if not encoder.has_cls:
         _require(
             not method.losses.aitd,
             "losses.aitd",
@@ -144,12 +184,12 @@ def check_fit(encoder: SwinConfig, method: MethodConfig) -> None:
             "set losses.aitd to 0 or give the encoder semantic attention",
         )
         _require(
-            method.hidden.kind == "random",
+            not method.hidden.guided,
             "hidden.kind",
             f"{method.hidden.kind} without semantic attention",
-            "set hidden.kind to random or give the encoder semantic attention",
+            "set hidden.kind to random or blocks, or give the encoder semantic attention",
         )
-    elif encoder.attention.placement == "branch":
+    elif isinstance(encoder, SwinConfig) and encoder.attention and encoder.attention.placement == "branch":
         _require(
             method.losses.ampd + method.losses.aitd > 0,
             "losses.ampd and losses.aitd",

@@ -25,7 +25,7 @@ from dagman.ct.resample import BODY_HU
 from dagman.ct.store import AIR_HU, padded_crop
 from dagman.errors import DagmanError
 from dagman.figures import attention as figure
-from dagman.nets.swin import SwinEncoder
+from dagman.nets.encoder import Encoder
 from dagman.tasks.embed import crops_at_once, encode
 from dagman.types import Grid, Scan, Volume
 
@@ -49,7 +49,7 @@ class Outputs(NamedTuple):
 
 
 def explain(
-    encoder: SwinEncoder,
+    encoder: Encoder,
     scan: Scan,
     folder: Path,
     *,
@@ -60,7 +60,7 @@ def explain(
     """Write `CASE_attention.nii.gz`, which lies over the scan in any viewer, and `CASE_attention.png`.
 
     Args:
-        encoder: With semantic attention.
+        encoder: A Swin with semantic attention, or a ViT.
         scan: Its mask, where it has one, is outlined and the planes go through its centre.
         folder: Where the files go.
         device: Where to compute.
@@ -95,7 +95,7 @@ def explain(
 
 
 def attention_map(
-    encoder: SwinEncoder,
+    encoder: Encoder,
     volume: Volume,
     *,
     device: torch.device | str = "cpu",
@@ -106,7 +106,7 @@ def attention_map(
     """Semantic attention of a CT, times uniform, on the volume's grid; 0 where no crop looked (far from the body).
 
     Args:
-        encoder: With semantic attention; its `preparation` says how the CT is shown to it.
+        encoder: A Swin with semantic attention, or a ViT; its `preparation` says how the CT is shown to it.
         volume: Any spacing, RAS+.
         device: Where to compute.
         precision: `bf16` computes under autocast.
@@ -119,7 +119,7 @@ def attention_map(
     Reference:
         Equation 1, over overlapping crops.
     """
-    if encoder.config.attention is None:
+    if not encoder.config.has_cls:
         raise DagmanError(
             "NOATTENTION", "encoder", "has no semantic attention", "give weights of a recipe with semantic attention"
         )

@@ -11,18 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from dagman.nets.swin import PATCH_SIDE, SwinEncoder
+from dagman.nets.encoder import Encoder
+from dagman.nets.swin import PATCH_SIDE
 from dagman.nets.transformer import GlobalBlock
+from dagman.nets.vit import ViTEncoder
 from dagman.nets.window import WindowAttention, effective_window, partition, window_layout
 
 
 class Heads(NamedTuple):
-    """The heads of one stage, or of semantic attention."""
+    """The heads of a Swin's stage, of semantic attention, or of a ViT's block."""
 
     place: str
-    """`stage 1` to `stage 4`, or `semantic attention`."""
+    """`stage 1` to `stage 4`, `semantic attention`, or `block 1` and so on."""
     distance_mm: Float[np.ndarray, " heads"]
     """Attention-weighted mean distance of each head, blocks one after the other."""
     row_entropy: float
@@ -36,25 +38,16 @@ class Heads(NamedTuple):
 
 
 @torch.inference_mode()
-def heads(encoder: SwinEncoder, images: Float[Tensor, "batch 1 x y z"]) -> list[Heads]:
+def heads(encoder: Encoder, images: Float[Tensor, "batch 1 x y z"]) -> list[Heads]:
     """Distances and entropies of every head, averaged over rows and images, without a shift's forbidden pairs.
 
     Args:
         encoder: In eval mode.
         images: Crops in [0, 1], on the encoder's device.
     """
-    seen: list[tuple[int, tuple[Any, ...]]] = []
-    places: dict[int, tuple[str, float]] = {}
-    hooks = []
-    voxel = encoder.preparation.spacing_mm
-    for number, stage in enumerate(encoder.stages, 1):
-        for block in stage.blocks:  # type: ignore[union-attr]
-            places[id(block.attn)] = (f"stage {number}", voxel * PATCH_SIDE * 2 ** (number - 1))
-            hooks.append(block.attn.register_forward_pre_hook(lambda one, given: seen.append((id(one), (one, *given)))))
-    if encoder.config.attention:
-        for block in encoder.semantic_attention.blocks:
-            places[id(block)] = ("semantic attention", voxel * encoder.config.cell_side)
-            hooks.append(block.register_forward_pre_hook(lambda one, given: seen.append((id(one), (one, *given)))))
+    places = _places(encoder)
+    seen: list[tuple[Any, tuple[Any, ...]]] = []
+    hooks = [module.register_forward_pre_hook(lambda one, given: seen.append((one, given))) for module in places]
     try:
         encoder(images)
     finally:
@@ -62,14 +55,28 @@ def heads(encoder: SwinEncoder, images: Float[Tensor, "batch 1 x y z"]) -> list[
             hook.remove()
     grid = encoder.config.grid((images.shape[2], images.shape[3], images.shape[4]))
     found: dict[str, list[tuple[Tensor, float]]] = {}
-    for key, (module, *given) in seen:
-        place, step_mm = places[key]
+    for module, given in seen:
+        place, step_mm = places[module]
         measure = _in_windows if isinstance(module, WindowAttention) else _among_cells
         found.setdefault(place, []).append(measure(module, *given, grid=grid, step_mm=step_mm))
     return [
         Heads(place, torch.cat([far for far, _ in parts]).cpu().numpy(), float(np.mean([share for _, share in parts])))
         for place, parts in found.items()
     ]
+
+
+def _places(encoder: Encoder) -> dict[nn.Module, tuple[str, float]]:
+    """The modules that attend, each with its place and the distance between its tokens in mm."""
+    voxel, cell = encoder.preparation.spacing_mm, encoder.preparation.spacing_mm * encoder.config.cell_side
+    if isinstance(encoder, ViTEncoder):
+        return {block: (f"block {number}", cell) for number, block in enumerate(encoder.blocks, 1)}
+    windows = {
+        block.attn: (f"stage {number}", voxel * PATCH_SIDE * 2 ** (number - 1))
+        for number, stage in enumerate(encoder.stages, 1)
+        for block in stage.blocks  # type: ignore[union-attr]
+    }
+    blocks = encoder.semantic_attention.blocks if encoder.config.has_cls else ()
+    return windows | dict.fromkeys(blocks, ("semantic attention", cell))
 
 
 def _in_windows(

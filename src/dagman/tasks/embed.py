@@ -14,7 +14,7 @@ from dagman import randomness
 from dagman.ct import crops
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
-from dagman.nets.swin import SwinEncoder
+from dagman.nets.encoder import Encoder, build
 from dagman.tasks.table import Table
 from dagman.types import Features, Preparation
 
@@ -33,7 +33,7 @@ class _Crop(NamedTuple):
 
 
 def embed(
-    encoder: SwinEncoder,
+    encoder: Encoder,
     store: PreparedStore,
     *,
     which: Which = "pooled",
@@ -48,7 +48,7 @@ def embed(
         encoder: In eval mode; its `preparation` says how crops are cut and windowed.
         store: Cases on the grid that the encoder was trained on.
         which: `pooled`, the mean of the final tokens; `cells`, the mean of the cell tokens, which keeps more of what
-            is small; `cls`; or `all` side by side.
+            is small (of a ViT, the same); `cls`; or `all` side by side.
         device: Where to compute.
         precision: `bf16` computes under autocast.
         batch_size: Crops encoded at once, by their size where None; no influence on the result beyond rounding.
@@ -57,7 +57,7 @@ def embed(
     Raises:
         DagmanError: `E-GRID`, exit code 4, for a store of another spacing; `E-NOCLS` for `cls` of an encoder without.
     """
-    if which in ("cls", "all") and encoder.config.attention is None:
+    if which in ("cls", "all") and not encoder.config.has_cls:
         raise DagmanError("NOCLS", f"--which {which}", "this encoder has no [CLS] token", "use pooled or cells")
     _check_grid(store, encoder.preparation)
 
@@ -79,18 +79,18 @@ def voxels(store: PreparedStore, preparation: Preparation, *, side: int = 8, pro
     return _mean_per_case(store, preparation, features, 1, progress)
 
 
-def untrained(encoder: SwinEncoder, seed: int = 0) -> SwinEncoder:
+def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
     """An encoder like this one with new random weights, to be compared with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.torch_seed(seed, "untrained"))
-        other = SwinEncoder(encoder.config)
+        other = build(encoder.config)
     other.preparation = encoder.preparation
     return other.eval()
 
 
 @torch.inference_mode()
 def encode(
-    encoder: SwinEncoder,
+    encoder: Encoder,
     images: Float[Tensor, "batch 1 x y z"],
     *,
     device: torch.device | str,

@@ -43,9 +43,17 @@ def write_csv(table: Table, path: Path) -> None:
     )
 
 
-def write_rows(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file with a header; floats in the fewest digits that read back as the same number."""
-    text = io.StringIO()
+def write_rows(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]], *, note: str = "") -> None:
+    """Write a CSV file with a header; floats in the fewest digits that read back as the same number.
+
+    Args:
+        path: The file.
+        header: Names of the columns.
+        rows: Their cells.
+        note: A line before the header, behind `#`.
+    """
+    text = io.StringIO(f"# {note}\n" if note else "")
+    text.seek(0, io.SEEK_END)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([str(cell) for cell in row] for row in rows)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dagman.nets.encoder import EncoderConfig
 from dagman.nets.swin import SwinConfig
+from dagman.nets.vit import ViTConfig
 from dagman.pretext.codistill import CoDistillation, Knobs
 from dagman.train.settings import PretrainConfig
 from dagman.types import Views
@@ -38,13 +40,18 @@ def size_line(module: CoDistillation) -> str:
     )
 
 
-def encoder_flops(encoder: SwinConfig, crop: tuple[int, int, int]) -> float:
+def encoder_flops(encoder: EncoderConfig, crop: tuple[int, int, int]) -> float:
     """Floating-point operations of one forward pass of one view: two for each multiplication of a matrix product.
 
     Args:
         encoder: Sizes of the network.
         crop: Sides of the view in voxels (x, y, z).
     """
+    if isinstance(encoder, ViTConfig):
+        patch, width = encoder.patch_side**3, encoder.width
+        tokens = math.prod(crop) // patch
+        block = _block_flops(tokens + 1, width, tokens + 1, encoder.mlp_ratio)
+        return 2.0 * tokens * patch * width + encoder.depth * block
     tokens, width = math.prod(crop) // 8, encoder.embed_dim
     flops = 2.0 * 8 * tokens * width
     for stage, depth in enumerate(encoder.depths, 1):
@@ -108,12 +115,15 @@ def time_line(config: PretrainConfig, pair: Measured, steps_left: int, num_volum
         devices: Processes that share a step.
     """
     seconds_per_step = pair.seconds * config.optimisation.batch_size * config.optimisation.accumulate
-    factor = encoder_flops(SwinConfig(), PAPER_CROP) / encoder_flops(config.encoder, config.data.crop)
+    paper_encoder, size = (
+        (SwinConfig(), "embedding 48") if isinstance(config.encoder, SwinConfig) else (ViTConfig(), "width 768")
+    )
+    factor = encoder_flops(paper_encoder, PAPER_CROP) / encoder_flops(config.encoder, config.data.crop)
     paper = pair.seconds * factor * num_volumes * PAPER_EPOCHS / devices
     return (
         f"about {seconds_per_step:.2f} s a step, {duration(seconds_per_step * steps_left)} in all, "
         f"about {pair.base_gib + config.optimisation.batch_size * pair.pair_gib:.1f} GiB; the paper's size "
-        f"(embedding 48, crop 128^3, {PAPER_EPOCHS} epochs) on these {num_volumes} volumes would take about "
+        f"({size}, crop 128^3, {PAPER_EPOCHS} epochs) on these {num_volumes} volumes would take about "
         f"{duration(paper)} here, if time grows with the encoder's operations ({factor:.3g} times as many a pair)"
     )
 

@@ -58,6 +58,30 @@ ALARMS = (
                 steps=50,
                 advice=_ONE_HOT,
             ),
+            Alarm(
+                name="teacher constant",
+                column=f"{term}_teacher_variety",
+                is_bad=lambda value: value < 1e-4,
+                limit="below 1e-4: it says the same of everything",
+                steps=40,
+                advice="set method.balance sinkhorn, or lower optimisation.momentum so that the teacher follows",
+            ),
+            Alarm(
+                name="head dead",
+                column=f"{term}_student_variety",
+                is_bad=lambda value: value < 1e-5,
+                limit="below 1e-5: the student's head says the same of everything",
+                steps=40,
+                advice="lower optimisation.learning_rate and start anew: a dead head does not wake",
+            ),
+            Alarm(
+                name="center runaway",
+                column=f"{term}_center_size",
+                is_bad=lambda value: value > 10,
+                limit="above 10: the center is far from the logits it is the mean of",
+                steps=40,
+                advice="lower method.center_momentum",
+            ),
         )
     ),
     Alarm(
@@ -75,7 +99,7 @@ ALARMS = (
         is_bad=lambda value: value < 0.5,
         limit="below 0.5: the teacher's distributions tell where a cell lies rather than what it shows",
         steps=3,
-        advice="set method.patch_centers position and encoder.attention.position attention",
+        advice="set method.patch_centers position and, of a Swin, encoder.attention.position attention",
     ),
     Alarm(
         name="hiding follows the noise",

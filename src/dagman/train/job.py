@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from dagman import config as configs
 from dagman import files
@@ -15,8 +17,9 @@ from dagman.ct.datasets import SampleOrder, ViewsDataset, collate, mean_intensit
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.weights import save_encoder
+from dagman.pretext import hiding
 from dagman.pretext.codistill import CoDistillation
-from dagman.randomness import torch_seed
+from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run, package_version
 from dagman.train import checkpoints, cost, engine
 from dagman.train.settings import PretrainConfig, Rates, rates
@@ -187,6 +190,32 @@ def save(job: Job, done: int) -> None:
     tensors = checkpoints.state(job.module, job.optimizer)
     checkpoints.save(job.run.checkpoints, done, tensors, job.identity, keep=job.keep)
     draw(job)
+
+
+def draw_crops(job: Job, step: int, images: Tensor) -> None:
+    """Picture what the task does to some crops, where matplotlib is installed."""
+    try:
+        from dagman.figures import sheet
+    except ImportError:
+        return
+    module, grid, side = job.module, job.module.grid, job.module.cell_side
+    module.eval()
+    with job.fabric.autocast():
+        seen = module.look(images, job.rates(step).knobs, torch_generator(job.config.optimisation.seed, "pictures"))
+    module.train()
+
+    def on_voxels(cells: Tensor | None) -> Any:
+        return [None] * len(images) if cells is None else hiding.repeat(cells.cpu(), grid, side).numpy()
+
+    uniform = None if seen.attention is None else seen.attention.float() * seen.attention.shape[1]
+    parts = (images[:, 0].float().cpu().numpy(), *map(on_voxels, (uniform, seen.hidden, seen.dropped)))
+    guesses = [None] * len(images) if seen.prediction is None else seen.prediction[:, 0].float().cpu().numpy()
+    scenes = [
+        sheet.Scene(image, attention, hidden, dropped, None if guess is None else np.where(hidden, guess, image))
+        for image, attention, hidden, dropped, guess in zip(*parts, guesses, strict=True)
+    ]
+    picture = sheet.png(scenes, f"{job.config.recipe}: {job.run.folder.name}, step {step + 1}")
+    files.write_bytes(job.run.pictures / f"step-{step + 1:08d}.png", picture)
 
 
 def draw(job: Job) -> None:

@@ -18,8 +18,10 @@ from dagman.pretext.codistill import Outcome
 from dagman.pretext.examination import examine
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
+from dagman.tasks import classify
+from dagman.tasks.embed import embed
 from dagman.train import cost, engine
-from dagman.train.job import Job, Listener, batches, describe, prepare, resume, save
+from dagman.train.job import Job, Listener, batches, describe, draw_crops, prepare, resume, save
 from dagman.train.record import Recorder
 from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
 from dagman.types import Views
@@ -29,6 +31,8 @@ __all__ = ["Listener", "OptimisationConfig", "PretrainConfig", "Result", "pretra
 MOST_SKIPPED_IN_A_ROW = 5
 EXAMINE_EVERY = 100
 """Steps between two examinations of the teacher; the first and the last step have one too."""
+PICTURED = 4
+"""Crops of `pictures/`."""
 EXAMINED = 64
 """Crops of an examination."""
 _MEMORY_ADVICE = (
@@ -60,6 +64,7 @@ def pretrain(
     checkpoint_every: int = 100,
     keep: int = 2,
     listeners: Sequence[Listener] = (),
+    labelled: PreparedStore | None = None,
 ) -> Result:
     """Pretrain an encoder, or go on where the same call was interrupted, bit for bit.
 
@@ -73,6 +78,8 @@ def pretrain(
         checkpoint_every: Steps between two checkpoints, which is also when validation cases are looked at.
         keep: Checkpoints to keep.
         listeners: Told of each row and message, in the first process.
+        labelled: Cases with labels of two classes, on which the teacher's pooled features are probed at each
+            examination.
 
     Raises:
         DagmanError: `E-RESUME` or `E-CHECKPOINT` (exit code 4), `E-NODATA` (5), `E-DISK` or `E-MEMORY` (6),
@@ -101,7 +108,7 @@ def pretrain(
                 if due and job.validation_rows:
                     row["validation_amip"] = _validate(job, step)
                 if fabric.is_global_zero and (done % EXAMINE_EVERY == 0 or done in (1, job.total)):
-                    row |= _examine(job, step)
+                    row |= _examine(job, step) | (_probe(job, labelled) if labelled else {})
                 recorder.add(row, durable=due or stop.agreed or job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW)
                 if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
                     raise _unhealthy(job, step)
@@ -256,6 +263,7 @@ def _examine(job: Job, step: int) -> dict[str, float]:
         job.fabric.to_device(torch.stack([dataset[index][0] for index in range(first, min(first + batch, EXAMINED))]))
         for first in range(0, EXAMINED, batch)
     )
+    draw_crops(job, step, job.fabric.to_device(torch.stack([dataset[index][0] for index in range(PICTURED)])))
     with job.fabric.autocast():
         return examine(job.module, batches, job.rates(step).knobs, torch_generator(seed, "examination"))
 
@@ -265,3 +273,16 @@ def _checkpoint(job: Job, done: int) -> None:
     if job.fabric.is_global_zero:
         save(job, done)
     job.fabric.barrier()
+
+
+def _probe(job: Job, labelled: PreparedStore) -> dict[str, float | None]:
+    """AUC of a linear probe on the teacher's pooled features of labelled cases, with its interval."""
+    table = embed(job.module.teacher.encoder, labelled, device=job.fabric.device)
+    positive = max((str(row["label"]) for row in labelled.rows if row.get("label")), default=None)
+    try:
+        auc = classify.probe(table, positive=positive, unlabelled="leave_out").auc()
+    except DagmanError as error:
+        if error.code != "FEATURES":
+            raise
+        return dict.fromkeys(("probe_auc", "probe_low", "probe_high"))  # collapsed: the alarms say so
+    return {"probe_auc": auc.value, "probe_low": auc.low, "probe_high": auc.high}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dagman.ct.datasets import DataConfig
 from dagman.errors import DagmanError
-from dagman.nets.swin import SwinConfig
+from dagman.nets.encoder import EncoderConfig
 from dagman.pretext.codistill import Knobs
 from dagman.pretext.method import MethodConfig
 from dagman.train import schedules
@@ -85,7 +85,7 @@ class PretrainConfig:
     recipe: str
     """Name under which the settings are known."""
     data: DataConfig
-    encoder: SwinConfig
+    encoder: EncoderConfig
     method: MethodConfig
     optimisation: OptimisationConfig
 

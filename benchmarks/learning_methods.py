@@ -1,0 +1,52 @@
+"""Do the compared methods learn at a tiny size? Every tiny recipe on the real CTs, three seeds, probed at the end.
+
+    python benchmarks/learning_methods.py --work WORK --data DATA [--steps 1000] [--seeds 0 1 2] [--part 0/2]
+
+Each run is one of `learning_curve.py` and writes `benchmarks/results/learning/real-METHOD-seedSEED.json`; what is there
+is not run again, so that the table grows over several sittings.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from dagman import recipes
+
+RESULTS = Path(__file__).parent / "results" / "learning"
+
+
+def finished(path: Path, steps: int) -> bool:
+    """Whether a run came to its end and was probed there."""
+    return path.exists() and any(probe["step"] == steps for probe in json.loads(path.read_text())["probes"])
+
+
+def main() -> None:
+    """Run what is missing, first seeds first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+    part, parts = map(int, arguments.part.split("/"))
+    tiny = [name for name in recipes.RECIPES if name.endswith("-tiny") and name != "dagman-tiny"]
+    planned = [(name, seed) for seed in arguments.seeds for name in tiny]
+    for name, seed in planned[part::parts]:
+        if finished(RESULTS / f"real-{name}-seed{seed}.json", arguments.steps):
+            continue
+        print(f"{name}, seed {seed}", flush=True)
+        script = Path(__file__).with_name("learning_curve.py")
+        command = [
+            *(sys.executable, script, "--work", arguments.work, "--data", arguments.data, "--corpus", "real"),
+            *("--name", name, "--recipe", name, "--seed", seed, "--steps", arguments.steps),
+            *("--threads", arguments.threads, "--optimisation.precision", "bf16", "--at"),
+        ]
+        subprocess.run(list(map(str, command)), check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What a run is doing to its crops: image, attention, what student and teacher see, and what the student fills in."""
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
+
+COLUMNS = (
+    "crop",
+    "attention that guides, times uniform",
+    "what the student sees",
+    "what the teacher sees",
+    "filled in",
+)
+
+_GREY = mpl.colormaps["gray"].with_extremes(bad="#3b6ea5")
+"""Blue where nothing is seen."""
+
+
+class Scene(NamedTuple):
+    """One crop and what was made of it; all on voxels."""
+
+    image: Float[np.ndarray, "x y z"]
+    """In [0, 1]."""
+    attention: Float[np.ndarray, "x y z"] | None
+    """Times uniform; None without attention."""
+    hidden: Bool[np.ndarray, "x y z"]
+    dropped: Bool[np.ndarray, "x y z"] | None
+    """None for a clean teacher."""
+    filled: Float[np.ndarray, "x y z"] | None
+    """The student's prediction where voxels are hidden, the image elsewhere; None without an image term."""
+
+
+def png(scenes: Sequence[Scene], title: str) -> bytes:
+    """Draw a sheet: one row for each crop, its middle axial slice, patient's left on the right.
+
+    Args:
+        scenes: Crops of equal sides.
+        title: Over the whole picture.
+
+    Returns:
+        A PNG file.
+    """
+    figure = Figure(figsize=(13.5, 2.7 * len(scenes) + 0.7), dpi=80)
+    figure.subplots_adjust(left=0.01, right=0.95, bottom=0.02, top=1 - 0.75 / (2.7 * len(scenes) + 0.7), wspace=0.06)
+    figure.suptitle(title, fontsize=11)
+    rows = figure.subplots(len(scenes), len(COLUMNS), squeeze=False)
+    most = max((float(one.attention.max()) for one in scenes if one.attention is not None), default=1.0)
+    shown = None
+    for axes, scene in zip(rows, scenes, strict=True):
+        middle = scene.image.shape[2] // 2
+        for plot in axes:
+            plot.set_axis_off()
+        for plot, values in zip(axes, _pictures(scene), strict=True):
+            if values is None:
+                plot.text(0.5, 0.5, "not part of this recipe", ha="center", va="center", color="grey", fontsize=9)
+            elif values is scene.attention:
+                plot.imshow(_turned(scene.image[:, :, middle]), cmap="gray", vmin=0, vmax=1)
+                shown = plot.imshow(_turned(values[:, :, middle]), cmap="inferno", vmin=0, vmax=most, alpha=0.6)
+            else:
+                plot.imshow(_turned(values[:, :, middle]), cmap=_GREY, vmin=0, vmax=1)
+    for plot, name in zip(rows[0], COLUMNS, strict=True):
+        plot.set_title(name, fontsize=10)
+    if shown is not None:
+        figure.colorbar(shown, cax=figure.add_axes((0.96, 0.1, 0.01, 0.75)))
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def _pictures(scene: Scene) -> tuple[np.ndarray | None, ...]:
+    """One for each of `COLUMNS`; what is not seen is NaN."""
+    unseen = np.full_like(scene.image, np.nan)
+    return (
+        scene.image,
+        scene.attention,
+        np.where(scene.hidden, unseen, scene.image),
+        None if scene.dropped is None else np.where(scene.dropped, unseen, scene.image),
+        scene.filled,
+    )
+
+
+def _turned(plane: np.ndarray) -> np.ndarray:
+    """X to the left, y up, as radiologists look at an axial slice of RAS+."""
+    return plane.T[::-1, ::-1]
