@@ -48,7 +48,7 @@ PHANTOM_STRUCTURES = {name: [label] for label, name in phantom_canvas.NAMES.item
     "organs": [4, 5, 6, 7, 8, 9, 10],
     "body": list(range(1, 15)),
 }
-LOOKS, LOOK_ROWS = 4, 40
+LOOKS, LOOK_ROWS = 4, 60
 """Crops of a volume, and volumes, on which attention is held against the truth."""
 
 

@@ -9,7 +9,6 @@ from dagman.figures import learning, progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
-KINDS = {"pooled": "pretrained, pooled", "cells": "pretrained, mean cell", "cls": "pretrained, [CLS]"}
 QUESTIONS = {
     "organ": "phantoms: which of 8 organs",
     "malignancy": "phantoms: malignant nodule or not",
@@ -21,8 +20,9 @@ QUESTIONS = {
 
 
 def runs(corpus: str, name: str = "tiny") -> list[dict[str, Any]]:
-    """The results of all seeds that there are."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{corpus}-{name}-seed*.json"))]
+    """The results of all seeds that are finished."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{corpus}-{name}-seed*.json"))]
+    return [result for result in found if result["probes"] and result["probes"][-1]["step"] == result["steps"]]
 
 
 def points(result: dict[str, Any]) -> list[dict[str, float]]:
@@ -44,7 +44,7 @@ def main() -> None:
             continue
         asked = {question: title for question, title in QUESTIONS.items() if question in found[0]["crops"]}
         pictures = {
-            f"learning-probes-{corpus}.png": learning.png(found, asked, kinds=KINDS),
+            f"learning-probes-{corpus}.png": learning.png(found, asked),
             f"learning-run-{corpus}.png": progress.png(
                 points(found[0]), f"dagman-tiny on {found[0]['volumes']} {corpus}, seed {found[0]['seed']}"
             ),

@@ -140,6 +140,15 @@ def number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def corpora() -> dict[str, list[dict[str, Any]]]:
+    """The finished runs of `dagman-tiny`, all seeds of each corpus."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in learning("*-tiny-seed*.json"):
+        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
+            found.setdefault(result["corpus"], []).append(result)
+    return found
+
+
 def learning_reach() -> str:
     """What the runs came to, beside what was aimed at."""
     wanted = {
@@ -156,58 +165,93 @@ def learning_reach() -> str:
         "spread of pooled features": ("pooled_spread", "not near 0"),
         "spread of cells": ("tokens_spread", "not near 0"),
     }
-    results = learning("*-tiny-seed*.json")
+    results = [result for some in corpora().values() for result in some]
     ends = [end_of(result) for result in results]
     body = [
         [meaning, target, *(number(end.get(column), 3) for end in ends)] for meaning, (column, target) in wanted.items()
     ]
-    for structure in ("organs", "heart", "aorta", "nodule", "tumour or nodule"):
+    for structure in ("organs", "heart", "aorta", "nodule", "tumour", "nodule of one CT"):
         gains = [result["probes"][-1]["attention"].get(structure) for result in results]
-        cells = [f"{gain['gain']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})" if gain else "" for gain in gains]
+        cells = [gain_of(gain) if gain else "" for gain in gains]
         aim = "2 on organs or nodules" if structure == "organs" else ""
         body.append([f"attention / volume on: {structure}", aim, *cells])
-    header = ["", "aim", *(f"{result['corpus']}, seed {result['seed']}" for result in results)]
-    told = "; ".join(
-        f"{result['corpus']}, seed {result['seed']}: {result['probes'][-1]['step']} of {result['steps']} steps of "
-        f"{end['seconds']:.2f} s on {result['machine']['threads']} thread(s)"
-        for result, end in zip(results, ends, strict=True)
+    body.append(["steps", "", *(str(result["steps"]) for result in results)])
+    body.append(
+        ["minutes", "", *(number(end["seconds"] * r["steps"] / 60, 0) for r, end in zip(results, ends, strict=True))]
     )
-    return rows(header, body) + f"\n\n{told}. {machine(results[0])}."
+    header = ["", "aim", *(f"{result['corpus']}, seed {result['seed']}" for result in results)]
+    return rows(header, body) + f"\n\nOne thread a run, two runs side by side. {machine(results[0])}."
+
+
+def gain_of(gain: dict[str, float]) -> str:
+    """A share of attention over that of the volume, with its interval where there are several volumes."""
+    interval_of = f" ({gain['low']:.2f} to {gain['high']:.2f})" if "low" in gain else ""
+    return f"{gain['gain']:.2f}{interval_of}"
+
+
+def asked(table: list[dict[str, Any]], question: str, kind: str, labels: int | None) -> dict[str, Any] | None:
+    """The row of a question in a table of probes."""
+    wanted = (question, kind, labels)
+    return next((row for row in table if (row["question"], row["features"], row["labels"]) == wanted), None)
+
+
+def mean_auc(found: list[dict[str, Any] | None]) -> str:
+    """The mean AUC of some rows."""
+    values = [row["auc"]["value"] for row in found if row]
+    return number(sum(values) / len(values), 3) if values else ""
 
 
 def learning_probes() -> str:
-    """Probes of the newest step of each run with 32 labels, beside the untrained encoder and raw voxels."""
+    """Probes at the end of the runs, beside the untrained encoder and raw voxels, all features together."""
     body = []
-    for result in learning("*-tiny-seed*.json"):
-        last = result["probes"][-1]
-        for row in last["rows"]:
-            if row["labels"] != 32 or row["features"] == "cls":
-                continue
-            base = {
-                name: next(
-                    (
-                        other["auc"]
-                        for other in table
-                        if all(other[key] == row[key] for key in ("question", "labels"))
-                        and other["features"] in (row["features"], "pooled" if name == "voxels" else "")
-                    ),
-                    None,
-                )
-                for name, table in result["baselines"].items()
-            }
-            body.append(
-                [
-                    f"{result['corpus']}, seed {result['seed']}, step {last['step']}",
-                    QUESTIONS[row["question"]],
-                    row["features"],
-                    interval(row["auc"]),
-                    interval(base["untrained"]),
-                    interval(base["voxels"]),
-                    interval(row["above untrained"]),
+    for corpus, results in corpora().items():
+        for question, meaning in QUESTIONS.items():
+            for labels in (8, 32, None):
+                ends = [asked(result["probes"][-1]["rows"], question, "all", labels) for result in results]
+                bases = [
+                    mean_auc([asked(result["baselines"][name], question, "all", labels) for result in results])
+                    for name in ("untrained", "voxels")
                 ]
-            )
-    header = ["pretrained on", "question", "features", "pretrained", "untrained", "raw voxels", "above untrained"]
-    return rows(header, body)
+                gained = [interval(row["above untrained"]) if row else "" for row in ends]
+                if any(gained):
+                    shown = str(labels) if labels else "all"
+                    body.append([corpus, meaning, shown, mean_auc(ends), *bases, *gained])
+    seeds = max(len(results) for results in corpora().values())
+    gains = [f"above untrained, seed {seed}" for seed in range(seeds)]
+    body = [row + [""] * (6 + seeds - len(row)) for row in body]
+    return rows(["pretrained on", "question", "labels", "pretrained", "untrained", "raw voxels", *gains], body)
+
+
+def learning_parts() -> str:
+    """How much each kind of features gained over the untrained encoder's, 32 labels: mean and range over the seeds."""
+    body = []
+    for corpus, results in corpora().items():
+        for question, meaning in QUESTIONS.items():
+            cells = []
+            for kind in ("pooled", "cells", "cls", "all"):
+                found = [asked(result["probes"][-1]["rows"], question, kind, 32) for result in results]
+                gains = [row["above untrained"]["value"] for row in found if row]
+                cells.append(
+                    f"{sum(gains) / len(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})" if gains else ""
+                )
+            body.append([corpus, meaning, *cells])
+    return rows(["pretrained on", "question", "pooled", "mean cell", "[CLS]", "all"], body)
+
+
+def learning_heads() -> str:
+    """How the attention heads of a run changed on the way: first seed of each corpus with answers on the way."""
+    body = []
+    for corpus, results in corpora().items():
+        result = max(results, key=lambda one: len(one["probes"]))
+        looks = [("0", result["untrained_heads"]), *((str(one["step"]), one["heads"]) for one in result["probes"])]
+        for step, heads in looks:
+            spread = [
+                f"{math.log(len(head['distance_mm'])) - head['distance_entropy']:.4f} / {head['row_entropy']:.3f}"
+                for head in heads
+            ]
+            body.append([f"{corpus}, seed {result['seed']}", step, *spread])
+        places = [head["place"] for head in result["untrained_heads"]]
+    return rows(["pretrained on", "step", *places], body)
 
 
 def learning_factors() -> str:
@@ -225,22 +269,26 @@ def learning_factors() -> str:
         "hidden and dropped / chance": "hidden_dropped_excess",
         "spread": "pooled_spread",
     }
-    results = sorted(learning("phantoms-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is")
+    results = sorted(learning("*-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is")
     body = []
     for result in results:
         end = end_of(result)
-        changed = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in result["settings"].items())
+        settings = {name: value for name, value in result["settings"].items() if value != "bf16"}
+        changed = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in settings.items())
         shown = [number(end.get(column), 3 if column == "attention_entropy" else 2) for column in columns.values()]
-        body.append([result["name"].removeprefix("factor-"), changed or "the recipe", *shown])
+        body.append([result["name"].removeprefix("factor-"), changed, *shown])
     if not results:
         return "No run has finished yet."
-    told = f"{results[0]['steps']} steps on {results[0]['volumes']} phantoms, seed {results[0]['seed']}"
-    return rows(["factor", "value", *columns], body) + f"\n\n{told}. {machine(results[0])}."
+    first = results[0]
+    told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed {first['seed']}"
+    return rows(["factor", "value", *columns], body) + f"\n\n{told}. {machine(first)}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "learning-factors": learning_factors,
+    "learning-heads": learning_heads,
+    "learning-parts": learning_parts,
     "learning-probes": learning_probes,
     "learning-reach": learning_reach,
     "demo-training": demo_training,

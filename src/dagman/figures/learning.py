@@ -8,23 +8,26 @@ from matplotlib.figure import Figure
 
 BASELINES = {"untrained": ("C7", "untrained encoder"), "voxels": ("C1", "raw voxels")}
 COLUMNS = 3
+SHADES = (0, 2, 4)
+"""Colours of the cycle for the seeds."""
 
 
-def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str], *, kinds: Mapping[str, str]) -> bytes:
-    """Draw the probes with 32 labels of one or several runs on one corpus.
+def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str], *, features: str = "all") -> bytes:
+    """Draw the probes with 32 labels of one or several runs on one corpus, against steps and samples seen.
 
     Args:
         results: Files of `benchmarks/learning_curve.py`, one for each seed.
         titles: Question to the title of its plot, in order.
-        kinds: Features to their label.
+        features: Which features are shown.
 
     Returns:
         A PNG file.
     """
     height = -(-len(titles) // COLUMNS)
-    figure = Figure(figsize=(15, 4.2 * height + 0.9), dpi=80)
-    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.2 / height + 0.03, top=0.93, wspace=0.2, hspace=0.35)
+    figure = Figure(figsize=(15, 4.6 * height + 0.9), dpi=80)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.2 / height + 0.03, top=0.91, wspace=0.2, hspace=0.5)
     axes = figure.subplots(height, COLUMNS, squeeze=False).ravel()
+    batch = results[0]["config"]["optimisation"]["batch_size"]
     for plot in axes[len(titles) :]:
         plot.set_axis_off()
     for plot, (question, title) in zip(axes, titles.items(), strict=False):
@@ -32,12 +35,14 @@ def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str], *, kind
         plot.set_xlabel("step (0: untrained)")
         plot.set_ylabel("AUC, 32 labels")
         plot.grid(alpha=0.3)
+        above = plot.secondary_xaxis("top", functions=(lambda step: step * batch, lambda seen: seen / batch))
+        above.set_xlabel("pairs of views seen", fontsize=8)
+        above.tick_params(labelsize=8)
         for number, result in enumerate(results):
-            for shade, (kind, label) in zip(("C0", "C2", "C3"), kinds.items(), strict=False):
-                style = {"color": shade, "label": label if number == 0 else None}
-                _curve(plot, result, question, kind, style)
+            style = {"color": f"C{SHADES[number % len(SHADES)]}", "label": f"pretrained, seed {result['seed']}"}
+            _curve(plot, result, question, features, style)
         for name, (colour, label) in BASELINES.items():
-            auc = _find(results[0]["baselines"][name], question, "pooled")
+            auc = _find(results[0]["baselines"][name], question, "all" if name == "voxels" else features)
             if auc:
                 plot.axhline(auc["value"], color=colour, linestyle="--", label=label)
                 plot.axhspan(auc["low"], auc["high"], color=colour, alpha=0.1)
