@@ -113,9 +113,10 @@ QUESTIONS = {
 }
 
 
-def learning(pattern: str) -> list[dict[str, Any]]:
-    """Results of `benchmarks/learning_curve.py`."""
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / "learning").glob(pattern))]
+def learning(pattern: str, *, name: str | None = None) -> list[dict[str, Any]]:
+    """Results of `benchmarks/learning_curve.py`, those of one name where it is given."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "learning").glob(pattern))]
+    return [result for result in found if name in (None, result["name"])]
 
 
 def end_of(result: dict[str, Any]) -> dict[str, float]:
@@ -143,7 +144,7 @@ def number(value: float | None, digits: int = 2) -> str:
 def corpora() -> dict[str, list[dict[str, Any]]]:
     """The finished runs of `dagman-tiny`, all seeds of each corpus."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for result in learning("*-tiny-seed*.json"):
+    for result in learning("*-tiny-seed*.json", name="tiny"):
         if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
             found.setdefault(result["corpus"], []).append(result)
     return found
@@ -284,10 +285,43 @@ def learning_factors() -> str:
     return rows(["factor", "value", *columns], body) + f"\n\n{told}. {machine(first)}."
 
 
+def learning_methods() -> str:
+    """The compared methods at their tiny size: how they ended, what they gained, what a step costs."""
+    costs = {}
+    if (RESULTS / "recipes.json").exists():
+        costs = {row["recipe"]: row["over_dagman"] for row in load("recipes")["rows"]}
+    results = [*learning("real-*-tiny-seed*.json"), *learning("real-tiny-seed*.json")]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
+            found.setdefault(result["config"]["recipe"], []).append(result)
+    body = []
+    for recipe in [*found, *(name for name in costs if name not in found)]:
+        runs = found.get(recipe, [])
+        ends = [end_of(run) for run in runs]
+        columns = ("image_error_ratio", "pooled_spread", "aitd_loss_ratio", "ampd_loss_ratio", "gitd_loss_ratio")
+        shown = [_mean([end[column] for end in ends if column in end]) for column in columns]
+        gains = []
+        for question in ("organ", "malignancy", "tumour", "side"):
+            rows_of = [asked(run["probes"][-1]["rows"], question, "all", 32) for run in runs]
+            gains.append("; ".join(interval(row["above untrained"]) for row in rows_of if row))
+        steps = ", ".join(str(run["steps"]) for run in runs)
+        body.append([recipe, steps or "not run yet", number(costs.get(recipe)), *shown, *gains])
+    header = ["recipe", "steps", "cost of a step / dagman-tiny", "image error", "spread", "AITD", "AMPD", "GITD"]
+    return rows(
+        [*header, *(f"{question}: above untrained" for question in ("organ", "malignancy", "tumour", "side"))], body
+    )
+
+
+def _mean(values: list[float]) -> str:
+    return number(sum(values) / len(values)) if values else ""
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "learning-factors": learning_factors,
     "learning-heads": learning_heads,
+    "learning-methods": learning_methods,
     "learning-parts": learning_parts,
     "learning-probes": learning_probes,
     "learning-reach": learning_reach,
