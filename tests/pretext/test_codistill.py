@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from dagman.nets.swin import AttentionConfig, SwinConfig
 from dagman.pretext import diagnostics, hiding
-from dagman.pretext.codistill import CoDistillation, Knobs, Network, Outcome
+from dagman.pretext.codistill import CoDistillation, Knobs, Outcome
 from dagman.pretext.method import HeadConfig, HidingConfig, LossWeights, MethodConfig
+from dagman.pretext.network import Network
 from dagman.types import Views
 
 CROP = (32, 64, 64)

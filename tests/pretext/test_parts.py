@@ -9,8 +9,9 @@ from torch import nn
 
 from dagman.errors import DagmanError
 from dagman.pretext import hiding, losses
-from dagman.pretext.codistill import CoDistillation, Network
+from dagman.pretext.codistill import CoDistillation
 from dagman.pretext.method import HeadConfig, HidingConfig, LossWeights, MethodConfig
+from dagman.pretext.network import Network
 
 RANGE = {"lowest_ratio": 0.1, "ratio": 0.5}
 

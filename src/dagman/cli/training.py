@@ -35,7 +35,7 @@ def pretrain(
     """Pretrain an encoder; stopped and started again with the same command, it goes on bit for bit.
 
     Args:
-        recipe: `dagman-tiny` (two CPU cores, minutes) or `dagman-swin` (the paper's sizes, GPUs).
+        recipe: `dagman-tiny` (two CPU cores, minutes), `dagman-swin` (the paper's sizes, GPUs), or another of the README.
         settings: Any setting by its dotted name, such as `--method.losses.ampd 0`; `dagman info RECIPE` lists them.
         data: A prepared store.
         output: The run folder.
@@ -54,16 +54,11 @@ def pretrain(
     import torch
 
     from dagman import config as configs
-    from dagman import recipes
     from dagman.ct.store import PreparedStore
-    from dagman.files import folder_lock
     from dagman.train import pretrain as training
     from dagman.train.job import split_rows
 
-    chosen = recipes.with_length(recipes.get(recipe), steps, epochs)
-    if config:
-        chosen = configs.override(chosen, configs.read_yaml(config))
-    chosen = configs.override(chosen, dotted(settings))
+    chosen = _chosen(recipe, settings, steps=steps, epochs=epochs, config=config)
     if seed is not None:
         chosen = configs.override(chosen, {"optimisation.seed": seed})
     store = PreparedStore(data)
@@ -74,10 +69,7 @@ def pretrain(
             say(line)
         return ExitCode.OK
     if fresh and output.exists():
-        aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        with folder_lock(output):
-            output.rename(aside)
-        say(f"moved the earlier run to {aside}")
+        _move_aside(output)
     with progress("Pretraining") as tell:
         result = training.pretrain(
             chosen,
@@ -95,6 +87,29 @@ def pretrain(
     say(f"wrote {output / 'weights'} and {output / 'progress.png'}")
     next_step(f"dagman embed --weights {output} -i {data} -o {output / 'features.csv'}")
     return ExitCode.OK
+
+
+def _chosen(
+    recipe: str, settings: Sequence[str], *, steps: int | None, epochs: int | None = None, config: Path | None = None
+) -> "PretrainConfig":
+    """A recipe with its length, then a file's settings, then those of the command line."""
+    from dagman import config as configs
+    from dagman import recipes
+
+    chosen = recipes.with_length(recipes.get(recipe), steps, epochs)
+    if config:
+        chosen = configs.override(chosen, configs.read_yaml(config))
+    return configs.override(chosen, dotted(settings))
+
+
+def _move_aside(output: Path) -> None:
+    """Give an earlier run a name of its own."""
+    from dagman.files import folder_lock
+
+    aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    with folder_lock(output):
+        output.rename(aside)
+    say(f"moved the earlier run to {aside}")
 
 
 def _forecast(config: "PretrainConfig", num_volumes: int, devices: int, device: str) -> list[str]:
@@ -157,11 +172,10 @@ def ablate(
         labelled: A prepared store with labels of two classes: each run is probed on it.
         device: Where to compute; by default the GPU where there is one.
     """
-    from dagman import ablation, recipes
-    from dagman import config as configs
+    from dagman import ablation
     from dagman.ct.store import PreparedStore
 
-    base = configs.override(recipes.with_length(recipes.get(recipe), steps, None), dotted(settings))
+    base = _chosen(recipe, settings, steps=steps)
     with progress("Pretraining") as tell:
         outputs = ablation.ablate(
             axis,

@@ -12,15 +12,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, distributed, nn
 
-from dagman.nets.encoder import EncoderConfig, build
-from dagman.nets.heads import Head, LinearHead, NoHead, ProjectionHead, VoxelHead
+from dagman.nets.encoder import EncoderConfig
+from dagman.nets.heads import VoxelHead
 from dagman.nets.swin import SwinEncoder
 from dagman.pretext import diagnostics, hiding, losses
-from dagman.pretext.method import HeadConfig, MethodConfig, check_fit
+from dagman.pretext.method import MethodConfig, check_fit
+from dagman.pretext.network import Network
 from dagman.types import Features, Losses, Views
-
-DISTILLED = ("aitd", "ampd", "gitd")
-"""The distillation losses; each has a head of its name on student and teacher."""
 
 
 class Knobs(NamedTuple):
@@ -40,46 +38,6 @@ class Outcome(NamedTuple):
     """Mean teacher logits over all tokens of this batch by head, for `move_centers` once the step is accepted."""
     diagnostics: dict[str, Tensor]
     """Detached scalars; the names are those of `diagnostics.MEANINGS`."""
-
-
-class Network(nn.Module):
-    """Student or teacher: an encoder and one projection head for each distillation loss that counts."""
-
-    def __init__(self, encoder: EncoderConfig, method: MethodConfig) -> None:
-        super().__init__()
-        self.encoder = build(encoder)
-        pooled = encoder.final_width if method.pooled_stage == 4 else encoder.final_width // 2
-        widths = {"aitd": encoder.cell_width, "ampd": encoder.cell_width, "gitd": pooled}
-        made = {name: _make_head(widths[name], method.heads) for name in DISTILLED if getattr(method.losses, name)}
-        if method.heads.shared:
-            made["ampd"] = made["aitd"]
-        self.heads = nn.ModuleDict(made)
-        self.voxel_head: VoxelHead | None = None
-
-    def head(self, name: str) -> Head:
-        """The head of a distillation loss."""
-        head = self.heads[name]
-        assert isinstance(head, Head)  # noqa: S101
-        return head
-
-    def logits(self, name: str, bottleneck: Float[Tensor, "*rows bottleneck"]) -> Float[Tensor, "*rows prototypes"]:
-        """Logits in float32, whatever the autocast: a temperature of 0.04 magnifies bfloat16's steps 25 times."""
-        with torch.autocast(bottleneck.device.type, enabled=False):
-            return self.head(name).logits(losses.at_least_single(bottleneck))
-
-
-def _make_head(width: int, config: HeadConfig) -> Head:
-    """An untrained head on features of that width."""
-    if config.kind == "none":
-        return NoHead()
-    if config.kind == "linear":
-        return LinearHead(width, num_prototypes=config.num_prototypes)
-    return ProjectionHead(
-        width,
-        num_prototypes=config.num_prototypes,
-        hidden_width=config.hidden_width,
-        bottleneck_width=config.bottleneck_width,
-    )
 
 
 class Compared(NamedTuple):
@@ -150,16 +108,7 @@ class CoDistillation(nn.Module):
             )
         for name in self.student.heads:
             places = (math.prod(self.grid),) if self._has_places(name) else ()
-            self.register_buffer(f"center_{name}", torch.zeros(*places, self._num_prototypes(name, encoder)))
-
-    def _num_prototypes(self, name: str, encoder: EncoderConfig) -> int:
-        """K of a head."""
-        prototypes = self.student.head(name).prototypes
-        if prototypes is not None:
-            return len(prototypes)
-        if name != "gitd":
-            return encoder.cell_width
-        return encoder.final_width if self.method.pooled_stage == 4 else encoder.final_width // 2
+            self.register_buffer(f"center_{name}", torch.zeros(*places, self.student.num_prototypes[name]))
 
     def _has_places(self, name: str) -> bool:
         """Whether a head has a center for each position of the grid."""
