@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ def test_members_differ_in_what_the_axis_names() -> None:
         {"amip": 0.0, "ampd": 0.3, "aitd": 1.0, "gitd": 1.0},
         {"amip": 1.0, "ampd": 0.3, "aitd": 1.0, "gitd": 1.0},
     ]
+    settings = {"optimisation.batch_size": "2"}
+    encoders = ablation.family("encoder", base(), settings).values()
+    assert [(one.encoder.kind, one.method.dropped_ratio) for one in encoders] == [
+        ("vit", 0.0),
+        ("vit", 0.3),
+        ("swin", 0.0),
+        ("swin", 0.3),
+    ]
+    assert {(one.optimisation.batch_size, one.optimisation.steps) for one in encoders} == {(2, 3)}
     hiding = [(one.method.hidden.kind, one.method.dropped_ratio) for one in ablation.family("hiding", base()).values()]
     assert hiding == [("random", 0.0), ("attended", 0.0), ("random", 0.3), ("attended", 0.3)]
     stages = ablation.family("stage", base()).values()
@@ -73,6 +83,25 @@ def test_an_unknown_axis_is_refused() -> None:
 def test_a_member_that_does_not_fit_is_refused_before_any_is_trained(store: PreparedStore, tmp_path: Path) -> None:
     with pytest.raises(DagmanError, match=r"E-CROP crop 32x32x32.*fewer than 8"):
         ablation.ablate("stage", base(), store, tmp_path, seeds=[0], listener=lambda _: Silent(), say=print)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_labels_that_give_no_probe_are_refused_before_any_is_trained(store: PreparedStore, tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"label": None} for line in (store.folder / "manifest.jsonl").read_text().splitlines()]
+    folder = tmp_path / "unlabelled"
+    shutil.copytree(store.folder, folder)
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DagmanError, match="E-LABEL"):
+        ablation.ablate(
+            "hiding",
+            base(),
+            store,
+            tmp_path,
+            seeds=[0],
+            labelled=PreparedStore(folder),
+            listener=lambda _: Silent(),
+            say=print,
+        )
     assert not (tmp_path / "runs").exists()
 
 

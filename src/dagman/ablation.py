@@ -21,8 +21,8 @@ from dagman.figures import ablation as figure
 from dagman.nets.weights import load_encoder
 from dagman.pretext.method import check_fit
 from dagman.run import Run
-from dagman.tasks import classify, diversity
-from dagman.tasks.embed import embed, untrained
+from dagman.tasks import diversity, watching
+from dagman.tasks.embed import untrained
 from dagman.tasks.table import write_rows
 from dagman.train.job import Listener, split_rows
 from dagman.train.pretrain import pretrain
@@ -34,6 +34,7 @@ LAST_STEPS = 50
 LOOKED_AT = 8
 """Crops on which the diversity of the attention heads is taken."""
 METRICS = (
+    "hidden_ratio",
     "image_error_ratio",
     "aitd_loss_ratio",
     "ampd_loss_ratio",
@@ -62,6 +63,8 @@ class Axis:
 
     title: str
     source: str
+    note: str = ""
+    """What else must be known to read it."""
     variants: tuple[Variant, ...]
 
 
@@ -88,6 +91,7 @@ AXES: dict[str, Axis] = {
     "hiding": Axis(
         title="Attended hiding and the noisy teacher",
         source="Figure 4",
+        note=" Random hiding takes all of its share, attended hiding leaves out its hints: see hidden_ratio.",
         variants=(
             Variant(name="random", settings=RANDOM | CLEAN),
             Variant(name="attended", settings=CLEAN),
@@ -124,8 +128,13 @@ class Outputs:
     complete: bool
 
 
-def family(axis: str, base: PretrainConfig) -> dict[str, PretrainConfig]:
+def family(axis: str, base: PretrainConfig, settings: Mapping[str, str] | None = None) -> dict[str, PretrainConfig]:
     """The members of a family by name, each the base with what the axis replaces.
+
+    Args:
+        axis: A name of `AXES`.
+        base: The recipe that is varied, with its length and settings.
+        settings: Those settings, for members that start from a recipe of their own.
 
     Raises:
         DagmanError: `E-AXIS` for an unknown axis; `E-CONFIG` or `E-RECIPE` where a value does not fit the base.
@@ -139,6 +148,7 @@ def family(axis: str, base: PretrainConfig) -> dict[str, PretrainConfig]:
         if variant.recipe:
             start = recipes.get(variant.recipe + "-tiny" * small)
             start = recipes.with_length(start, base.optimisation.steps, base.optimisation.epochs)
+            start = configs.override(start, dict(settings or {}))
         found[variant.name] = configs.override(start, dict(variant.settings))
     return found
 
@@ -152,6 +162,7 @@ def ablate(
     seeds: Sequence[int],
     device: Literal["cpu", "cuda"] | None = None,
     labelled: PreparedStore | None = None,
+    settings: Mapping[str, str] | None = None,
     listener: Callable[[str], Listener],
     say: Say,
 ) -> Outputs:
@@ -165,6 +176,7 @@ def ablate(
         seeds: Each member is trained once for each.
         device: Where to train.
         labelled: Cases with labels of two classes for a linear probe; no probe without.
+        settings: What the base was given beside its recipe, as for `family`.
         listener: Makes the listener of a run from its name.
         say: Hears what is done.
 
@@ -174,10 +186,13 @@ def ablate(
     Reference:
         Tables 1 and 2, figures 4, 6, 8 and 9.
     """
-    members, rows, complete = family(axis, base), [], True
+    members, rows, complete = family(axis, base, settings), [], True
     for member in members.values():
         member.encoder.grid(member.data.crop)
         check_fit(member.encoder, member.method)
+    if labelled is not None:
+        spacing_mm = float(store.settings["spacing_mm"])
+        watching.check(labelled, Preparation(spacing_mm=spacing_mm, crop=base.data.crop))
     planned = [(name, seed) for seed in seeds for name in members]
     for number, (name, seed) in enumerate(planned, 1):
         config = configs.override(members[name], {"optimisation.seed": str(seed)})
@@ -187,7 +202,7 @@ def ablate(
         if result.status == "stopped":
             complete = False
             break
-        rows.append({"variant": name, "seed": seed, **scores(run, store, labelled)})
+        rows.append({"variant": name, "seed": seed, **scores(run, store, labelled, device or _default_device())})
     table, picture = folder / f"{axis}.csv", folder / f"{axis}.png"
     if rows:
         write_table(axis, base, store, rows, table)
@@ -195,17 +210,17 @@ def ablate(
     return Outputs(table=table, picture=picture, complete=complete)
 
 
-def scores(run: Path, store: PreparedStore, labelled: PreparedStore | None) -> dict[str, Any]:
+def scores(run: Path, store: PreparedStore, labelled: PreparedStore | None, device: str) -> dict[str, Any]:
     """How a finished run ended: kept in its folder, so that it is not asked twice."""
     kept = run / "scores.json"
-    asked = labelled.store_id if labelled else None
+    asked = None if labelled is None else watching.identity(labelled)
     if kept.exists() and (found := json.loads(kept.read_text()))["labelled"] == asked:
         return dict(found["scores"])
     last = Run(run).metrics()[-LAST_STEPS:]
     values = {name: [row[name] for row in last if row.get(name) is not None] for name in METRICS}
     row: dict[str, Any] = {name: float(np.mean(some)) for name, some in values.items() if some}
-    encoder = load_encoder(run)
-    images = torch.from_numpy(_looked_at(store, encoder.preparation))[:, None]
+    encoder = load_encoder(run).to(device)
+    images = torch.from_numpy(_looked_at(store, encoder.preparation))[:, None].to(device)
     row["heads"] = {
         head.place: {
             "distance_mm": head.distance_mm.tolist(),
@@ -214,12 +229,9 @@ def scores(run: Path, store: PreparedStore, labelled: PreparedStore | None) -> d
         }
         for head in diversity.heads(encoder, images)
     }
-    if labelled:
-        tables = {"pretrained": embed(encoder, labelled), "untrained": embed(untrained(encoder), labelled)}
-        classes = {str(case["label"]) for case in labelled.rows if case.get("label")}
-        for name, table in tables.items():
-            result = classify.probe(table, positive=max(classes), unlabelled="leave_out")
-            row[f"probe_{name}"] = vars(result.auc())
+    if labelled is not None:
+        for name, one in {"pretrained": encoder, "untrained": untrained(encoder)}.items():
+            row[f"probe_{name}"] = vars(watching.probe(one, labelled, device=device))
     files.write_json(kept, {"labelled": asked, "scores": row})
     return row
 
@@ -238,7 +250,7 @@ def heading(axis: str, base: PretrainConfig, store: PreparedStore) -> str:
     return (
         f"{AXES[axis].title} ({AXES[axis].source}). Here: {base.recipe}, {len(split_rows(store)[0])} volumes, {steps}, "
         f"crops of {base.data.crop[0]} voxels. Paper: 10,412 CTs, 800 epochs, crops of 128 voxels, LIDC nodules; its "
-        "figures say which way to expect, not how much."
+        f"figures say which way to expect, not how much.{AXES[axis].note}"
     )
 
 
@@ -270,6 +282,10 @@ def write_table(
 
 def _papers(axis: str) -> dict[str, Mapping[str, float]]:
     return {variant.name: variant.paper for variant in AXES[axis].variants}
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _slug(name: str) -> str:

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from dagman import config as configs
 from dagman import files, recipes
 from dagman.ct import phantom
 from dagman.ct.index import index
@@ -28,7 +27,6 @@ STEPS = 200
 """About three and a half minutes of pretraining on two cores."""
 CROSSING_STEPS = 700
 """Where the features of `dagman-tiny` were first seen above those of an untrained encoder (docs/learning.md)."""
-LUNG_WINDOW_HU = "-1000,400"
 NUM_PICTURES = 2
 
 READINGS = {
@@ -86,7 +84,6 @@ def run(
     store = PreparedStore(folder / "prepared")
     say("2/4 Pretraining dagman-tiny")
     recipe = recipes.with_length(recipes.get("dagman-tiny"), steps or STEPS, None)
-    recipe = configs.override(recipe, {"data.window_hu": LUNG_WINDOW_HU})
     with progress("Pretraining") as tell:
         result = pretrain(recipe, store, folder / "run", listeners=[listener(tell)])
     if result.status == "stopped":

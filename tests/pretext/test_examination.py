@@ -1,5 +1,6 @@
 """What the teacher knows: information in distributions whose answer is known; examining changes nothing."""
 
+import dataclasses
 import math
 
 import pytest
@@ -48,12 +49,22 @@ def test_an_examination_tells_what_is_documented_and_changes_nothing() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     crops = [torch.rand(4, 1, *CROP, generator=key(seed)) for seed in (1, 2)]
     state = torch.random.get_rng_state()
-    found = examine(model, crops, KNOBS, key())
+    found = examine(model, crops, KNOBS)
     assert set(found) == set(MEANINGS)
     assert all(math.isfinite(value) for value in found.values())
-    assert found == examine(model, crops, KNOBS, key())
+    assert found == examine(model, crops, KNOBS)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert 1 <= found["clean_attention_peak"] <= CELLS
-    assert set(examine(build(SMIT), crops, KNOBS, key())) < set(MEANINGS)
+    assert set(examine(build(SMIT), crops, KNOBS)) < set(MEANINGS)
     assert DAGMAN.dropped_ratio
+
+
+def test_crops_that_are_all_the_same_hold_no_image_however_cold_and_balanced_the_targets() -> None:
+    method = dataclasses.replace(DAGMAN, balance="sinkhorn", patch_centers="position")
+    knobs = KNOBS._replace(class_temperature=0.01, patch_temperature=0.01)
+    same = torch.rand(1, 1, *CROP, generator=key()).expand(8, -1, -1, -1, -1)
+    other = torch.rand(8, 1, *CROP, generator=key()) * torch.linspace(0, 1, 8).view(8, 1, 1, 1, 1)
+    told = [examine(build(method), [crops], knobs) for crops in (same, other)]
+    for name in ("aitd_image_nats", "gitd_image_nats", "ampd_image_nats"):
+        assert told[0][name] < 1e-3 < 0.05 < told[1][name], name

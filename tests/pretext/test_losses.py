@@ -121,3 +121,16 @@ def test_one_center_for_all_rows_changes_nothing_and_one_for_each_row_does() -> 
     same = losses.balanced(logits, drawn(6, 4).expand(6, 4), 0.2)
     other = losses.balanced(logits, drawn(7, 6, 4), 0.2)
     assert (same - other).abs().max() > 0.1
+
+
+def test_rows_that_no_loss_asks_about_do_not_change_the_balance_of_the_others() -> None:
+    logits, other = drawn(8, 6, 4), drawn(9, 6, 4)
+    counted = torch.tensor([True, True, False, True, False, True])
+    mixed = torch.where(counted[:, None], logits, other)
+    center = torch.zeros(4)
+    found = losses.balanced(mixed, center, 0.2, counted=counted)
+    alone = losses.balanced(logits[counted], center, 0.2)
+    torch.testing.assert_close(found[counted], alone)
+    assert found.isfinite().all()
+    nothing = losses.balanced(logits, center, 0.2, counted=torch.zeros(6, dtype=torch.bool))
+    torch.testing.assert_close(nothing, (logits / 0.2).softmax(dim=1))

@@ -164,7 +164,8 @@ def ablate(
         recipe: What is varied, such as `dagman-tiny`.
         settings: Settings of all members, such as `--data.pairs-per-volume 1`.
         axis: `losses` (Table 1 of the paper), `hiding` (attended or random, clean or noisy teacher: Figure 4), `stage`
-            (of semantic attention: Figures 6, 8, 9) or `encoder` (Swin or ViT, DAGMaN or SMIT: Table 2).
+            (of semantic attention: Figures 6, 8, 9; tiny recipes need `--data.crop 64,64,64` for it) or `encoder` (Swin
+            or ViT, DAGMaN or SMIT: Table 2).
         data: A prepared store to train on.
         output: Folder of the runs and of AXIS.csv and AXIS.png.
         steps: Length of each run in optimizer steps.
@@ -185,6 +186,7 @@ def ablate(
             seeds=range(seeds),
             device=device,
             labelled=PreparedStore(labelled) if labelled else None,
+            settings=dotted(settings),
             listener=lambda _: Watcher(tell),
             say=say,
         )
@@ -192,8 +194,8 @@ def ablate(
         say(f"wrote {outputs.table} and {outputs.picture}")
     if not outputs.complete:
         return ExitCode.STOPPED
-    others = [name for name in ablation.AXES if name != axis]
-    next_step(f"dagman ablate {recipe} --axis {others[0]} --data {data} -o {output}")
+    other = next(name for name in ablation.AXES if name != axis)
+    next_step(f"the same command with --axis {other}")
     return ExitCode.OK
 
 

@@ -58,6 +58,7 @@ def _probes(axes: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str])
     for kind, colour, shift in (("probe_pretrained", "C0", -0.12), ("probe_untrained", "C7", 0.12)):
         for place, name in enumerate(names):
             found = [row[kind] for row in rows if row["variant"] == name and row.get(kind)]
+            found = [auc for auc in found if auc["value"] is not None]
             for number, auc in enumerate(found):
                 label = kind.removeprefix("probe_") if not number and not place else None
                 x = place + shift + 0.06 * number
@@ -87,7 +88,7 @@ def _reported(axes: Axes, papers: Mapping[str, Mapping[str, float]], names: Sequ
     if kinds:
         axes.legend(fontsize=8)
     else:
-        axes.text(0.5, 0.5, "no figures in the paper", ha="center", va="center", transform=axes.transAxes, color="grey")
+        axes.text(0.5, 0.5, "no numbers given", ha="center", va="center", transform=axes.transAxes, color="grey")
     _name_axis(axes, names)
 
 

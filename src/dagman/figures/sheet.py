@@ -57,7 +57,7 @@ def png(scenes: Sequence[Scene], title: str) -> bytes:
             plot.set_axis_off()
         for plot, values in zip(axes, _pictures(scene), strict=True):
             if values is None:
-                plot.text(0.5, 0.5, "not part of this recipe", ha="center", va="center", color="grey", fontsize=9)
+                plot.text(0.5, 0.5, "nothing to show", ha="center", va="center", color="grey", fontsize=9)
             elif values is scene.attention:
                 plot.imshow(_turned(scene.image[:, :, middle]), cmap="gray", vmin=0, vmax=1)
                 shown = plot.imshow(_turned(values[:, :, middle]), cmap="inferno", vmin=0, vmax=most, alpha=0.6)

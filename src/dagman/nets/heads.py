@@ -70,8 +70,8 @@ class LinearHead(nn.Module):
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 
     def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape in_width"]:
-        """The features in float32: what the logits are linear in."""
-        return features.float()
+        """The features in float32 at least: what the logits are linear in."""
+        return features.to(torch.promote_types(features.dtype, torch.float32))
 
     def logits(self, bottleneck: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape prototypes"]:
         """Products with the prototypes."""
@@ -84,8 +84,8 @@ class NoHead(nn.Module):
     prototypes: None = None
 
     def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape in_width"]:
-        """The features in float32."""
-        return features.float()
+        """The features in float32 at least."""
+        return features.to(torch.promote_types(features.dtype, torch.float32))
 
     def logits(self, bottleneck: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape in_width"]:
         """The features."""

@@ -135,7 +135,9 @@ class CoDistillation(nn.Module):
         student = self.student.encoder(images, hidden, final_only=self.final_only)
         compared = self._distil(student, teacher, hidden, knobs)
         values = {name: one.loss for name, one in compared.items()}
-        watched = diagnostics.of_features(student) | diagnostics.of_hiding(hidden, teacher.dropped, teacher.attention)
+        watched = diagnostics.of_features(student) | diagnostics.of_hiding(
+            hidden, teacher.dropped, teacher.attention if knobs.attended else None
+        )
         watched["padding_ratio"] = views.padding.mean()
         for name, one in compared.items():
             watched |= {f"{name}_{what}": value for what, value in one.watched.items()}
@@ -163,7 +165,8 @@ class CoDistillation(nn.Module):
             )
             for name, bottleneck in bottlenecks.items()
         }
-        return Targets(bottlenecks, means, guide.attention, dropped if self.method.dropped_by == "cell" else None)
+        attention = guide.attention if self.method.hidden.guided else None
+        return Targets(bottlenecks, means, attention, dropped if self.method.dropped_by == "cell" else None)
 
     def draw_dropped(
         self, batch: int, generator: torch.Generator, device: torch.device
@@ -191,7 +194,7 @@ class CoDistillation(nn.Module):
         hidden = self._hide(attention, len(images), generator, leave_whole=False).to(images.device)
         head = self.student.voxel_head
         prediction = None if head is None else head(self.student.encoder(images, hidden, final_only=True).pyramid[-1])
-        return Look(teacher.attention, hidden, teacher.dropped, prediction)
+        return Look(attention, hidden, teacher.dropped, prediction)
 
     def _hide(
         self, attention: Tensor | None, batch: int, generator: torch.Generator, *, leave_whole: bool = True
@@ -265,7 +268,7 @@ class CoDistillation(nn.Module):
         hidden: Tensor | None = None,
     ) -> Compared:
         """Cross-entropy of the student's features against what the teacher says, through the heads of that name."""
-        targets = self.targets(name, bottleneck, temperature, center)
+        targets = self.targets(name, bottleneck, temperature, center, counted=hidden)
         logits = self.student.logits(name, self.student.head(name).project(features))
         rows = losses.cross_entropy(logits, targets, temperature=self.method.student_temperature)
         loss = rows.mean() if hidden is None else losses.mean_over_hidden(rows, hidden)
@@ -285,7 +288,12 @@ class CoDistillation(nn.Module):
         return value
 
     def targets(
-        self, name: str, bottleneck: Float[Tensor, "*rows bottleneck"], temperature: float, center: Tensor | None = None
+        self,
+        name: str,
+        bottleneck: Float[Tensor, "*rows bottleneck"],
+        temperature: float,
+        center: Tensor | None = None,
+        counted: Bool[Tensor, "*rows"] | None = None,
     ) -> Float[Tensor, "*rows prototypes"]:
         """What the teacher says about rows of a head: distributions over its prototypes.
 
@@ -294,9 +302,12 @@ class CoDistillation(nn.Module):
             bottleneck: From the teacher's head.
             temperature: tau_t.
             center: One for each row, where the rows are not the whole grid; else the head's own.
+            counted: Rows that a loss asks about; all without it.
         """
-        say = losses.balanced if self.method.balance == "sinkhorn" else losses.sharpen
-        return say(self.teacher.logits(name, bottleneck), self.center(name) if center is None else center, temperature)
+        logits, center = self.teacher.logits(name, bottleneck), self.center(name) if center is None else center
+        if self.method.balance == "centering":
+            return losses.sharpen(logits, center, temperature)
+        return losses.balanced(logits, center, temperature, counted=counted)
 
     def _predict(self, final: Tensor, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """AMIP, each view against itself (equation 5), and its ratio to the error of each view's visible mean."""

@@ -71,15 +71,13 @@ def examine(
     module: CoDistillation,
     batches: Iterable[Float[Tensor, "batch 1 x y z"]],
     knobs: Knobs,
-    generator: torch.Generator,
 ) -> dict[str, float]:
-    """Ask the teacher about crops; nothing of the module changes.
+    """Ask the teacher about crops without noise; nothing of the module changes.
 
     Args:
         module: Student, teacher, heads and centers.
         batches: Crops, each cut from a place of its own; in [0, 1].
         knobs: Temperatures of the step.
-        generator: On the CPU; draws what is dropped from the teacher.
 
     Returns:
         The names of `MEANINGS` that apply.
@@ -88,14 +86,13 @@ def examine(
     attention: list[Tensor] = []
     levels: list[list[Tensor]] = []
     for images in batches:
-        dropped = module.draw_dropped(len(images), generator, images.device)
-        noisy = module.teacher.encoder(images, None, dropped)
+        # Without noise: sharp, balanced targets tell crops apart by what was dropped from them, whatever they show.
+        clean: Features = module.teacher.encoder(images)
         for name, information in told.items():
             temperature = knobs.patch_temperature if name == "ampd" else knobs.class_temperature
-            bottleneck = module.teacher.head(name).project(module.head_input(name, noisy))
+            bottleneck = module.teacher.head(name).project(module.head_input(name, clean))
             targets = module.targets(name, bottleneck, temperature)
             information.add(targets if targets.ndim == 3 else targets[:, None])
-        clean: Features = module.teacher.encoder(images) if module.method.dropped_ratio else noisy
         levels.append([level.float().mean(dim=(2, 3, 4)) for level in clean.pyramid])
         if clean.attention is not None:
             attention.append(clean.attention)

@@ -1,5 +1,7 @@
 """The four losses of section 3.2 as pure functions; every softmax is at least float32."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -45,7 +47,11 @@ def moved_center(
 
 
 def balanced(
-    logits: Float[Tensor, "*rows prototypes"], center: Float[Tensor, "*#rows prototypes"], temperature: float
+    logits: Float[Tensor, "*rows prototypes"],
+    center: Float[Tensor, "*#rows prototypes"],
+    temperature: float,
+    *,
+    counted: Bool[Tensor, "*rows"] | None = None,
 ) -> Float[Tensor, "*rows prototypes"]:
     """The teacher's distributions such that all prototypes are named about equally often over the rows.
 
@@ -53,12 +59,15 @@ def balanced(
         logits: Of the teacher's head.
         center: As for `sharpen`; where it is one for all rows, it changes nothing.
         temperature: Smaller is sharper.
+        counted: Rows over which prototypes are balanced; all without it.
 
     Reference: Sinkhorn-Knopp as in SwAV (Caron et al. 2020), three rounds.
     """
     scores = ((at_least_single(logits) - center) / temperature).flatten(0, -2)
     for _ in range(SINKHORN_ROUNDS):
-        scores = scores.log_softmax(dim=0).log_softmax(dim=1)
+        among = scores if counted is None else scores.masked_fill(~counted.reshape(-1, 1), -math.inf)
+        mass = among.logsumexp(dim=0)
+        scores = (scores - torch.where(mass.isfinite(), mass, 0)).log_softmax(dim=1)
     return scores.exp().view(logits.shape)
 
 

@@ -112,7 +112,7 @@ def probe(
     Args:
         table: Features, patients and labels of two classes (`labels.override` takes labels from another CSV).
         positive: Which label is positive; needed where labels are words.
-        folds: 3 (METHOD: the paper's protocol).
+        folds: 3 (the paper's protocol).
         seed: Of the fold plan and the bootstrap.
         group_by: `case` treats every case as its own patient; it is then written into the result.
         unlabelled: What to do about cases without a label.
@@ -125,10 +125,8 @@ def probe(
         Section 4, linear probing.
     """
     table, num_unlabelled = label_rules.labelled(table, unlabelled)
-    classes = label_rules.binary([str(label) for label in table.labels], positive)
+    classes, groups, fold = plan(table, positive=positive, folds=folds, seed=seed, group_by=group_by)
     features = _usable(table)
-    groups = _groups(table, group_by)
-    fold = folding.fold_plan(classes.positive, groups, folds=folds, seed=seed)
     probability, probes = cross_validate(features, classes.positive, groups, fold, seed=seed)
     return ProbeResult(
         case_ids=table.case_ids,
@@ -144,6 +142,19 @@ def probe(
         num_unlabelled=num_unlabelled,
         seed=seed,
     )
+
+
+def plan(
+    table: Table, *, positive: str | None, folds: int, seed: int, group_by: Literal["patient", "case"]
+) -> tuple[label_rules.Classes, Shaped[np.ndarray, " cases"], Int[np.ndarray, " cases"]]:
+    """Classes, groups and folds of labelled cases, whatever their features.
+
+    Raises:
+        DagmanError: As `probe`, but for features.
+    """
+    classes = label_rules.binary([str(label) for label in table.labels], positive)
+    groups = _groups(table, group_by)
+    return classes, groups, folding.fold_plan(classes.positive, groups, folds=folds, seed=seed)
 
 
 def _usable(table: Table) -> np.ndarray:

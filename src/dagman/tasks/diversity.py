@@ -1,6 +1,6 @@
 """How far attention heads look, and how differently: attention-weighted distances in mm, and entropies.
 
-Reference: paper, section 4.5 and figure 4a; METHOD: per head the attention-weighted mean distance, per stage the
+Reference: paper, section 4.5 and figure 4a: per head the attention-weighted mean distance, per stage the
 entropy of those distances across heads, and the mean entropy of the rows.
 """
 
@@ -18,6 +18,9 @@ from dagman.nets.swin import PATCH_SIDE
 from dagman.nets.transformer import GlobalBlock
 from dagman.nets.vit import ViTEncoder
 from dagman.nets.window import WindowAttention, effective_window, partition, window_layout
+
+ROWS_AT_ONCE = 512
+"""Rows of attention among all cells that are held at a time: 32,768 cells have 10^9 pairs a head."""
 
 
 class Heads(NamedTuple):
@@ -106,16 +109,24 @@ def _among_cells(
     step_mm: float,
 ) -> tuple[Tensor, float]:
     """Cells among each other, without [CLS], which has no place."""
-    query, key, _ = module.heads_of(x, position)
-    logits = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).float()[:, :, 1:, 1:]
-    cells = logits.shape[-1]
+    query, key, _ = (part[:, :, 1:] for part in module.heads_of(x, position))
+    cells = query.shape[2]
     most = torch.full((1, 1, 1), math.log(cells), device=x.device)
-    return _measured(logits.softmax(dim=-1), _distances(grid, step_mm).to(x.device), most)
+    far, share = 0.0, 0.0
+    for image in range(len(x)):
+        for start in range(0, cells, ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            part = query[image : image + 1, :, rows] * query.shape[-1] ** -0.5
+            attention = (part @ key[image : image + 1].transpose(-2, -1)).float().softmax(dim=-1)
+            found, entropy = _measured(attention, _distances(grid, step_mm, rows).to(x.device), most)
+            weight = attention.shape[2] / cells / len(x)
+            far, share = far + weight * found, share + weight * entropy
+    return torch.as_tensor(far), share
 
 
-def _distances(sides: tuple[int, int, int], step_mm: float) -> Tensor:
+def _distances(sides: tuple[int, int, int], step_mm: float, rows: slice = slice(None)) -> Tensor:
     places = torch.tensor(list(itertools.product(*map(range, sides))), dtype=torch.float32)
-    return step_mm * torch.cdist(places, places)
+    return step_mm * torch.cdist(places[rows], places)
 
 
 def _measured(attention: Tensor, distance_mm: Tensor, most: Tensor) -> tuple[Tensor, float]:

@@ -59,7 +59,7 @@ def embed(
     """
     if which in ("cls", "all") and not encoder.config.has_cls:
         raise DagmanError("NOCLS", f"--which {which}", "this encoder has no [CLS] token", "use pooled or cells")
-    _check_grid(store, encoder.preparation)
+    check_grid(store, encoder.preparation)
 
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
         return _chosen(encode(encoder, images, device=device, precision=precision), which)
@@ -71,7 +71,7 @@ def embed(
 
 def voxels(store: PreparedStore, preparation: Preparation, *, side: int = 8, progress: Progress | None = None) -> Table:
     """The baseline that knows no network: the same crops, windowed, averaged to `side`^3 voxels."""
-    _check_grid(store, preparation)
+    check_grid(store, preparation)
 
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
         return functional.adaptive_avg_pool3d(images, side).flatten(1)
@@ -117,7 +117,12 @@ def crops_at_once(preparation: Preparation) -> int:
     return max(1, min(MOST_CROPS, VOXELS_AT_ONCE // (x * y * z)))
 
 
-def _check_grid(store: PreparedStore, preparation: Preparation) -> None:
+def check_grid(store: PreparedStore, preparation: Preparation) -> None:
+    """Refuse a store of another spacing than the encoder's.
+
+    Raises:
+        DagmanError: `E-GRID`, exit code 4.
+    """
     stored = float(store.settings["spacing_mm"])
     if abs(stored - preparation.spacing_mm) > 1e-3:
         raise DagmanError(

@@ -61,8 +61,8 @@ ALARMS = (
             Alarm(
                 name="teacher constant",
                 column=f"{term}_teacher_variety",
-                is_bad=lambda value: value < 1e-4,
-                limit="below 1e-4: it says the same of everything",
+                is_bad=lambda value: value < 1e-6,
+                limit="below 1e-6: it says the same of everything",
                 steps=40,
                 advice="set method.balance sinkhorn, or lower optimisation.momentum so that the teacher follows",
             ),

@@ -18,8 +18,7 @@ from dagman.pretext.codistill import Outcome
 from dagman.pretext.examination import examine
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
-from dagman.tasks import classify
-from dagman.tasks.embed import embed
+from dagman.tasks import watching
 from dagman.train import cost, engine
 from dagman.train.job import Job, Listener, batches, describe, draw_crops, prepare, resume, save
 from dagman.train.record import Recorder
@@ -92,6 +91,8 @@ def pretrain(
     lock = files.folder_lock(folder) if fabric.is_global_zero else contextlib.nullcontext()
     with lock, engine.StopRequest() as stop, engine.memory_guard(_MEMORY_ADVICE), engine.flushed_denormals():
         job = prepare(config, store, Run(folder), fabric, listeners=listeners, keep=keep)
+        if labelled is not None:
+            watching.check(labelled, job.module.teacher.encoder.preparation)
         start = resume(job)
         if start == job.total:
             job.say(f"already complete: {start} of {job.total} steps")
@@ -108,7 +109,7 @@ def pretrain(
                 if due and job.validation_rows:
                     row["validation_amip"] = _validate(job, step)
                 if fabric.is_global_zero and (done % EXAMINE_EVERY == 0 or done in (1, job.total)):
-                    row |= _examine(job, step) | (_probe(job, labelled) if labelled else {})
+                    row |= _examine(job, step) | ({} if labelled is None else _probe(job, labelled))
                 recorder.add(row, durable=due or stop.agreed or job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW)
                 if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
                     raise _unhealthy(job, step)
@@ -238,7 +239,7 @@ def _validate(job: Job, step: int) -> float | None:
     With attended hiding the cells follow the teacher's attention of the day.
     """
     seed, batch = job.config.optimisation.seed, job.config.optimisation.batch_size
-    data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0)
+    data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0, pairs_per_volume=1)
     dataset = ViewsDataset(job.store, data, seed, job.validation_rows)
     knobs, total = job.rates(step).knobs, 0.0
     job.module.eval()
@@ -255,9 +256,9 @@ def _validate(job: Job, step: int) -> float | None:
 
 @torch.no_grad()
 def _examine(job: Job, step: int) -> dict[str, float]:
-    """What the teacher knows about crops of the training cases: always the same crops and the same noise."""
+    """What the teacher knows about crops of the training cases: always the same crops, of as many cases as can be."""
     seed, batch = job.config.optimisation.seed, 2 * job.config.optimisation.batch_size
-    data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0)
+    data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0, pairs_per_volume=1)
     dataset = ViewsDataset(job.store, data, torch_seed(seed, "examination"), job.train_rows)
     batches = (
         job.fabric.to_device(torch.stack([dataset[index][0] for index in range(first, min(first + batch, EXAMINED))]))
@@ -265,7 +266,7 @@ def _examine(job: Job, step: int) -> dict[str, float]:
     )
     draw_crops(job, step, job.fabric.to_device(torch.stack([dataset[index][0] for index in range(PICTURED)])))
     with job.fabric.autocast():
-        return examine(job.module, batches, job.rates(step).knobs, torch_generator(seed, "examination"))
+        return examine(job.module, batches, job.rates(step).knobs)
 
 
 def _checkpoint(job: Job, done: int) -> None:
@@ -277,12 +278,5 @@ def _checkpoint(job: Job, done: int) -> None:
 
 def _probe(job: Job, labelled: PreparedStore) -> dict[str, float | None]:
     """AUC of a linear probe on the teacher's pooled features of labelled cases, with its interval."""
-    table = embed(job.module.teacher.encoder, labelled, device=job.fabric.device)
-    positive = max((str(row["label"]) for row in labelled.rows if row.get("label")), default=None)
-    try:
-        auc = classify.probe(table, positive=positive, unlabelled="leave_out").auc()
-    except DagmanError as error:
-        if error.code != "FEATURES":
-            raise
-        return dict.fromkeys(("probe_auc", "probe_low", "probe_high"))  # collapsed: the alarms say so
+    auc = watching.probe(job.module.teacher.encoder, labelled, device=job.fabric.device)
     return {"probe_auc": auc.value, "probe_low": auc.low, "probe_high": auc.high}

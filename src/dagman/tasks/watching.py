@@ -1,0 +1,56 @@
+"""Labelled cases that watch a run or judge it: checked before anything is trained, probed afterwards."""
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError
+from dagman.nets.encoder import Encoder
+from dagman.tasks import classify, labels
+from dagman.tasks.embed import check_grid, embed
+from dagman.tasks.statistics import Estimate
+from dagman.tasks.table import Table
+from dagman.types import Preparation
+
+
+def check(store: PreparedStore, preparation: Preparation) -> None:
+    """Refuse cases that `probe` could not use.
+
+    Raises:
+        DagmanError: `E-GRID` for another spacing; `E-LABEL`, `E-PATIENT` and `E-FOLDS` as `classify.probe`.
+    """
+    check_grid(store, preparation)
+    rows = store.rows
+    table = Table(
+        case_ids=tuple(str(row["case_id"]) for row in rows),
+        patients=tuple(row.get("patient") for row in rows),
+        labels=tuple(row.get("label") for row in rows),
+        features=np.zeros((len(rows), 1), np.float32),
+    )
+    table, _ = labels.labelled(table, "leave_out")
+    classify.plan(table, positive=positive_of(store), folds=3, seed=0, group_by="patient")
+
+
+def probe(encoder: Encoder, store: PreparedStore, *, device: torch.device | str = "cpu") -> Estimate:
+    """AUC of a linear probe on pooled features; without a value where the features are all the same."""
+    table = embed(encoder, store, device=device)
+    try:
+        return classify.probe(table, positive=positive_of(store), unlabelled="leave_out").auc()
+    except DagmanError as error:
+        if error.code != "FEATURES":
+            raise
+        return Estimate(value=None, why="the features are all the same or not finite")
+
+
+def positive_of(store: PreparedStore) -> str | None:
+    """The class called positive where nobody says: the last in order."""
+    return max((str(row["label"]) for row in store.rows if row.get("label")), default=None)
+
+
+def identity(store: PreparedStore) -> str:
+    """Changes with the scans, their labels and patients."""
+    said = [[row["case_id"], row.get("label"), row.get("patient")] for row in store.rows]
+    return hashlib.sha256(json.dumps([store.store_id, said]).encode()).hexdigest()
