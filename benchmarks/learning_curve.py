@@ -234,7 +234,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
         threadpool_limits(arguments.threads)
     chosen = recipes.with_length(recipes.get(arguments.recipe), arguments.steps, None)
-    chosen = config.override(chosen, {"data.window_hu": "-1000,400", **settings, "optimisation.seed": arguments.seed})
+    chosen = config.override(chosen, {**settings, "optimisation.seed": arguments.seed})
     store, questions = gather(arguments, chosen.data.crop[0])
     name = f"{arguments.corpus}-{arguments.name}-seed{arguments.seed}"
     run, path = Run(arguments.work / "runs" / name), arguments.results / f"{name}.json"

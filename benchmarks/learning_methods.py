@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
-    tiny = [name for name in recipes.RECIPES if name.endswith("-tiny") and name != "dagman-tiny"]
+    tiny = [name for name in recipes.RECIPES if name.endswith("-tiny")]
     planned = [(name, seed) for seed in arguments.seeds for name in tiny]
     for name, seed in planned[part::parts]:
         if finished(RESULTS / f"real-{name}-seed{seed}.json", arguments.steps):

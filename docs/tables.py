@@ -121,7 +121,6 @@ def learning(pattern: str, *, name: str | None = None) -> list[dict[str, Any]]:
 
 def end_of(result: dict[str, Any]) -> dict[str, float]:
     """What a run's curve came to: means over its last points, the losses over ln K of views that are hidden."""
-    method = result["config"]["method"]
     points = result["curve"][-LAST_ROWS:]
     names = {name for point in points for name in point}
     found = {
@@ -129,11 +128,7 @@ def end_of(result: dict[str, Any]) -> dict[str, float]:
         for name in names
         if (some := [point[name] for point in points if point.get(name) is not None])
     }
-    most = math.log(method["heads"]["num_prototypes"])
-    for term, share in {"aitd": 1.0, "gitd": 1.0, "ampd": method["hidden"]["probability"]}.items():
-        if term in found:
-            found[f"{term}_loss_ratio"] = found[term] / share / most
-    return found
+    return with_ratios(result, found)
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -255,6 +250,41 @@ def learning_heads() -> str:
     return rows(["pretrained on", "step", *places], body)
 
 
+def learning_look() -> str:
+    """What is logged on the way, means over the seeds and their range where they differ."""
+    columns = {
+        "image_error_ratio": 2,
+        "aitd_loss_ratio": 2,
+        "ampd_loss_ratio": 2,
+        "gitd_loss_ratio": 2,
+        "pooled_spread": 2,
+        "tokens_spread": 2,
+        "attention_entropy": 3,
+        "hidden_dropped_excess": 2,
+    }
+    body = []
+    for corpus, results in corpora().items():
+        for column, digits in columns.items():
+            cells = []
+            for step in (1, 100, 300, 1000):
+                points = [min(result["curve"], key=lambda point: abs(point["step"] - step)) for result in results]
+                values = [with_ratios(result, point).get(column) for result, point in zip(results, points, strict=True)]
+                there = [value for value in values if value is not None]
+                low, high = (number(pick(there), digits) for pick in (min, max)) if there else ("", "")
+                cells.append(low if low == high else f"{low} to {high}")
+            body.append([corpus, f"`{column}`", *cells])
+    return rows(["trained on", "", "step 1", "100", "300", "1000"], body)
+
+
+def with_ratios(result: dict[str, Any], point: dict[str, float]) -> dict[str, float]:
+    """A point of a curve with its losses over ln K, those of AMPD over the views that are hidden."""
+    method = result["config"]["method"]
+    most = math.log(method["heads"]["num_prototypes"])
+    shares = {"aitd": 1.0, "gitd": 1.0, "ampd": method["hidden"]["probability"]}
+    ratios = {f"{term}_loss_ratio": point[term] / share / most for term, share in shares.items() if term in point}
+    return point | ratios
+
+
 def learning_factors() -> str:
     """One factor at a time."""
     columns = {
@@ -290,9 +320,8 @@ def learning_methods() -> str:
     costs = {}
     if (RESULTS / "recipes.json").exists():
         costs = {row["recipe"]: row["over_dagman"] for row in load("recipes")["rows"]}
-    results = [*learning("real-*-tiny-seed*.json"), *learning("real-tiny-seed*.json")]
     found: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
+    for result in learning("real-*-tiny-seed*.json"):
         if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
             found.setdefault(result["config"]["recipe"], []).append(result)
     body = []
@@ -321,6 +350,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "learning-factors": learning_factors,
     "learning-heads": learning_heads,
+    "learning-look": learning_look,
     "learning-methods": learning_methods,
     "learning-parts": learning_parts,
     "learning-probes": learning_probes,
