@@ -32,7 +32,7 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/dagman demo --output $(DEMO) $(if $(DATA),--data $(DATA))

@@ -139,7 +139,7 @@ def test_embed_probe_attention_export_and_info(chain: Path) -> None:
     features, probe = chain / "features.csv", chain / "probe"
     result = dagman("embed", "--weights", chain / "run", "-i", chain / "prepared", "-o", features, "--which", "all")
     assert result.returncode == 0, result.stderr
-    assert "12 cases, 240 features each" in result.stderr
+    assert "12 cases, 288 features each" in result.stderr
     result = dagman("classify", "probe", "-i", features, "-o", probe, "--positive", "malignant")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("auc")

@@ -25,7 +25,7 @@ from dagman.train.pretrain import Listener, pretrain
 NUM_PHANTOMS = 48
 STEPS = 200
 """About three and a half minutes of pretraining on two cores."""
-CROSSING_STEPS = 700
+CROSSING_STEPS = 600
 """Where the features of `dagman-tiny` were first seen above those of an untrained encoder (docs/learning.md)."""
 NUM_PICTURES = 2
 

@@ -270,8 +270,9 @@ def test_a_probe_on_labelled_cases_watches_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_healthy_seeds_ring_nothing(seed: int, store: PreparedStore, tmp_path: Path) -> None:
+    """Two more seeds, of `dagman-tiny` on phantoms, are those of `test_learning.py`."""
     config = replace(small(steps=52, learning_rate=1e-4, batch_size=4, seed=seed), data=DataConfig(crop=(32, 32, 32)))
     pretrain(config, store, tmp_path / "run")
     assert "ALARM" not in (tmp_path / "run" / "log.txt").read_text()
