@@ -1,9 +1,10 @@
 """Draw the figures of README and docs from `benchmarks/results/learning/*.json`; `make docs` runs this."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
+
+from tables import with_ratios
 
 from dagman.figures import learning, progress
 
@@ -25,17 +26,6 @@ def runs(corpus: str, name: str = "tiny") -> list[dict[str, Any]]:
     return [result for result in found if result["probes"] and result["probes"][-1]["step"] == result["steps"]]
 
 
-def points(result: dict[str, Any]) -> list[dict[str, float]]:
-    """The curve of a run, with the losses over ln K where the run did not log them."""
-    method = result["config"]["method"]
-    most = math.log(method["heads"]["num_prototypes"])
-    shares = {"aitd": 1.0, "gitd": 1.0, "ampd": method["hidden"]["probability"]}
-    return [
-        {f"{term}_loss_ratio": row[term] / share / most for term, share in shares.items() if term in row} | row
-        for row in result["curve"]
-    ]
-
-
 def main() -> None:
     """Draw what there are results for."""
     for corpus in ("phantoms", "real"):
@@ -46,7 +36,8 @@ def main() -> None:
         pictures = {
             f"learning-probes-{corpus}.png": learning.png(found, asked),
             f"learning-run-{corpus}.png": progress.png(
-                points(found[0]), f"dagman-tiny on {found[0]['volumes']} {corpus}, seed {found[0]['seed']}"
+                [with_ratios(found[0], point) for point in found[0]["curve"]],
+                f"dagman-tiny on {found[0]['volumes']} {corpus}, seed {found[0]['seed']}",
             ),
         }
         for name, picture in pictures.items():

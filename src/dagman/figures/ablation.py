@@ -101,8 +101,9 @@ def _dots(axes: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str], c
 
 
 def _heads(axes: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str], place: str) -> None:
-    """Box plot of the heads' distances, all seeds together, with the entropy across heads above."""
+    """Box plot of the heads' distances, all seeds together, with the entropy across heads, in nats, above."""
     axes.set_title(f"{place}: distance of heads, mm", fontsize=10)
+    axes.margins(y=0.15)
     for at, name in enumerate(names):
         found = [row["heads"][place] for row in rows if row["variant"] == name and place in row["heads"]]
         if not found:
@@ -112,7 +113,7 @@ def _heads(axes: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str], 
         )
         entropy = np.mean([one["distance_entropy"] for one in found])
         axes.annotate(
-            f"{entropy:.3f}", (at, 1.0), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=7
+            f"{entropy:.3f}", (at, 0.98), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=7
         )
     _name_axis(axes, names)
 
