@@ -1,5 +1,7 @@
 """The encoders there are, as one type each for their settings and for themselves."""
 
+from torch import nn
+
 from dagman.nets.swin import SwinConfig, SwinEncoder
 from dagman.nets.vit import ViTConfig, ViTEncoder
 
@@ -15,3 +17,26 @@ Encoder = SwinEncoder | ViTEncoder
 def build(config: EncoderConfig) -> Encoder:
     """An encoder of these sizes with new random weights."""
     return SwinEncoder(config) if isinstance(config, SwinConfig) else ViTEncoder(config)
+
+
+def layers(encoder: Encoder) -> list[list[nn.Parameter]]:
+    """Parameters of each layer in the order they compute: the embedding, then block after block.
+
+    A Swin's merging belongs to the last block before it; what is left over (a last norm) to the last layer.
+    """
+    modules: list[list[nn.Module]] = []
+    if isinstance(encoder, ViTEncoder):
+        modules = [[block] for block in encoder.blocks]
+    else:
+        for number, stage in enumerate(encoder.stages, 1):
+            modules += [[block] for block in stage.blocks]  # type: ignore[union-attr]
+            modules[-1].append(stage.downsample)  # type: ignore[arg-type]
+            if encoder.config.attention and encoder.config.attention.stage == number:
+                modules += [[block] for block in encoder.semantic_attention.blocks]
+    found = [[parameter for module in layer for parameter in module.parameters()] for layer in modules]
+    inside = {id(parameter) for layer in found for parameter in layer}
+    others = {name: each for name, each in encoder.named_parameters() if id(each) not in inside}
+    last = [each for name, each in others.items() if "norm" in name and not name.startswith("patch_embed")]
+    found[-1] += last
+    taken = {id(parameter) for parameter in last}
+    return [[each for each in others.values() if id(each) not in taken], *found]

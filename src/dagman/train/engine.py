@@ -4,7 +4,7 @@ import contextlib
 import math
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal
 
@@ -45,29 +45,40 @@ def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | 
     return engine
 
 
-def adamw(module: nn.Module, weight_decay_less: Sequence[str] = ("token", "table")) -> torch.optim.AdamW:
-    """AdamW in two groups: what weight decay pulls at, and biases, norms, tokens and position tables.
+def adamw(
+    module: nn.Module,
+    weight_decay_less: Sequence[str] = ("token", "table"),
+    scales: Mapping[nn.Parameter, float] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW in groups: what weight decay pulls at, and biases, norms, tokens and position tables.
 
     Args:
         module: Its parameters that need a gradient are optimised.
         weight_decay_less: Endings of the names of parameters without weight decay, beside all of one dimension.
+        scales: Factor on the learning rate of a parameter, 1 for those not named; each factor is a group of its own.
 
     Reference:
-        AttMask's `get_params_groups`.
+        AttMask's `get_params_groups`; layer-wise rates: BEiT's `get_parameter_groups`.
     """
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    free = {name for name, parameter in named if parameter.ndim < 2 or name.endswith(tuple(weight_decay_less))}
-    decayed = [(name, parameter) for name, parameter in named if name not in free]
-    others = [(name, parameter) for name, parameter in named if name in free]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, fused=True)
+    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            free = parameter.ndim < 2 or name.endswith(tuple(weight_decay_less))
+            scale = (scales or {}).get(parameter, 1.0)
+            groups.setdefault((scale, free), []).append((name, parameter))
+    given: list[dict[str, Any]] = [
+        {"params": named, "scale": scale, "decayed": not free} | ({"weight_decay": 0.0} if free else {})
+        for (scale, free), named in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    return torch.optim.AdamW(given, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
-    """Give the next step its learning rate, and the first group its weight decay."""
+    """Give the next step its learning rate, and the groups with weight decay theirs."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
+        group["lr"] = learning_rate * group["scale"]
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay
 
 
 def loader(

@@ -1,0 +1,262 @@
+"""Training with labels: a network, samples, a loss, and a score on cases held out of the training part.
+
+Classification and segmentation are each one `Lesson`; how a lesson is learnt is the same for both.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dagman import config as configs
+from dagman import files
+from dagman.ct.datasets import SampleOrder
+from dagman.errors import DagmanError, ExitCode
+from dagman.nets import encoder as encoders
+from dagman.randomness import torch_seed
+from dagman.run import Run
+from dagman.train import checkpoints, engine, schedules
+
+BEST = "best.safetensors"
+Progress = Callable[[int, int, str], None]
+"""Called with the number of finished steps, their total and what came last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """How long and how fast to learn from labels."""
+
+    steps: int = 400
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Crops of a step (paper: 40 for classification)."""
+    learning_rate: float = 2e-4
+    """At its peak, of the head (paper: 2e-4); falls to 0 along a cosine."""
+    layer_decay: float = 0.75
+    """Factor on the learning rate from each layer of the encoder to the one before; 1 for none (BEiT's)."""
+    warmup_ratio: float = 0.1
+    """Share of the run in which the learning rate rises linearly."""
+    weight_decay: float = 0.05
+    """None on biases, norms, tokens and position tables."""
+    gradient_clip: float = 3.0
+    """Largest norm of the gradient."""
+    frozen: bool = False
+    """Leave the encoder as it is."""
+    check_every: int = 50
+    """Steps between two scores on the cases held out of the training part; the best of them decides the weights."""
+    precision: engine.Precision = "float32"
+    """`bf16` computes in bfloat16 where that is safe."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, holds, advice in (
+            ("steps", self.steps > 0, "give at least 1"),
+            ("batch_size", self.batch_size > 0, "give at least 1"),
+            ("learning_rate", self.learning_rate > 0, "give a number above 0 (paper: 2e-4)"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "choose a factor above 0, up to 1"),
+            ("warmup_ratio", 0 <= self.warmup_ratio <= 1, "choose a share from 0 to 1"),
+            ("weight_decay", self.weight_decay >= 0, "give a number of at least 0"),
+            ("gradient_clip", self.gradient_clip > 0, "give a number above 0"),
+            ("check_every", self.check_every > 0, "give at least 1"),
+        ):
+            if not holds:
+                raise DagmanError("CONFIG", f"finetune.{field}", f"cannot be {getattr(self, field)}", advice)
+
+
+@runtime_checkable
+class Lesson(Protocol):
+    """What is to be learnt."""
+
+    network: nn.Module
+    """Its `encoder`, if it has one of ours, learns slower than the rest, or not at all."""
+    dataset: Dataset[Any]
+    """A sample for every global sample number, without end: number n belongs to step n // batch_size."""
+    identity: Any
+    """JSON values that, with the settings, decide what is computed: cases, labels, weights."""
+
+    def loss(self, batch: Any) -> Tensor:
+        """Loss of a batch, on the network's device."""
+
+    def score(self) -> float | None:
+        """Higher is better, on held-out cases of the training part; None where there are none; in eval mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """How a call of `fit` ended."""
+
+    finished: bool
+    """Else it was stopped, and the same call continues."""
+    step: int
+    """Optimizer steps done."""
+    best_step: int
+    """Whose weights the network now has; the last where nothing was held out."""
+    best_score: float | None
+
+
+def fit(
+    lesson: Lesson,
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    device: Literal["cpu", "cuda"] | None = None,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Learn, or go on where the same call was interrupted, bit for bit; the network ends with its best weights.
+
+    Args:
+        lesson: What is to be learnt.
+        config: How.
+        folder: For `metrics.jsonl`, `checkpoints/` and the best weights so far.
+        device: Where to compute; without it the GPU where there is one.
+        workers: Processes that read samples ahead.
+        progress: Hears of each step.
+
+    Raises:
+        DagmanError: `E-UNHEALTHY`, exit code 7, for a loss that is not finite; `E-CHECKPOINT` (4); `E-DISK` and
+            `E-MEMORY` (6).
+    """
+    fabric = engine.fabric(1, config.precision, device)
+    advice = "lower the batch size, then the crop"
+    run, total = Run(folder), config.steps
+    with (
+        files.folder_lock(folder),
+        engine.StopRequest() as stop,
+        engine.memory_guard(advice),
+        engine.flushed_denormals(),
+    ):
+        # A lesson calls its own network: on one device Fabric only moves it.
+        _, optimizer = fabric.setup(lesson.network.train(), _optimizer(lesson.network, config))
+        course = _Course(lesson, config, run, fabric, optimizer)
+        start = course.resume()
+        order = SampleOrder(start * config.batch_size, total * config.batch_size)
+        samples = iter(engine.loader(fabric, lesson.dataset, order, None, batch=config.batch_size, workers=workers))
+        for done in range(start + 1, total + 1):
+            row = course.step(done - 1, samples)
+            checked = done % config.check_every == 0 or done == total
+            if checked:
+                row["score"] = course.check()
+            run.add(row, durable=checked or stop.wanted)
+            if checked or stop.wanted:
+                course.save(done)
+            if progress:
+                progress(done, total, f"loss {row['loss']:.3f}")
+            if stop.wanted and done < total:
+                return Fitted(finished=False, step=done, best_step=done, best_score=None)
+        best_step, best_score = _best(run)
+        if best_score is not None:
+            lesson.network.load_state_dict(safetensors.torch.load_file(folder / BEST))
+        lesson.network.eval()
+        return Fitted(finished=True, step=total, best_step=best_step, best_score=best_score)
+
+
+def _optimizer(network: nn.Module, config: FinetuneConfig) -> torch.optim.AdamW:
+    """AdamW in which every layer of the encoder learns slower than the next."""
+    encoder = getattr(network, "encoder", None)
+    layers = encoders.layers(encoder) if isinstance(encoder, encoders.Encoder) else []
+    scales: dict[nn.Parameter, float] = {}
+    for depth, parameters in enumerate(layers):
+        for parameter in parameters:
+            scales[parameter] = config.layer_decay ** (len(layers) - depth)
+    if isinstance(encoder, nn.Module):
+        encoder.requires_grad_(not config.frozen)
+    return engine.adamw(network, scales=scales)
+
+
+@dataclass(frozen=True, eq=False)
+class _Course:
+    """What the steps of one training share."""
+
+    lesson: Lesson
+    config: FinetuneConfig
+    run: Run
+    fabric: Any
+    optimizer: Any
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that decides what is computed; checkpoints carry it."""
+        parts = [configs.to_dict(self.config), self.lesson.identity]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def resume(self) -> int:
+        """Put the newest checkpoint back; the number of steps done."""
+        found = checkpoints.newest(self.run.checkpoints, self.identity)
+        if found:
+            checkpoints.restore(found.tensors, self.lesson.network, self.optimizer)
+        start = found.step if found else 0
+        self.run.rewind(start)
+        return start
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint; the one before goes."""
+        tensors = checkpoints.state(self.lesson.network, self.optimizer)
+        checkpoints.save(self.run.checkpoints, done, tensors, self.identity, keep=1)
+
+    def step(self, step: int, samples: Iterator[Any]) -> dict[str, Any]:
+        """One optimizer step; its row of the metrics."""
+        began = time.perf_counter()
+        config, network = self.config, self.lesson.network
+        warmup = round(config.warmup_ratio * config.steps)
+        rate = schedules.warmup_cosine(step, config.steps, config.learning_rate, 0.0, warmup)
+        engine.set_rates(self.optimizer, rate, config.weight_decay)
+        batch = next(samples)
+        waited = time.perf_counter() - began
+        torch.manual_seed(torch_seed(config.seed, "finetune", step))
+        network.train()
+        if config.frozen and isinstance(network.encoder, nn.Module):
+            network.encoder.eval()
+        with self.fabric.autocast():
+            loss = self.lesson.loss(batch)
+        self.fabric.backward(loss)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
+        if not engine.all_finite([loss.item(), norm.item()]):
+            raise DagmanError(
+                "UNHEALTHY",
+                f"{self.run.folder}, step {step + 1}",
+                f"loss {loss.item()}, gradient {norm.item()}",
+                "start again in a new folder with a lower learning rate",
+                exit_code=ExitCode.UNHEALTHY,
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "step": step + 1,
+            "loss": loss.item(),
+            "learning_rate": rate,
+            "grad_norm": norm.item(),
+            "seconds": time.perf_counter() - began,
+            "data_wait_seconds": waited,
+        }
+
+    def check(self) -> float | None:
+        """Score the network as it is; keep its weights where they are the best so far."""
+        network = self.lesson.network.eval()
+        with torch.inference_mode():
+            score = self.lesson.score()
+        if score is None or not engine.all_finite([score]):
+            return None
+        best = _best(self.run)[1]
+        if best is None or score > best:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+            files.write_atomic(self.run.folder / BEST, lambda path: safetensors.torch.save_file(tensors, path))
+        return score
+
+
+def _best(run: Run) -> tuple[int, float | None]:
+    """Step and score of the best check so far, the earlier of equals; the last step where there is none."""
+    rows = run.metrics()
+    scored = [row for row in rows if row.get("score") is not None]
+    if not scored:
+        return (rows[-1]["step"] if rows else 0), None
+    best = max(scored, key=lambda row: row["score"])
+    return best["step"], best["score"]
