@@ -165,5 +165,3 @@ class SegmentationNetwork(nn.Module):
         """
         scores: Tensor = self.decoder(images, self.encoder(images).pyramid)
         return scores
-
-

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dagman.ct import crops
-from dagman.ct.store import PreparedStore, Triple
+from dagman.ct.store import PreparedStore, Triple, padded_crop
 from dagman.randomness import generator, torch_seed
 from dagman.tasks.classes import Classes
 from dagman.types import Preparation
@@ -60,7 +60,7 @@ class LabelledCrops(Dataset[LabelledCrop]):
         numbers, crop = self.classes.numbers(mask), self.preparation.crop
         corner = corner_of(numbers, crop, generator(self.seed, "segment.crop", sample))
         image = crops.window(self.store.hu(row, corner, crop), self.preparation.window_hu)
-        cut = crops.padded_crop(numbers, corner, crop, 0)
+        cut = padded_crop(numbers, corner, crop, 0)
         self._alterations.set_random_state(seed=torch_seed(self.seed, "segment.alter", sample) % 2**32)
         altered = self._alterations({"image": image[None], "numbers": cut[None]})
         return LabelledCrop(

@@ -102,20 +102,19 @@ def _parts(region: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _surfaces(
     predicted: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> tuple[float, float]:
-    """HD95 in mm and surface Dice, by MONAI where both surfaces exist."""
+    """HD95 in mm and surface Dice, between the voxels of each surface, as MONAI defines them."""
     if not predicted.any() and not reference.any():
         return 0.0, 1.0
     if not predicted.any() or not reference.any():
         return float(np.linalg.norm(np.multiply(predicted.shape, spacing_mm))), 0.0
-    import torch
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+    from scipy import ndimage
 
     box = _box(predicted | reference)
-    ours, theirs = (torch.from_numpy(np.pad(part[box], 1))[None, None] for part in (predicted, reference))
-    given = {"include_background": True, "spacing": list(spacing_mm)}
-    distance = compute_hausdorff_distance(ours, theirs, percentile=95, **given)
-    share = compute_surface_dice(ours, theirs, class_thresholds=[TOLERANCE_MM], **given)
-    return float(distance), float(share)
+    ours, theirs = (part[box] & ~ndimage.binary_erosion(part[box]) for part in (predicted, reference))
+    there = ndimage.distance_transform_edt(~theirs, sampling=spacing_mm)[ours]
+    back = ndimage.distance_transform_edt(~ours, sampling=spacing_mm)[theirs]
+    near = np.count_nonzero(there <= TOLERANCE_MM) + np.count_nonzero(back <= TOLERANCE_MM)
+    return float(max(np.percentile(there, 95), np.percentile(back, 95))), near / (len(there) + len(back))
 
 
 def _box(region: np.ndarray) -> tuple[slice, ...]:
