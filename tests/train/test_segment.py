@@ -20,7 +20,7 @@ from dagman.train import segment as training
 from dagman.train.finetune import FinetuneConfig
 from dagman.train.segment import SegmentConfig
 
-SHORT = SegmentConfig(finetune=FinetuneConfig(steps=4, batch_size=2, check_every=2, learning_rate=3e-3))
+SHORT = SegmentConfig(finetune=FinetuneConfig(steps=3, batch_size=1, check_every=3, learning_rate=3e-3))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_finished_folds_are_not_learnt_again_and_other_settings_are_refused(shor
     assert again == result
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.glob("fold-*/result.json")}
     other = replace(SHORT, finetune=replace(SHORT.finetune, steps=6))
-    with pytest.raises(DagmanError, match=r"E-RESUME.*finetune.steps: 4 -> 6"):
+    with pytest.raises(DagmanError, match=r"E-RESUME.*finetune.steps: 3 -> 6"):
         training.train(small_study.encoder(), store, folder, other)
 
 
@@ -91,7 +91,7 @@ def test_a_stopped_study_goes_on_bit_for_bit(short, store, tmp_path):
     stops = iter([3])
 
     def progress(done, total, note):
-        if total == 4 and done == 3 and next(stops, None):
+        if total == 3 and done == 2 and note.startswith("loss") and next(stops, None):
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert training.train(small_study.encoder(), store, tmp_path, SHORT, only=[1], progress=progress) is None
@@ -104,7 +104,7 @@ def test_a_stopped_study_goes_on_bit_for_bit(short, store, tmp_path):
 def test_it_learns_and_a_frozen_encoder_stays(store, tmp_path):
     config = SegmentConfig(
         finetune=FinetuneConfig(
-            steps=40, batch_size=2, check_every=20, learning_rate=5e-3, frozen=True, warmup_ratio=0.05
+            steps=25, batch_size=2, check_every=25, learning_rate=1e-2, frozen=True, warmup_ratio=0.05
         )
     )
     start = small_study.encoder()
@@ -128,7 +128,7 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
     table = small_study.write_cases(tmp_path / "raw", cases)
     save_encoder(small_study.encoder(), tmp_path / "run" / "weights" / "model.safetensors", {"recipe": "small"})
     study, fold = tmp_path / "out", tmp_path / "out" / "fold-0"
-    common = ["--steps", "2", "--folds", "2", "--check-every", "2"]
+    common = ["--steps", "2", "--folds", "2", "--check-every", "2", "--batch-size", "1"]
     assert run(["prepare", "-i", str(table), "-o", str(tmp_path / "store")]) == 0
     train = ["segment", "train", "-i", str(tmp_path / "store"), "-o", str(study), *common]
     assert run([*train, "--weights", str(tmp_path / "run")]) == 0
@@ -167,11 +167,12 @@ def test_an_empty_mask_counts_and_a_case_without_mask_is_told(tmp_path):
     cases = {f"c{number}": small_study.case(number) for number in range(5)}
     cases["empty"] = (cases["c0"][0], np.zeros_like(cases["c0"][1]))
     cases["bare"] = (small_study.case(9)[0], None)
-    store = small_study.store(tmp_path, cases)
-    one = replace(SHORT, finetune=replace(SHORT.finetune, steps=2))
+    split = {name: "test" if name in ("empty", "c0") else "train" for name in cases}
+    store = small_study.store(tmp_path, cases, split=split)
+    one = replace(SHORT, split=True)
     result = training.train(small_study.encoder(), store, tmp_path / "out", one)
     states = result["classes"]["label 1"]["states"]
-    assert result["cases"] == 6
+    assert (result["cases"], result["folds"], result["protocol"]) == (2, 1, "split column")
     assert states["neither"] + states["invented"] == 1
-    assert result["classes"]["label 1"]["with_reference"]["cases"] == 5
+    assert result["classes"]["label 1"]["with_reference"]["cases"] == 1
     assert result["left_out"] == {"no mask": 1}
