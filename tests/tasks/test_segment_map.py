@@ -163,7 +163,7 @@ def test_a_network_in_training_is_refused(bright):
 
 @pytest.fixture(scope="module")
 def series(real_data):
-    (scan,) = [each for each in index([real_data / "dicom_series"])[0] if len(each.files) == 11]
+    (scan,) = [each for each in index([real_data / "dicom_series"])[0] if len(each.files) == 30]
     return scan
 
 
