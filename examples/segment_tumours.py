@@ -1,9 +1,9 @@
-"""Segment tumours, from scans to scores: phantoms of the chest whose main nodule is outlined. Under a minute on one core.
+"""Segment tumours, from scans to scores: phantoms of the chest with one nodule outlined. Under a minute on one core.
 
     python examples/segment_tumours.py [FOLDER]
 
-Every step is one call, and every call has a verb: `dagman prepare`, `dagman segment train | predict | score`. The network
-is minute, starts from random weights and sees a few crops, so its Dice says nothing about the method; give
+Every step is one call, and every call has a verb: `dagman prepare`, `dagman segment train | predict | score`. The
+network is minute, starts from random weights and sees a few crops, so its Dice says nothing about the method; give
 `dagman segment train --weights RUN` an encoder pretrained on scans like yours, and hundreds of steps.
 """
 
@@ -50,9 +50,10 @@ config = study.SegmentConfig(
 network = SwinConfig(
     embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), attention=AttentionConfig(stage=2, num_heads=4)
 )
-encoder = study.new_encoder(network, Preparation(spacing_mm=4.0, window_hu=(-1000.0, 400.0)), seed=0)
+encoder = new(network, Preparation(spacing_mm=4.0, window_hu=(-1000.0, 400.0)), seed=0)
 result = study.train(encoder, PreparedStore(work / "store"), work / "study", config, only=[0], say=print)
-assert result is not None  # a signal stopped it: the same command goes on
+if result is None:
+    raise SystemExit("stopped: the same command goes on")
 print("\n".join(segmentation_scores.lines(result)))
 
 # 4. Segment a scan on its own voxels; the file lies over the scan in any viewer.

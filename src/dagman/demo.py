@@ -16,7 +16,7 @@ from dagman.figures import phantom as sheets
 from dagman.nets.encoder import Encoder
 from dagman.nets.weights import load_encoder
 from dagman.run import Run, describe_environment
-from dagman.tasks import classify
+from dagman.tasks import classify, predictions
 from dagman.tasks.attention import explain
 from dagman.tasks.embed import embed, untrained, voxels
 from dagman.train.cost import duration
@@ -168,7 +168,7 @@ def _probe(encoder: Encoder, store: PreparedStore, folder: Path, say: Say) -> li
         {
             "features": name,
             "first_minus_this": differences[name] and vars(differences[name]),
-            **classify.summary(result),
+            **predictions.summary(result),
         }
         for name, result in results.items()
     ]

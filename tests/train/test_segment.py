@@ -1,4 +1,4 @@
-"""A study of segmentation, from the store to its scores: learnt, resumed, saved, read again, refused where it must be."""
+"""A study of segmentation, from the store to its scores: learnt, resumed, saved, read again, or refused."""
 
 import json
 import os
@@ -152,7 +152,7 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
 
 
 def test_from_scratch_and_a_plain_swinunetr(store, tmp_path):
-    plain = training.new_encoder(replace(small_study.SMALL, attention=None), small_study.PREPARATION, 0)
+    plain = new(replace(small_study.SMALL, attention=None), small_study.PREPARATION, 0)
     result = training.train(plain, store, tmp_path, SHORT, only=[0])
     assert result["source"] == ["new random weights"]
     assert not any("semantic" in name for name in load_encoder(tmp_path / "fold-0").state_dict())

@@ -6,7 +6,6 @@ with its result is not learnt again; one under way goes on bit for bit.
 """
 
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -23,21 +22,22 @@ from torch.utils.data import Dataset
 from dagman import config as configs
 from dagman import files
 from dagman.ct.store import PreparedStore, write_array
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError
 from dagman.figures import segmentation as figure
-from dagman.nets.encoder import Encoder, build
+from dagman.nets.encoder import Encoder
 from dagman.nets.unetr import SegmentationNetwork
 from dagman.randomness import torch_seed
 from dagman.run import package_version
 from dagman.tasks import segment, segmentation_scores, segmenter
 from dagman.tasks.classes import Classes
 from dagman.tasks.embed import check_grid
+from dagman.tasks.folds import Part
 from dagman.tasks.labelled import LabelledCrop, LabelledCrops
 from dagman.tasks.overlap import Overlap
 from dagman.tasks.segmentation_scores import Row
 from dagman.tasks.segmenter import Segmenter
-from dagman.tasks.study import Part, Study, parts, stored, study
-from dagman.train.finetune import FinetuneConfig, Fitted, fit
+from dagman.tasks.study import Study, parts, stored, study
+from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, weights_digest
 from dagman.types import Grid
 
 RESULT = "result.json"
@@ -233,12 +233,9 @@ class _Work:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, "decoder", part.number))
             network = SegmentationNetwork(copy.deepcopy(self.encoder), len(classes) + 1)
-        weights = hashlib.sha256()
-        for tensor in self.encoder.state_dict().values():
-            weights.update(tensor.cpu().contiguous().numpy().tobytes())
         identity = {
             "store": self.store.store_id,
-            "weights": weights.hexdigest(),
+            "weights": weights_digest(self.encoder),
             "encoder": configs.to_dict(self.encoder.config),
             "preparation": configs.to_dict(self.encoder.preparation),
             "classes": configs.to_dict(classes),
@@ -263,19 +260,7 @@ class _Work:
         Raises:
             DagmanError: `E-RESUME`.
         """
-        path = self.place(part) / RESULT
-        if not path.is_file():
-            return None
-        result: dict[str, Any] = json.loads(path.read_text())
-        if lines := configs.difference(result["identity"], lesson.identity):
-            raise DagmanError(
-                "RESUME",
-                path.parent,
-                f"was learnt with other settings ({'; '.join(lines)[:600]})",
-                "give the old settings again, or choose another output folder",
-                exit_code=ExitCode.REFUSED,
-            )
-        return result
+        return finished(self.place(part), lesson.identity)
 
     def conclude(
         self, part: Part, lesson: SegmentLesson, fitted: Fitted, started: float, progress: Tell | None
@@ -364,12 +349,3 @@ class _Work:
             predicted=np.load(self._scored(fold, case)),
             spacing_mm=(side, side, side),
         )
-
-
-def new_encoder(config: Any, preparation: Any, seed: int) -> Encoder:
-    """An encoder with random weights, to be compared with."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(seed, "scratch"))
-        encoder = build(config)
-    encoder.preparation = preparation
-    return encoder.eval()
