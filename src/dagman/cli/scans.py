@@ -25,7 +25,8 @@ def check(
     """List every scan and every problem of some sources at once; write nothing.
 
     Args:
-        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, or CSV tables.
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, nnU-Net or MSD data sets, CSV tables, or MONAI
+            datalists.
         as_json: Print one JSON object instead of lines.
         workers: Scans read at a time.
     """
@@ -63,8 +64,8 @@ def prepare(
     Run again, it continues and adds what is new. What cannot be used honestly goes to rejected.jsonl.
 
     Args:
-        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, or a CSV `case_id,image[,label][,mask][,split]
-            [,patient]`.
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, nnU-Net or MSD data sets, MONAI datalists, or a
+            CSV `case_id,image[,label][,mask][,split][,patient]`.
         output: Folder for the prepared store.
         spacing_mm: Side of the voxels.
         resampling: `linear` keeps three times the noise of sub-millimetre slices.
