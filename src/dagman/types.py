@@ -22,7 +22,9 @@ class Scan:
     files: tuple[Path, ...]
     """One file (NIfTI, NRRD, MHA, multi-frame DICOM) or the slices of one DICOM series."""
     kind: str
-    """`nifti`, `nrrd`, `mha` or `dicom`."""
+    """`nifti`, `nrrd`, `mha`, `dicom` or `medmnist`."""
+    index: int | None = None
+    """Which item of a file that holds many; None for a file of one scan."""
     patient: str | None = None
     """Whose scan: the CSV's value, or a keyed hash of the DICOM PatientID."""
     label: str | None = None

@@ -25,8 +25,8 @@ def check(
     """List every scan and every problem of some sources at once; write nothing.
 
     Args:
-        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, nnU-Net or MSD data sets, CSV tables, or MONAI
-            datalists.
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, nnU-Net or MSD data sets, CSV tables, MONAI
+            datalists, or MedMNIST3D's .npz files.
         as_json: Print one JSON object instead of lines.
         workers: Scans read at a time.
     """
@@ -64,8 +64,8 @@ def prepare(
     Run again, it continues and adds what is new. What cannot be used honestly goes to rejected.jsonl.
 
     Args:
-        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, nnU-Net or MSD data sets, MONAI datalists, or a
-            CSV `case_id,image[,label][,mask][,split][,patient]`.
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, nnU-Net or MSD data sets, MONAI datalists,
+            MedMNIST3D's .npz files, or a CSV `case_id,image[,label][,mask][,split][,patient]`.
         output: Folder for the prepared store.
         spacing_mm: Side of the voxels.
         resampling: `linear` keeps three times the noise of sub-millimetre slices.
@@ -90,6 +90,8 @@ def _describe(summary: "Summary", output: Path) -> None:
 
     there = f", {summary.already_there} were there already" if summary.already_there else ""
     say(f"{summary.stored} cases prepared in {duration(summary.seconds)}{there}; wrote {output}")
+    for note in summary.notes:
+        say(note)
     if summary.rejected:
         codes = ", ".join(f"{count} E-{code}" for code, count in summary.codes.items())
         say(f"{summary.rejected} rejected ({codes}); reasons and advice in {output / 'rejected.jsonl'}")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dagman.ct import guard, layouts, table
+from dagman.ct.sources import medmnist
 from dagman.ct.survey import PATIENT_KEY, Found, Problem, Survey, clean_name, look_through, short_hash
 from dagman.errors import DagmanError
 from dagman.types import Scan
@@ -23,7 +24,7 @@ def index(
     Args:
         sources: Scan files, folders of scan files or DICOM trees, or CSV tables
             `case_id,image[,label][,mask][,split][,patient]` with paths relative to the table; data sets as nnU-Net and
-            the Medical Segmentation Decathlon keep them, and MONAI datalists (`dagman.ct.layouts`).
+            the Medical Segmentation Decathlon keep them, and MONAI datalists (`dagman.ct.layouts`); `.npz` of MedMNIST.
         key: For the hashes of PatientID and SeriesInstanceUID; by default the environment's `DAGMAN_PATIENT_KEY`,
             else the public one.
         limits: What looking at 200 files may cost.
@@ -41,7 +42,9 @@ def index(
             raise DagmanError("GONE", source, "does not exist", "give a file or a folder that does")
     tables = [source for source in sources if source.suffix.lower() == ".csv" and source.is_file()]
     scans = [scan for source in tables for scan in table.read(source, survey)]
-    lists = {source: layouts.lists(source) for source in sources if source not in tables}
+    packed = [source for source in sources if source.suffix.lower() == ".npz" and source.is_file()]
+    scans += [scan for source in packed for scan in medmnist.scans(source, survey)]
+    lists = {source: layouts.lists(source) for source in sources if source not in tables + packed}
     scans += [scan for listed in lists.values() for path in listed for scan in layouts.read(path, survey)]
     walked = [source for source, listed in lists.items() if not layouts.is_whole(source, listed)]
     found = [each for source in walked for each in look_through(source, survey)]

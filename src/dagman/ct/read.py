@@ -11,6 +11,7 @@ import numpy as np
 from dagman.ct import grid, guard
 from dagman.ct.guard import Limits
 from dagman.ct.index import index
+from dagman.ct.sources import medmnist
 from dagman.ct.survey import Problem, sniff_files
 from dagman.errors import DagmanError
 from dagman.types import Grid, Scan, Volume
@@ -35,6 +36,8 @@ def read(scan: Scan, limits: Limits | None = None) -> Volume:
         DagmanError: Why the scan cannot be used honestly; the codes are listed in `docs/errors.md`.
     """
     limits = limits or Limits()
+    if scan.kind == "medmnist":
+        return medmnist.volume(scan, limits=limits)
     arguments = {
         "paths": [str(path) for path in scan.files],
         "kind": scan.kind,
