@@ -118,7 +118,8 @@ def volume(scan: Scan, spacing_mm: float = 2.0, limits: guard.Limits | None = No
 def hounsfield(grey: UInt8[np.ndarray, "..."]) -> Int16[np.ndarray, "..."]:
     """Grey values 0 to 255 as HU between the ends of `WINDOW_HU`."""
     low, high = WINDOW_HU
-    return np.rint(low + np.arange(256) / 255 * (high - low)).astype(np.int16)[grey]
+    table: np.ndarray = np.rint(low + np.arange(256) / 255 * (high - low)).astype(np.int16)
+    return np.take(table, grey)
 
 
 def sha256(path: Path) -> str:
