@@ -20,6 +20,7 @@ app = App(
 classify = App(name="classify", help="Predict labels from a pretrained encoder's features.", help_format="plaintext")
 app.command(scans.check)
 app.command(scans.prepare)
+app.command(scans.lidc)
 app.command(training.pretrain)
 app.command(training.ablate)
 app.command(encoder.embed)

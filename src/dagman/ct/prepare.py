@@ -108,7 +108,7 @@ def prepare(
     started = time.monotonic()
     config = config or PrepareConfig()
     output = Path(output)
-    _refuse_overlap(sources, output)
+    refuse_overlap(sources, output)
     store.require_storage(config.storage, output)
     with folder_lock(output):
         _adopt_settings(output, config)
@@ -257,7 +257,7 @@ class _Run:
         )
 
 
-def _refuse_overlap(sources: Sequence[Path], output: Path) -> None:
+def refuse_overlap(sources: Sequence[Path], output: Path) -> None:
     """Sources are never written to, and a store is no source."""
     place = output.resolve()
     for source in (Path(source).resolve() for source in sources):
