@@ -29,6 +29,8 @@ class Scan:
     """Whose scan: the CSV's value, or a keyed hash of the DICOM PatientID."""
     label: str | None = None
     mask: Path | None = None
+    rois: tuple[str, ...] = ()
+    """Names or numbers of the structures of a DICOM mask, which become labels 1, 2, ...; none: all of them."""
     split: str | None = None
 
     @property

@@ -151,6 +151,7 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
         row["mask"] = {
             "source_sha256": _source_sha256([scan.mask] if scan.mask else []),
             "tiny_labels": list(prepared.tiny_labels),
+            **({"rois": list(scan.rois)} if scan.rois else {}),
             "voxels": {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label},
             **_written(store.array_path(output, "masks", scan.case_id, config.storage), prepared.mask),
         }
@@ -161,9 +162,9 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
 def _brought_into_form(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepared, str]:
     """A scan as read and as stored, and the checksum of its files."""
     volume = read.read(scan)
-    mask = None if scan.mask is None else read.read_mask(scan.mask, volume).hu
+    mask = read.read_mask_of(scan, volume)
     digest = _source_sha256(scan.files)
-    return volume, prepare_volume(volume, config, mask), digest
+    return volume, prepare_volume(volume, config, mask.hu if mask else None), digest
 
 
 def _as_it_is(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepared, str]:
@@ -220,7 +221,8 @@ def fingerprint(scan: Scan) -> Row:
         raise DagmanError("GONE", scan.source, problem, "put it back and run the command again") from None
     return {
         "place": hashlib.sha256(bytes(scan.source.absolute())).hexdigest()[:16],
-        "files": [[printable(name), state.st_size, state.st_mtime_ns] for name, state in states],
+        "files": [[printable(name), state.st_size, state.st_mtime_ns] for name, state in states]
+        + [[roi, 0, 0] for roi in scan.rois],
     }
 
 

@@ -1,4 +1,7 @@
-"""A CSV table of scans: `case_id,image[,label][,mask][,split][,patient]`, paths relative to the table."""
+"""A CSV table of scans: `case_id,image[,label][,mask][,split][,patient]`, paths relative to the table.
+
+A mask cell may name structures of a DICOM RTSTRUCT or SEG: `rtstruct.dcm#GTV-1|Lung` gives labels 1 and 2.
+"""
 
 import csv
 import re
@@ -58,9 +61,7 @@ def scans(
 def _scan(row: dict[str, str], path: Path, here: str, survey: Survey) -> Scan | None:
     _check_cells(row, survey, path, here)
     image = _existing(path, row["image"])
-    mask = _existing(path, row["mask"]) if row.get("mask") else None
-    if mask is not None and not mask.is_file():
-        raise ValueError(f"{printable(row['mask'])[:200]} is no file")
+    mask, rois = _mask(path, row.get("mask") or "")
     if image not in survey.images:
         survey.images[image] = _only(image, survey)
     found = survey.images[image]
@@ -76,6 +77,7 @@ def _scan(row: dict[str, str], path: Path, here: str, survey: Survey) -> Scan | 
         patient=row.get("patient") or found.patient,
         label=row.get("label") or None,
         mask=mask,
+        rois=rois,
         split=row.get("split") or None,
     )
 
@@ -121,6 +123,22 @@ def _check_cells(row: dict[str, str], survey: Survey, path: Path, here: str) -> 
         earlier = survey.rows.setdefault(f"{what} {value}", here)
         if earlier != here:
             raise ValueError(f"{what} the same as in {earlier}")
+
+
+def _mask(table: Path, cell: str) -> tuple[Path | None, tuple[str, ...]]:
+    """A cell `file`, or `file#name|name` for structures of an RTSTRUCT or SEG."""
+    if not cell:
+        return None, ()
+    name, sign, chosen = cell.rpartition("#")
+    if not sign or (table.parent / cell).exists():
+        name, chosen = cell, ""
+    mask = _existing(table, name)
+    if not mask.is_file():
+        raise ValueError(f"{printable(name)[:200]} is no file")
+    rois = tuple(printable(roi.strip()) for roi in chosen.split("|"))
+    if (chosen or name != cell) and (not all(rois) or len(set(rois)) != len(rois)):
+        raise ValueError("mask names an empty structure, or one twice")
+    return mask, rois if chosen else ()
 
 
 def _existing(table: Path, cell: str) -> Path:
