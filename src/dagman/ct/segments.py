@@ -177,7 +177,7 @@ def _segmented(
     try:
         from highdicom.seg import segread
     except ImportError:
-        raise DagmanError("CODEC", path, "needs the package highdicom", "install the extra `rt`") from None
+        raise DagmanError("HIGHDICOM", path, "needs the package highdicom", "install the extra `seg`") from None
     seg = segread(path)
     for roi in rois:
         volume = seg.get_volume(segment_numbers=[roi.number], allow_missing_positions=True)

@@ -83,7 +83,7 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def estimate(
     statistic: Statistic,
     groups: Shaped[np.ndarray, " cases"],
-    positive: Bool[np.ndarray, " cases"],
+    positive: Bool[np.ndarray, " cases"] | None = None,
     *,
     seed: int,
     resamples: int = RESAMPLES,
@@ -96,34 +96,59 @@ def estimate(
     Args:
         statistic: Case weights (resamples, cases) to one value per resample.
         groups: Patient of each case.
-        positive: Class of each case: below 2 patients in either class there is no interval.
+        positive: Class of each case: below 2 patients in either class there is no interval. None for scores without
+            classes: below 2 patients in all.
         seed: Of the resampling.
         resamples: Number of draws.
 
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
     """
-    if len(positive) == 0:
+    if len(groups) == 0:
         return Estimate(value=None, why="no cases")
     names, patient = np.unique(groups, return_inverse=True)
     value = float(_values(statistic, np.ones((1, len(names))), patient)[0])
     if np.isnan(value):
-        return Estimate(value=None, why="a class is absent")
-    per_class = [len(np.unique(patient[positive])), len(np.unique(patient[~positive]))]
-    if min(per_class) < 2:
-        return Estimate(value=value, why=f"{per_class[0]} patients are positive and {per_class[1]} negative, 2 needed")
+        return Estimate(value=None, why="no case counts" if positive is None else "a class is absent")
+    if why := _too_few(patient, positive):
+        return Estimate(value=value, why=why)
     draws = randomness.generator(seed, "bootstrap").multinomial(
         len(names), np.full(len(names), 1 / len(names)), size=resamples
     )
     replicates = _values(statistic, draws, patient)
     replicates = np.sort(replicates[~np.isnan(replicates)])
     if len(replicates) < resamples / 2:
-        return Estimate(value=value, why="most resamples of the patients lack a class")
+        what = "a case that counts" if positive is None else "a class"
+        return Estimate(value=value, why=f"most resamples of the patients lack {what}")
     if replicates[0] == replicates[-1]:
         return Estimate(value=value, why="resampling the patients does not change it")
     without_one = _values(statistic, 1 - np.eye(len(names)), patient)
     low, high = _accelerated(value, replicates, without_one[~np.isnan(without_one)])
     return Estimate(value=value, low=low, high=high)
+
+
+def _too_few(patient: np.ndarray, positive: np.ndarray | None) -> str:
+    """Why there are too few patients for an interval; empty where there are enough."""
+    if positive is None:
+        number = len(np.unique(patient))
+        return "" if number > 1 else f"{number} patient, 2 needed"
+    per_class = [len(np.unique(patient[positive])), len(np.unique(patient[~positive]))]
+    if min(per_class) > 1:
+        return ""
+    return f"{per_class[0]} patients are positive and {per_class[1]} negative, 2 needed"
+
+
+def mean(values: Float[np.ndarray, " cases"], weights: Weights) -> Float[np.ndarray, " resamples"]:
+    """Weighted mean over the cases whose value is a number; NaN where there is none."""
+    counts = np.isfinite(values)
+    return _ratio(weights @ np.where(counts, values, 0), weights @ counts.astype(float))
+
+
+def ratio(
+    above: Float[np.ndarray, " cases"], below: Float[np.ndarray, " cases"], weights: Weights
+) -> Float[np.ndarray, " resamples"]:
+    """Weighted sum of one number over that of another (lesions found over lesions); NaN where there is none."""
+    return _ratio(weights @ above, weights @ below)
 
 
 def _values(statistic: Statistic, draws: np.ndarray, patient: np.ndarray) -> np.ndarray:

@@ -1,0 +1,286 @@
+"""The verbs of segmentation: train, predict, score, export-nnunet."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from dagman.cli.watching import Output, Sources, Switch, next_step, progress, require, say
+from dagman.errors import DagmanError, ExitCode
+
+segment = App(
+    name="segment",
+    help="Outline what masks show: learn it, predict it, score any tool's predictions.",
+    help_format="plaintext",
+)
+Data = Annotated[Path, Parameter(name=["--input", "-i"])]
+
+
+@segment.command
+def train(
+    *,
+    weights: str,
+    data: Data,
+    output: Output,
+    recipe: str = "dagman-tiny",
+    crop: tuple[int, int, int] | None = None,
+    labels: str | None = None,
+    folds: int = 3,
+    fold: int | None = None,
+    split: Switch = False,
+    fraction: float = 1.0,
+    steps: int = 400,
+    batch_size: int = 2,
+    learning_rate: float = 1e-3,
+    layer_decay: float | None = None,
+    check_every: int = 50,
+    frozen: Switch = False,
+    group_by: Literal["patient", "case"] = "patient",
+    seed: int = 0,
+    device: Literal["cpu", "cuda"] | None = None,
+    workers: int = 0,
+) -> int:
+    """Learn to segment in folds by patient, and test each fold on patients it never saw; run again, it continues.
+
+    Args:
+        weights: A run folder or .safetensors file to start from, or `none` for new random weights.
+        data: A prepared store with masks.
+        output: Folder of the study.
+        recipe: The encoder of `--weights none`: `dagman-tiny`, or `smit-swin-tiny` for a plain SwinUNETR.
+        crop: Voxels (x, y, z) of a crop, such as 96,96,96; the encoder's own without.
+        labels: Such as `2,5`, or `tumour=1+2,node=5` to join labels; all labels without.
+        folds: Number of folds.
+        fold: Do this fold only, from 0.
+        split: Use the store's column `split` (train, validation, test) in place of folds.
+        fraction: Of the training patients, for few-shot studies: 0.25, 0.5.
+        steps: Optimizer steps of a fold.
+        batch_size: Crops of a step.
+        learning_rate: Of the decoder, at its peak.
+        layer_decay: From each layer of the encoder to the one before; 0.75, or 1 with `--weights none`.
+        check_every: Steps between two scores on the patients held out of the training part.
+        frozen: Leave the encoder as it is.
+        group_by: `case` where patients are unknown; the result is stamped.
+        seed: Of folds, crops and the decoder's first weights.
+        device: Where to compute; by default the GPU where there is one.
+        workers: Processes that read crops ahead.
+    """
+    from dagman.ct.store import PreparedStore
+    from dagman.tasks import segmentation_scores
+    from dagman.train import segment as training
+    from dagman.train.finetune import FinetuneConfig
+
+    encoder, source = _start(weights, recipe, seed)
+    decay = layer_decay or (1.0 if weights == "none" else 0.75)
+    config = training.SegmentConfig(
+        finetune=FinetuneConfig(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            layer_decay=decay,
+            check_every=check_every,
+            frozen=frozen,
+            seed=seed,
+        ),
+        crop=crop,
+        labels=labels,
+        folds=folds,
+        split=split,
+        fraction=fraction,
+        group_by=group_by,
+    )
+    store = PreparedStore(data)
+    masked = sum(row["mask"] is not None for row in store.rows)
+    say(f"{masked} of {len(store)} cases have a mask; starting from {source}")
+    with progress("Segmenting") as tell:
+        result = training.train(
+            encoder,
+            store,
+            output,
+            config,
+            source=source,
+            only=None if fold is None else [fold],
+            device=device,
+            workers=workers,
+            progress=tell,
+            say=say,
+        )
+    if result is None:
+        return ExitCode.STOPPED
+    for line in segmentation_scores.lines(result):
+        print(line)
+    _warn(result)
+    say(f"wrote {output / 'result.json'}, {output / 'cases.csv'} and {output / 'cases.png'}")
+    first = result["folds_finished"][0]
+    next_step(f"dagman segment predict --weights {output / f'fold-{first}'} -i SCANS -o {output / 'predicted'}")
+    return ExitCode.OK
+
+
+def _start(weights: str, recipe: str, seed: int) -> tuple[Any, str]:
+    """The encoder every fold starts from, and where it comes from."""
+    from dagman import recipes
+    from dagman.nets.weights import load_encoder
+    from dagman.train import segment as training
+    from dagman.types import Preparation
+
+    if weights != "none":
+        encoder = load_encoder(weights)
+        say(str(encoder.report))
+        return encoder, str(weights)
+    chosen = recipes.get(recipe)
+    preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
+    return training.new_encoder(chosen.encoder, preparation, seed), f"new random weights of {recipe}"
+
+
+def _warn(result: dict[str, Any]) -> None:
+    if result["warning"]:
+        say(f"Note: {result['warning']}")
+    for case, note in result["notes"].items():
+        say(f"Note: {case}: {note}")
+
+
+@segment.command
+def predict(
+    *,
+    weights: Path,
+    sources: Sources,
+    output: Output,
+    to: Literal["nifti", "dicom-seg"] = "nifti",
+    device: str = "cpu",
+) -> int:
+    """Segment CTs: a label map on each scan's own voxels, which lies over the scan in any viewer.
+
+    Args:
+        weights: A fold of `dagman segment train`, such as STUDY/fold-0.
+        sources: CT files, folders, DICOM trees, or a CSV.
+        output: Folder for CASE.nii.gz, or CASE.dcm.
+        to: `dicom-seg` writes a DICOM segmentation with the patient's references, for DICOM input.
+        device: `cpu` or `cuda`.
+    """
+    from dagman.ct.index import index
+    from dagman.tasks import segment as segmenting
+    from dagman.tasks import segmenter
+
+    loaded = segmenter.load(weights)
+    scans, problems = index(sources)
+    failed = [problem for problem in problems if not problem.ignored]
+    for problem in failed:
+        say(str(problem))
+    say(f"{len(scans)} scans; segmenting {', '.join(loaded.classes.names)}")
+    done = 0
+    for scan in scans:
+        try:
+            with progress(f"Segmenting {scan.case_id}") as tell:
+                found = segmenting.predict(loaded, scan, output, to=to, device=device, progress=tell)
+        except DagmanError as error:
+            if error.exit_code == ExitCode.RESOURCES or error.code == "HIGHDICOM":
+                raise
+            say(str(error))
+            continue
+        done += 1
+        volumes = ", ".join(f"{name} {volume:.1f} cc" for name, volume in found.volumes_cc.items())
+        say(f"wrote {found.path}: {volumes}")
+    if not done:
+        return ExitCode.NOTHING_USABLE
+    next_step(f"dagman segment score -i {output} --reference MASKS -o {output}-scores")
+    return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
+
+
+@segment.command
+def score(
+    *,
+    predictions: Sources,
+    reference: Path,
+    output: Output,
+    labels: str | None = None,
+    seed: int = 0,
+) -> int:
+    """Score the label maps of any tool against references: Dice, HD95, surface Dice, volumes, lesions, with intervals.
+
+    Args:
+        predictions: Folders of label maps (NIfTI, NRRD, MHA), matched by name: CASE.nii.gz, CASE_seg.nii.gz.
+        reference: Folder of label maps, or a CSV `case_id,image,mask,patient`, which groups intervals by patient.
+        output: Folder for cases.csv, result.json and cases.png.
+        labels: Such as `2,5`, or `tumour=1+2,node=5` to join labels; all labels of the references without.
+        seed: Of the bootstrap.
+    """
+    from dagman.tasks import matching, segmentation_scores
+
+    require(reference.exists(), "--reference", f"{reference} does not exist", "give a folder or a CSV of masks")
+    with progress("Scoring") as tell:
+        found = matching.score(predictions, reference, labels=labels, progress=tell)
+    rows = list(found.rows)
+    result = segmentation_scores.summary(rows, group_by=found.group_by, seed=seed)
+    result |= {
+        "labels": dict(zip(found.classes.names, map(list, found.classes.labels), strict=True)),
+        "not_scored": [str(error) for error in found.rejected],
+        "predictions_without_reference": [path.name for path in found.unmatched],
+    }
+    segmentation_scores.write(rows, result, output)
+    picture = matching.draw(found, output)
+    for error in found.rejected:
+        say(str(error))
+    if found.unmatched:
+        say(f"{len(found.unmatched)} predictions have no reference, such as {found.unmatched[0].name}")
+    for line in segmentation_scores.lines(result):
+        print(line)
+    _warn(result)
+    num_scored = len(found.scored)
+    say(f"{num_scored} of {num_scored + len(found.rejected)} references were scored")
+    say(f"wrote {output / 'result.json'}, {output / 'cases.csv'}" + (f" and {picture}" if picture else ""))
+    next_step(f"look at the lowest rows of {output / 'cases.csv'}")
+    return ExitCode.REJECTED if found.rejected or found.unmatched else ExitCode.OK
+
+
+@segment.command
+def export_nnunet(
+    *,
+    data: Data,
+    output: Output,
+    number: int = 501,
+    name: str = "CT",
+    labels: str | None = None,
+    folds: int = 3,
+    split: Switch = False,
+    seed: int = 0,
+    group_by: Literal["patient", "case"] = "patient",
+) -> int:
+    """Write the cases and our folds for nnU-Net, to train it as a baseline with its own commands.
+
+    Args:
+        data: A prepared store, or a CSV whose scans keep their own voxels.
+        output: nnU-Net's folder of raw data (nnUNet_raw).
+        number: Of the data set, 1 to 999.
+        name: Of the data set.
+        labels: As `segment train`.
+        folds: As `segment train`.
+        split: As `segment train`.
+        seed: As `segment train`.
+        group_by: As `segment train`.
+    """
+    from dagman.tasks import nnunet
+
+    with progress("Exporting") as tell:
+        folder = nnunet.export(
+            data,
+            output,
+            number=number,
+            name=name,
+            labels=labels,
+            folds=folds,
+            split=split,
+            seed=seed,
+            group_by=group_by,
+            progress=tell,
+        )
+    described = json.loads((folder / "dataset.json").read_text())
+    say(f"wrote {described['numTraining']} cases to {folder}; classes {', '.join(list(described['labels'])[1:])}")
+    done = f"nnUNet_results/{folder.name}/nnUNetTrainer__nnUNetPlans__3d_fullres"
+    say(f"nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity -c 3d_fullres")
+    say(f"cp {folder / 'splits_final.json'} nnUNet_preprocessed/{folder.name}/")
+    say(f"nnUNetv2_train {number} 3d_fullres 0   (and the other folds)")
+    next_step(
+        f"the three commands above, then dagman segment score -i {done}/fold_*/validation "
+        f"--reference {folder / 'cases.csv'} -o nnunet-scores"
+    )
+    return ExitCode.OK

@@ -1,0 +1,285 @@
+"""Predictions of any tool beside their references: matched by name, compared only where they share one grid."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dagman import files
+from dagman.ct import grid
+from dagman.ct.index import index
+from dagman.ct.read import read, read_mask
+from dagman.errors import DagmanError, ExitCode
+from dagman.figures import segmentation as figure
+from dagman.tasks import segmentation_scores
+from dagman.tasks.classes import Classes, choose
+from dagman.tasks.segmentation_scores import Row, compare
+from dagman.types import Scan, Volume
+
+_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
+_ENDINGS = re.compile(r"[_.-](segmentation|seg|mask|labels?|gtv|gt|pred|prediction)$", re.IGNORECASE)
+TOLERANCE = 1e-3
+"""Of spacings, relative; corners may lie this share of a voxel times 50 apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A case, and where its two label maps lie."""
+
+    case_id: str
+    patient: str | None
+    reference: Path
+    prediction: Path | None
+    """None where there is none."""
+    scan: Scan | None = None
+    """Its CT, where a table names it."""
+
+
+def pairs(predictions: Sequence[Path], reference: Path) -> tuple[list[Pair], list[Path]]:
+    """Match predictions to references by file name.
+
+    A name counts without its suffix and without endings such as `_seg`, `_mask`, `_gtv`, `_pred`.
+
+    Args:
+        predictions: Folders of label maps, or label maps.
+        reference: Folder of label maps, or a CSV table `case_id,image,mask[,patient]`.
+
+    Returns:
+        All references in order, and predictions without reference.
+
+    Raises:
+        DagmanError: `E-GONE` for what does not exist; `E-DUPCASE`, exit code 4, for two files of one name;
+            `E-NODATA` where nothing fits together.
+    """
+    found = _by_name(predictions)
+    wanted = _table(reference) if reference.suffix.lower() == ".csv" else _folder(reference)
+    matched = [
+        replace(each, prediction=found.get(each.case_id.lower()) or found.get(_stem(each.reference).lower()))
+        for each in wanted
+    ]
+    used = {each.prediction for each in matched}
+    if not used - {None}:
+        first, other = next(iter(found.values()), None), wanted[0].reference if wanted else None
+        raise DagmanError(
+            "NODATA",
+            reference,
+            f"no prediction fits a reference by name ({len(found)} and {len(wanted)}; such as "
+            f"{first.name if first else 'none'} and {other.name if other else 'none'})",
+            "name both alike: CASE.nii.gz",
+            exit_code=ExitCode.NOTHING_USABLE,
+        )
+    return matched, [path for path in found.values() if path not in used]
+
+
+def _folder(folder: Path) -> list[Pair]:
+    named = _by_name([folder])
+    return [
+        Pair(case_id=_stem(path), patient=None, reference=path, prediction=None) for _, path in sorted(named.items())
+    ]
+
+
+def _table(path: Path) -> list[Pair]:
+    scans, _ = index([path])
+    return [
+        Pair(
+            case_id=scan.case_id,
+            patient=scan.patient,
+            reference=scan.mask,
+            prediction=None,
+            scan=scan,
+        )
+        for scan in scans
+        if scan.mask is not None
+    ]
+
+
+def _by_name(sources: Sequence[Path]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for path in _label_maps(sources):
+        name = _stem(path).lower()
+        if name in named:
+            raise DagmanError(
+                "DUPCASE",
+                path,
+                f"and {named[name]} are both of case {name}",
+                "give one label map for each case",
+                exit_code=ExitCode.REFUSED,
+            )
+        named[name] = path
+    return named
+
+
+def _label_maps(sources: Sequence[Path]) -> Iterator[Path]:
+    for source in sources:
+        if not source.exists():
+            raise DagmanError("GONE", source, "does not exist", "give a file or a folder that does")
+        inside = sorted(source.iterdir()) if source.is_dir() else [source]
+        yield from (path for path in inside if path.name.lower().endswith(_SUFFIXES) and not path.name.startswith("."))
+
+
+def _stem(path: Path) -> str:
+    """A file's name without suffix and ending."""
+    name = path.name
+    for suffix in _SUFFIXES:
+        if name.lower().endswith(suffix):
+            name = name[: -len(suffix)]
+            break
+    return _ENDINGS.sub("", name)
+
+
+def read_pair(pair: Pair) -> tuple[Volume, Volume]:
+    """Prediction and reference, both turned to RAS+.
+
+    Raises:
+        DagmanError: As `ct.read.read_mask`; `E-MASK`, exit code 4, where they do not lie on one grid: other numbers of
+            voxels, spacing, direction or place.
+    """
+    if pair.prediction is None:
+        raise DagmanError("GONE", pair.case_id, "has no prediction", "predict it too, or leave its reference out")
+    predicted, reference = read_mask(pair.prediction), read_mask(pair.reference)
+    for problem in _differences(predicted, reference):
+        raise DagmanError(
+            "MASK",
+            pair.prediction,
+            f"does not lie where {pair.reference.name} lies: {problem}",
+            "resample it onto the reference's grid (nearest neighbour), or let its tool write the input's grid",
+            exit_code=ExitCode.REFUSED,
+        )
+    return predicted, reference
+
+
+def _differences(one: Volume, other: Volume) -> Iterator[str]:
+    """What differs, the plainest first."""
+    if one.hu.shape != other.hu.shape:
+        yield f"{_sides(one.hu.shape)} and {_sides(other.hu.shape)} voxels"
+    ours, theirs = np.array(one.spacing_mm), np.array(other.spacing_mm)
+    if np.abs(ours / theirs - 1).max() > TOLERANCE:
+        yield f"voxels of {_sides(ours)} and {_sides(theirs)} mm"
+    turned = np.abs(one.affine[:3, :3] / ours - other.affine[:3, :3] / theirs).max()
+    if turned > TOLERANCE * 10:
+        yield f"directions differ by {turned:.3g}"
+    apart = grid.corner_distance_mm(one.affine, other.affine, one.hu.shape)
+    if apart > 50 * TOLERANCE * theirs.min():
+        yield f"corners lie {apart:.3g} mm apart (moved or mirrored)"
+
+
+def _sides(values: np.ndarray | tuple[int, ...]) -> str:
+    return " x ".join(f"{value:g}" for value in np.round(values, 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What `score` found."""
+
+    rows: tuple[Row, ...]
+    classes: Classes
+    patients_known: bool
+    rejected: tuple[DagmanError, ...]
+    """Cases that could not be compared; they are in no score."""
+    unmatched: tuple[Path, ...]
+    """Predictions without reference."""
+    scored: dict[str, Pair]
+    """By case."""
+
+    @property
+    def group_by(self) -> Literal["patient", "case"]:
+        """What intervals draw."""
+        return "patient" if self.patients_known else "case"
+
+
+def score(
+    predictions: Sequence[Path],
+    reference: Path,
+    *,
+    labels: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scored:
+    """Compare the predictions of any tool with references.
+
+    Args:
+        predictions: Folders of label maps.
+        reference: Folder of label maps, or a CSV table `case_id,image,mask[,patient]`.
+        labels: As `classes.choose`; all labels of the references without.
+        progress: Hears of each finished case.
+
+    Raises:
+        DagmanError: As `pairs`; `E-NODATA`, exit code 5, where no pair can be compared; `E-LABEL`.
+    """
+    matched, unmatched = pairs(predictions, reference)
+    rejected: list[DagmanError] = []
+    seen: set[int] = set()
+    for pair in matched:
+        with _noted(rejected):
+            seen |= set(np.unique(read_mask(pair.reference).hu).tolist())
+    classes = choose(labels, seen)
+    rejected.clear()
+    rows: list[Row] = []
+    for done, pair in enumerate(matched, 1):
+        with _noted(rejected):
+            predicted, truth = read_pair(pair)
+            rows += compare(
+                classes.numbers(predicted.hu),
+                classes.numbers(truth.hu),
+                classes,
+                truth.spacing_mm,
+                case_id=pair.case_id,
+                patient=pair.patient,
+            )
+        if progress:
+            progress(done, len(matched))
+    if not rows:
+        raise DagmanError(
+            "NODATA",
+            reference,
+            f"none of {len(matched)} cases can be compared (first: {rejected[0]})",
+            "mend the first, then run again",
+            exit_code=ExitCode.NOTHING_USABLE,
+        )
+    kept = {row.case_id for row in rows}
+    scored = {pair.case_id: pair for pair in matched if pair.case_id in kept}
+    return Scored(
+        rows=tuple(rows),
+        classes=classes,
+        patients_known=all(pair.patient for pair in scored.values()),
+        rejected=tuple(rejected),
+        unmatched=tuple(unmatched),
+        scored=scored,
+    )
+
+
+@contextlib.contextmanager
+def _noted(problems: list[DagmanError]) -> Iterator[None]:
+    """Keep a case's error and go on."""
+    try:
+        yield
+    except DagmanError as error:
+        if error.exit_code == ExitCode.RESOURCES:
+            raise
+        problems.append(error)
+
+
+def draw(found: Scored, folder: Path) -> Path | None:
+    """Write `cases.png`: the cases with the lowest, middle and highest Dice, over their CT where it is known."""
+    scenes = []
+    for case in segmentation_scores.shown(found.rows):
+        pair = found.scored[case]
+        predicted, truth = read_pair(pair)
+        dice = np.mean([row.scores.dice for row in found.rows if row.case_id == case])
+        scenes.append(
+            figure.Scene(
+                title=f"{case}: Dice {dice:.3f}",
+                hu=None if pair.scan is None else read(pair.scan).hu,
+                reference=found.classes.numbers(truth.hu),
+                predicted=found.classes.numbers(predicted.hu),
+                spacing_mm=truth.spacing_mm,
+            )
+        )
+    if not scenes:
+        return None
+    title = "cases with the lowest, the middle and the highest Dice"
+    files.write_bytes(folder / "cases.png", figure.png(scenes, title))
+    return folder / "cases.png"

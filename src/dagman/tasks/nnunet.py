@@ -1,0 +1,157 @@
+"""The same cases and folds for nnU-Net, so that it can stand beside us as a baseline.
+
+`nnUNet_raw/DatasetNNN_NAME` is written as nnU-Net v2 documents it; its predictions are label maps that
+`dagman segment score` reads, with `cases.csv` of that folder as reference.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Num
+
+from dagman import files
+from dagman.ct.index import index
+from dagman.ct.read import read, read_mask
+from dagman.ct.store import MANIFEST, PreparedStore
+from dagman.errors import DagmanError, ExitCode
+from dagman.tasks import study
+from dagman.tasks.segment import write_nifti
+from dagman.tasks.study import Case, Study
+from dagman.tasks.table import write_rows
+
+Triples = Iterator[tuple[int, Num[np.ndarray, "x y z"], np.ndarray, np.ndarray]]
+"""Row, HU, label map and affine of each case that has a mask."""
+
+
+def export(
+    source: Path,
+    raw: Path,
+    *,
+    number: int = 501,
+    name: str = "CT",
+    labels: str | None = None,
+    folds: int = 3,
+    split: bool = False,
+    seed: int = 0,
+    group_by: Literal["patient", "case"] = "patient",
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a data set with our folds.
+
+    Args:
+        source: A prepared store, or a CSV table whose scans are written with their own voxels.
+        raw: The folder that nnU-Net knows as `nnUNet_raw`.
+        number: Of the data set, 1 to 999.
+        name: Of the data set.
+        labels: As `classes.choose`; classes are numbered from 1, as nnU-Net wants them.
+        folds: As `segment train`.
+        split: As `segment train`.
+        seed: As `segment train`.
+        group_by: As `segment train`.
+        progress: Hears of each finished case.
+
+    Returns:
+        The data set's folder.
+
+    Raises:
+        DagmanError: As `study.study` and `study.parts`; `E-OUTPUT`, exit code 4, for a folder that exists.
+
+    Reference:
+        nnU-Net v2, documentation/dataset_format.md and documentation/manual_data_splits.md.
+    """
+    folder = raw / f"Dataset{number:03d}_{name}"
+    if not 0 < number < 1000 or folder.exists():
+        raise DagmanError(
+            "OUTPUT",
+            folder,
+            "exists, or its number is not 1 to 999",
+            "choose another --number",
+            exit_code=ExitCode.REFUSED,
+        )
+    is_store = (source / MANIFEST).is_file()
+    cases, volumes = _from_store(source) if is_store else _from_table(source)
+    plan = study.study(source, cases, labels=labels, group_by=group_by)
+    chosen = study.parts(plan, folds=folds, split=split, seed=seed)
+    names = [cases[row].case_id for row in plan.rows]
+    for done, (row, hu, label_map, affine) in enumerate(volumes(plan.rows), 1):
+        case = cases[row].case_id
+        write_nifti(hu, affine, folder / "imagesTr" / f"{case}_0000.nii.gz")
+        write_nifti(plan.classes.numbers(label_map), affine, folder / "labelsTr" / f"{case}.nii.gz")
+        if progress:
+            progress(done, len(names))
+    splits = [
+        {"train": _names(cases, (*part.train, *part.held_out)), "val": _names(cases, part.test)} for part in chosen
+    ]
+    files.write_json(folder / "splits_final.json", splits)
+    _write_tables(folder, cases, plan)
+    return folder
+
+
+def _names(cases: list[Case], rows: tuple[int, ...]) -> list[str]:
+    return sorted(cases[row].case_id for row in rows)
+
+
+def _write_tables(folder: Path, cases: list[Case], plan: Study) -> None:
+    """`cases.csv` for `segment score`, and `dataset.json` last: with it nnU-Net finds the data set."""
+    write_rows(
+        folder / "cases.csv",
+        ("case_id", "image", "mask", "patient"),
+        (
+            (case, f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz", group)
+            for case, group in zip((cases[row].case_id for row in plan.rows), plan.groups, strict=True)
+        ),
+    )
+    described = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, **{name: number for number, name in enumerate(plan.classes.names, 1)}},
+        "numTraining": len(plan.rows),
+        "file_ending": ".nii.gz",
+    }
+    files.write_json(folder / "dataset.json", described)
+
+
+def _from_store(source: Path) -> tuple[list[Case], Callable[[tuple[int, ...]], Triples]]:
+    store = PreparedStore(source)
+
+    def volumes(rows: tuple[int, ...]) -> Triples:
+        for row in rows:
+            mask = store.mask(row)
+            assert mask is not None  # noqa: S101
+            yield row, store.hu(row), mask, np.array(store.rows[row]["affine"])
+
+    return study.stored(store), volumes
+
+
+def _from_table(source: Path) -> tuple[list[Case], Callable[[tuple[int, ...]], Triples]]:
+    """Scans with their own voxels, turned to RAS+; the masks are read once for their labels, and once again.
+
+    Raises:
+        DagmanError: `E-TABLE` for a table with rows that cannot be used: a baseline is trained on all or nothing.
+    """
+    scans, problems = index([source])
+    for problem in problems:
+        if not problem.ignored:
+            raise DagmanError("TABLE", source, f"has a row that cannot be used ({problem})", "mend it first")
+    cases = [
+        Case(
+            case_id=scan.case_id,
+            patient=scan.patient,
+            split=scan.split,
+            labels=_labels(scan.mask) if scan.mask else None,
+        )
+        for scan in scans
+    ]
+
+    def volumes(rows: tuple[int, ...]) -> Triples:
+        for row in rows:
+            volume, mask = read(scans[row]), scans[row].mask
+            assert mask is not None  # noqa: S101
+            yield row, volume.hu, read_mask(mask, volume).hu, volume.affine
+
+    return cases, volumes
+
+
+def _labels(mask: Path) -> frozenset[int]:
+    return frozenset(map(int, np.unique(read_mask(mask).hu))) - {0}

@@ -1,0 +1,169 @@
+"""A CT to a label map that lies where the CT lies: overlapping crops, blended, on the scan's own grid."""
+
+import gzip
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int16, Integer, UInt8
+from torch import Tensor
+
+from dagman import files
+from dagman.ct import crops
+from dagman.ct.prepare import PrepareConfig, prepare_volume
+from dagman.ct.read import read
+from dagman.errors import DagmanError
+from dagman.nets.unetr import SegmentationNetwork
+from dagman.tasks.attention import onto
+from dagman.tasks.embed import crops_at_once
+from dagman.tasks.segmenter import Segmenter
+from dagman.types import Grid, Preparation, Scan
+
+OVERLAP_RATIO = 0.5
+Precision = Literal["float32", "bf16"]
+Progress = Callable[[int, int], None]
+"""Called with the number of finished crops and their total."""
+
+
+class Outputs(NamedTuple):
+    """What `predict` wrote and found."""
+
+    path: Path
+    volumes_cc: dict[str, float]
+    """By class."""
+
+
+def predict(
+    segmenter: Segmenter,
+    scan: Scan,
+    folder: Path,
+    *,
+    to: Literal["nifti", "dicom-seg"] = "nifti",
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+) -> Outputs:
+    """Write `CASE.nii.gz`, or `CASE.dcm`, with the labels on the scan's own voxels.
+
+    Args:
+        segmenter: From `tasks.segmenter.load`.
+        scan: Any CT that `ct.index` lists.
+        folder: Where the file goes.
+        to: `dicom-seg` needs a DICOM series, whose patient and slices the file refers to.
+        device: Where to compute.
+        precision: `bf16` computes under autocast.
+        progress: Hears of each finished batch of crops.
+
+    Raises:
+        DagmanError: As `ct.read.read`; `E-FORMAT` for `dicom-seg` of what is no DICOM series.
+    """
+    if to == "dicom-seg" and scan.kind != "dicom":
+        raise DagmanError("FORMAT", scan.source, "is no DICOM, so there is nothing to refer to", "leave out --to")
+    volume = read(scan)
+    preparation = segmenter.network.encoder.preparation
+    prepared = prepare_volume(
+        volume, PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
+    )
+    found = probabilities(segmenter.network, prepared.hu, device=device, precision=precision, progress=progress)
+    x, y, z = volume.hu.shape
+    own = volume.own_grid or Grid((x, y, z), volume.affine)
+    numbers = most_likely(found, prepared.affine, own)
+    path = folder / f"{scan.case_id}{'.nii.gz' if to == 'nifti' else '.dcm'}"
+    if to == "nifti":
+        write_nifti(segmenter.classes.label_map(numbers), own.affine, path)
+    else:
+        from dagman.tasks import dicom_seg
+
+        dicom_seg.write(numbers, own, scan.files, segmenter.classes.names, path)
+    voxel_cc = abs(float(np.linalg.det(own.affine[:3, :3]))) / 1000
+    counts = np.bincount(numbers.ravel(), minlength=len(segmenter.classes) + 1)[1:]
+    return Outputs(path, dict(zip(segmenter.classes.names, (counts * voxel_cc).tolist(), strict=True)))
+
+
+def probabilities(
+    network: SegmentationNetwork,
+    hu: Int16[np.ndarray, "x y z"],
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+) -> Float32[np.ndarray, "classes x y z"]:
+    """Probability of each class, background first, for a whole prepared volume.
+
+    Crops overlap by half; their scores are blended with Gaussian weights before the softmax.
+
+    Args:
+        network: In eval mode.
+        hu: Voxels of the size that the encoder's `preparation` says.
+        device: Where to compute.
+        precision: `bf16` computes under autocast.
+        progress: Hears of each finished batch of crops.
+
+    Reference:
+        MONAI's `sliding_window_inference`; overlap as in the paper.
+    """
+    from monai.inferers import sliding_window_inference
+
+    if network.training:
+        raise ValueError("a segmentation is taken in eval mode: call network.eval()")
+    preparation = network.encoder.preparation
+    network.to(device)
+    total, done = num_crops(hu.shape, preparation), 0
+
+    def scores(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
+        nonlocal done
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            found: Tensor = network(images.to(device))
+        done += len(images)
+        if progress:
+            progress(min(done, total), total)
+        return found.float().cpu()
+
+    images = torch.from_numpy(crops.window(hu, preparation.window_hu))[None, None]
+    with torch.inference_mode():
+        blended = sliding_window_inference(
+            images, preparation.crop, crops_at_once(preparation), scores, overlap=OVERLAP_RATIO, mode="gaussian"
+        )
+        likely: np.ndarray = torch.softmax(blended[0], dim=0).numpy()
+    return likely
+
+
+def num_crops(shape: tuple[int, ...], preparation: Preparation) -> int:
+    """Crops that MONAI's sliding window cuts from a volume."""
+    strides = [int(side * (1 - OVERLAP_RATIO)) for side in preparation.crop]
+    return math.prod(
+        math.ceil(max(0, num - side) / stride) + 1
+        for num, side, stride in zip(shape, preparation.crop, strides, strict=True)
+    )
+
+
+def most_likely(
+    found: Float32[np.ndarray, "classes x y z"], affine: Float[np.ndarray, "4 4"], target: Grid
+) -> UInt8[np.ndarray, "other_x other_y other_z"]:
+    """The most likely class of each voxel of another grid; background where nothing was looked at.
+
+    Probabilities are interpolated, not labels: a border keeps its place between voxels.
+    """
+    best = onto(found[0], affine, target)
+    numbers = np.zeros(best.shape, np.uint8)
+    for number, likely in enumerate(found[1:], 1):
+        other = onto(likely, affine, target)
+        above = other > best
+        numbers[above] = number
+        np.copyto(best, other, where=above)
+    return numbers
+
+
+def write_nifti(label_map: Integer[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"], path: Path) -> None:
+    """Write labels as NIfTI with both of its coordinate forms set."""
+    import nibabel
+
+    image: Any = nibabel.Nifti1Image(label_map, affine)
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = b"DAGMaN segmentation"
+    files.write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))

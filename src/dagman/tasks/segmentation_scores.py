@@ -1,0 +1,186 @@
+"""Scores of many segmented cases: a row for each case and class, and means with intervals over patients.
+
+Each mean stands for all cases, and again for those whose reference holds the class, those with more than 3 cc of it
+and those with less: small targets score lower for reasons of their own.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dagman import files
+from dagman.tasks import statistics
+from dagman.tasks.classes import Classes
+from dagman.tasks.overlap import LARGE_CC, Overlap, overlap
+from dagman.tasks.table import write_rows
+
+RULES = {
+    "empty": "both empty: Dice and surface Dice 1, distance 0; one empty: Dice and surface Dice 0, distance the "
+    "field's diagonal; counted under `states`, never dropped",
+    "lesions": "connected parts of the reference (26 neighbours), found where one voxel is predicted; false positives "
+    "are parts of the prediction without a voxel of the reference",
+    "interval": "95 %, bias-corrected and accelerated bootstrap over patients",
+}
+TOLD = ("dice", "hd95_mm", "nsd_2mm", "absolute_volume_error_percent", "lesion_sensitivity")
+"""Scores that a person is told first."""
+_COLUMNS = tuple(field.name for field in fields(Overlap))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One class in one case."""
+
+    case_id: str
+    patient: str
+    name: str
+    """Of the class."""
+    scores: Overlap
+    note: str = ""
+    """What a person should look at."""
+
+
+def compare(
+    predicted: UInt8[np.ndarray, "x y z"],
+    reference: UInt8[np.ndarray, "x y z"],
+    classes: Classes,
+    spacing_mm: tuple[float, float, float],
+    *,
+    case_id: str,
+    patient: str | None,
+) -> list[Row]:
+    """Rows of one case.
+
+    Args:
+        predicted: Class numbers.
+        reference: Class numbers on the same grid.
+        classes: Their names.
+        spacing_mm: Voxel size.
+        case_id: Name of the case.
+        patient: Whose it is; the case stands for one where that is unknown.
+    """
+    rows = []
+    for number, name in enumerate(classes.names, 1):
+        ours, theirs = predicted == number, reference == number
+        scores = overlap(ours, theirs, spacing_mm)
+        note = _mirrored(ours, theirs, scores.dice) if scores.state == "both" else ""
+        rows.append(Row(case_id=case_id, patient=patient or case_id, name=name, scores=scores, note=note))
+    return rows
+
+
+def _mirrored(ours: np.ndarray, theirs: np.ndarray, dice: float) -> str:
+    """A hint where the mirror image of a bad prediction would be a good one."""
+    if dice > 0.1:
+        return ""
+    for axis, word in enumerate(("left and right", "front and back", "head and feet")):
+        turned = np.flip(ours, axis)
+        better = 2 * np.count_nonzero(turned & theirs) / (np.count_nonzero(ours) + np.count_nonzero(theirs))
+        if better > 0.5:
+            return f"with {word} exchanged its Dice would be {better:.2f}: was it mirrored?"
+    return ""
+
+
+def summary(rows: Sequence[Row], *, group_by: Literal["patient", "case"] = "patient", seed: int = 0) -> dict[str, Any]:
+    """All scores as plain values for JSON, by class and stratum.
+
+    Args:
+        rows: Of all cases.
+        group_by: `case` where patients are unknown; it is then written into the result.
+        seed: Of the bootstrap.
+    """
+    names = list(dict.fromkeys(row.name for row in rows))
+    return {
+        "cases": len({row.case_id for row in rows}),
+        "patients": len({row.patient for row in rows}) if group_by == "patient" else None,
+        "group_by": group_by,
+        "warning": None if group_by == "patient" else "patients unknown: intervals count every case as its own patient",
+        "rules": RULES,
+        "seed": seed,
+        "classes": {name: _class_summary([row for row in rows if row.name == name], seed) for name in names},
+        "notes": {f"{row.case_id}, {row.name}": row.note for row in rows if row.note},
+    }
+
+
+def _class_summary(rows: list[Row], seed: int) -> dict[str, Any]:
+    states = Counter(row.scores.state for row in rows)
+    strata = {
+        "all": rows,
+        "with_reference": [row for row in rows if row.scores.lesions],
+        "above_3cc": [row for row in rows if row.scores.reference_cc > LARGE_CC],
+        "up_to_3cc": [row for row in rows if 0 < row.scores.reference_cc <= LARGE_CC],
+    }
+    return {
+        "states": {state: states.get(state, 0) for state in ("both", "neither", "missed", "invented")},
+        "lesions": sum(row.scores.lesions for row in rows),
+        "large_lesions": sum(row.scores.large_lesions for row in rows),
+        **{name: {"cases": len(part), **_estimates(part, seed)} for name, part in strata.items()},
+    }
+
+
+def _estimates(rows: list[Row], seed: int) -> dict[str, Any]:
+    def column(name: str) -> np.ndarray:
+        values = [getattr(row.scores, name) for row in rows]
+        return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+    means = {name: column(name) for name in ("dice", "hd95_mm", "nsd_2mm", "volume_error_cc")}
+    means["absolute_volume_error_percent"] = np.abs(column("volume_error_percent"))
+    means["false_positives_per_case"] = column("false_positives")
+    scores: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        name: functools.partial(statistics.mean, values) for name, values in means.items()
+    }
+    for name, found, there in (
+        ("lesion_sensitivity", "lesions_found", "lesions"),
+        ("large_lesion_sensitivity", "large_lesions_found", "large_lesions"),
+    ):
+        scores[name] = functools.partial(statistics.ratio, column(found), column(there))
+    patients = np.array([row.patient for row in rows])
+    return {name: vars(statistics.estimate(score, patients, seed=seed)) for name, score in scores.items()}
+
+
+def write(rows: Sequence[Row], result: dict[str, Any], folder: Path) -> list[Path]:
+    """Write `cases.csv` and `result.json`; returns their paths."""
+    paths = [folder / "cases.csv", folder / "result.json"]
+    write_rows(
+        paths[0],
+        ("case_id", "patient", "class", *_COLUMNS, "note"),
+        ((row.case_id, row.patient, row.name, *_cells(row.scores), row.note) for row in rows),
+    )
+    files.write_json(paths[1], result)
+    return paths
+
+
+def _cells(scores: Overlap) -> list[object]:
+    return ["" if value is None else value for value in asdict(scores).values()]
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The main scores for people, a line for each class and score."""
+    told = []
+    for name, found in result["classes"].items():
+        states = found["states"]
+        told.append(
+            f"{name}: {found['all']['cases']} cases, {states['neither']} empty in both, {states['missed']} missed, "
+            f"{states['invented']} where there is none, {found['above_3cc']['cases']} above 3 cc"
+        )
+        told += [f"  {score.replace('_', ' '):30s} {statistics.Estimate(**found['all'][score])}" for score in TOLD]
+    return told
+
+
+def ranked(rows: Sequence[Row]) -> list[str]:
+    """Cases from the worst to the best mean Dice, of those whose reference holds something."""
+    dice: dict[str, list[float]] = {}
+    for row in rows:
+        if row.scores.lesions:
+            dice.setdefault(row.case_id, []).append(row.scores.dice)
+    return sorted(dice, key=lambda case: (float(np.mean(dice[case])), case))
+
+
+def shown(rows: Sequence[Row]) -> list[str]:
+    """Worst, median and best case, once each."""
+    order = ranked(rows)
+    return list(dict.fromkeys([order[0], order[len(order) // 2], order[-1]])) if order else []

@@ -1,0 +1,87 @@
+"""A trained segmentation network on disk: its encoder as any other of this project, a decoder, and what it segments.
+
+A folder: `weights/` (which every verb that takes an encoder reads), `decoder.safetensors`, and `segmenter.json` with
+classes, provenance and the checksums of both, written last.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from dagman import config, files
+from dagman.errors import DagmanError, ExitCode
+from dagman.nets.unetr import SegmentationNetwork
+from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
+from dagman.tasks.classes import Classes
+
+FORMAT = 1
+DECODER = Path("decoder.safetensors")
+CARD = "segmenter.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segmenter:
+    """What turns a CT into a label map."""
+
+    network: SegmentationNetwork
+    """In eval mode; its encoder's `preparation` says how the CT is shown to it."""
+    classes: Classes
+    card: dict[str, Any]
+    """Where it comes from."""
+
+
+def save(segmenter: Segmenter, folder: Path) -> None:
+    """Write a segmenter; `load` gives it back.
+
+    Raises:
+        DagmanError: `E-DISK`.
+    """
+    network = segmenter.network
+    save_encoder(network.encoder, folder / MODEL_FILE, {"role": "encoder of a segmenter", **segmenter.card})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.decoder.state_dict().items()}
+    files.write_atomic(folder / DECODER, lambda path: safetensors.torch.save_file(tensors, path))
+    described = {
+        "format": FORMAT,
+        "classes": config.to_dict(segmenter.classes),
+        "files": {str(name): files.sha256_file(folder / name) for name in (MODEL_FILE, DECODER)},
+        "card": segmenter.card,
+    }
+    files.write_json(folder / CARD, described)
+
+
+def load(folder: Path) -> Segmenter:
+    """Read a segmenter that `save` wrote.
+
+    Raises:
+        DagmanError: `E-WEIGHTS`, exit code 4, for a folder that is none, or whose files do not belong together.
+    """
+    described = _described(folder)
+    for name, digest in described["files"].items():
+        if not (folder / name).is_file() or files.sha256_file(folder / name) != digest:
+            raise _refused(folder / name, "is missing or not what was written", "restore the folder")
+    classes = config.from_dict(Classes, described["classes"], "classes.")
+    network = SegmentationNetwork(load_encoder(folder), len(classes) + 1)
+    network.decoder.load_state_dict(safetensors.torch.load_file(folder / DECODER))
+    return Segmenter(network=network.eval(), classes=classes, card=described["card"])
+
+
+def _described(folder: Path) -> Mapping[str, Any]:
+    try:
+        described = json.loads((folder / CARD).read_text())
+        if described["format"] == FORMAT and {"classes", "files", "card"} <= described.keys():
+            return dict(described)
+    except FileNotFoundError:
+        raise _refused(
+            folder, f"holds no {CARD}", "give a fold of `dagman segment train`, such as OUTPUT/fold-0"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise _refused(folder / CARD, f"cannot be read as format {FORMAT}", "restore the folder, or update dagman")
+
+
+def _refused(subject: Path, problem: str, advice: str) -> DagmanError:
+    return DagmanError("WEIGHTS", subject, problem, advice, exit_code=ExitCode.REFUSED)

@@ -1,0 +1,375 @@
+"""Learning to segment: patients in folds, a decoder on an encoder, scores on cases that nothing was learnt from.
+
+The folder of a study: `fold-K/` for each fold (a segmenter that `tasks.segmenter.load` reads, its `result.json`,
+predictions of its test cases as NIfTI), and over all finished folds `cases.csv`, `result.json` and `cases.png`. A fold
+with its result is not learnt again; one under way goes on bit for bit.
+"""
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dagman import config as configs
+from dagman import files
+from dagman.ct.store import PreparedStore, write_array
+from dagman.errors import DagmanError, ExitCode
+from dagman.figures import segmentation as figure
+from dagman.nets.encoder import Encoder, build
+from dagman.nets.unetr import SegmentationNetwork
+from dagman.randomness import torch_seed
+from dagman.run import package_version
+from dagman.tasks import segment, segmentation_scores, segmenter
+from dagman.tasks.classes import Classes
+from dagman.tasks.embed import check_grid
+from dagman.tasks.labelled import LabelledCrop, LabelledCrops
+from dagman.tasks.overlap import Overlap
+from dagman.tasks.segmentation_scores import Row
+from dagman.tasks.segmenter import Segmenter
+from dagman.tasks.study import Part, Study, parts, stored, study
+from dagman.train.finetune import FinetuneConfig, Fitted, fit
+from dagman.types import Grid
+
+RESULT = "result.json"
+ON_STORE = "predictions_on_store"
+"""The same label maps on the store's voxels, which were scored."""
+Tell = Callable[[int, int, str], None]
+"""Called with the number of finished units, their total and what came last."""
+Say = Callable[[str], None]
+
+
+TINY = FinetuneConfig(batch_size=2, learning_rate=1e-3)
+"""Minutes on two cores; the decoder is new and small, so it learns faster than the paper's rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """A study of segmentation."""
+
+    finetune: FinetuneConfig = TINY
+    crop: tuple[int, int, int] | None = None
+    """Voxels (x, y, z), multiples of the encoder's; the encoder's own where None."""
+    labels: str | None = None
+    """Such as `2,5` or `tumour=1+2,node=5`; all labels where None."""
+    folds: int = 3
+    """The paper's."""
+    split: bool = False
+    """Take the table's column `split` (train, validation, test) in place of folds."""
+    fraction: float = 1.0
+    """Of the training patients of each fold; a smaller part lies inside a larger one."""
+    group_by: Literal["patient", "case"] = "patient"
+    """`case` where patients are unknown; it is then written into the result."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise DagmanError("CONFIG", "fraction", f"cannot be {self.fraction}", "give a share above 0, up to 1")
+        if self.folds < 2:
+            raise DagmanError("CONFIG", "folds", f"cannot be {self.folds}", "give at least 2, or use the split column")
+
+
+@dataclass(kw_only=True, eq=False)
+class SegmentLesson:
+    """What one fold learns (a `finetune.Lesson`)."""
+
+    network: nn.Module
+    """A `SegmentationNetwork`."""
+    dataset: Dataset[Any]
+    identity: Any
+    store: PreparedStore
+    classes: Classes
+    held_out: tuple[int, ...]
+    """Rows that choose the best step."""
+
+    def loss(self, batch: LabelledCrop) -> Tensor:
+        """Dice and cross-entropy, equally (MONAI's DiceCE)."""
+        from monai.losses import DiceCELoss
+
+        found: Tensor = DiceCELoss(to_onehot_y=True, softmax=True)(self.network(batch.image).float(), batch.numbers)
+        return found
+
+    def score(self) -> float | None:
+        """Mean Dice on the held-out cases, over classes and cases."""
+        if not self.held_out:
+            return None
+        return float(np.mean([row.scores.dice for case in self.held_out for row in self.compared(case)[0]]))
+
+    def compared(self, row: int) -> tuple[list[Row], Float32[np.ndarray, "classes x y z"]]:
+        """Scores of one case on the store's grid, and the probabilities they come from."""
+        assert isinstance(self.network, SegmentationNetwork)  # noqa: S101
+        device = next(self.network.parameters()).device
+        found = segment.probabilities(self.network, self.store.hu(row), device=device)
+        said, side = self.store.rows[row], float(self.store.settings["spacing_mm"])
+        rows = segmentation_scores.compare(
+            found.argmax(axis=0).astype(np.uint8),
+            _reference(self.store, row, self.classes),
+            self.classes,
+            (side, side, side),
+            case_id=said["case_id"],
+            patient=said.get("patient"),
+        )
+        return rows, found
+
+
+def _reference(store: PreparedStore, row: int, classes: Classes) -> np.ndarray:
+    mask = store.mask(row)
+    assert mask is not None  # noqa: S101
+    return classes.numbers(mask)
+
+
+def train(
+    encoder: Encoder,
+    store: PreparedStore,
+    folder: Path,
+    config: SegmentConfig | None = None,
+    *,
+    source: str = "new random weights",
+    only: Sequence[int] | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    workers: int = 0,
+    progress: Tell | None = None,
+    say: Say = lambda _: None,
+) -> dict[str, Any] | None:
+    """Learn and test every fold that is not finished.
+
+    Args:
+        encoder: Where every fold starts; it is not changed.
+        store: Volumes with masks, on the encoder's grid.
+        folder: Of the study.
+        config: How.
+        source: Where the encoder's weights come from, for the card.
+        only: Folds to do now; all without.
+        device: Where to compute; the GPU where there is one.
+        workers: Processes that read crops ahead.
+        progress: Hears of each step.
+        say: Hears a line for each fold.
+
+    Returns:
+        The study's `result.json` over the folds that are finished; None when a signal stopped it.
+
+    Raises:
+        DagmanError: `E-GRID`, `E-CROP`, `E-NODATA`, `E-LABEL`, `E-PATIENT`, `E-LEAK`, `E-FOLDS`; `E-RESUME`, exit code
+            4, for a fold that was learnt with other settings; and as `finetune.fit`.
+    """
+    config = config or SegmentConfig()
+    check_grid(store, encoder.preparation)
+    plan = study(store.folder, stored(store), labels=config.labels, group_by=config.group_by)
+    work = _Work(
+        encoder=_with_crop(encoder, config),
+        store=store,
+        plan=plan,
+        parts=parts(plan, folds=config.folds, split=config.split, fraction=config.fraction, seed=config.finetune.seed),
+        folder=folder,
+        config=config,
+        source=source,
+    )
+    done: dict[int, dict[str, Any]] = {}
+    for part in work.parts:
+        lesson = work.lesson(part)
+        result = work.finished(part, lesson)
+        if result is None and (only is None or part.number in only):
+            say(
+                f"fold {part.number}: {len(part.train)} cases to learn from, {len(part.held_out)} to choose the best "
+                f"step on, {len(part.test)} to test"
+            )
+            started = time.monotonic()
+            place = work.place(part)
+            fitted = fit(lesson, config.finetune, place, device=device, workers=workers, progress=progress)
+            if not fitted.finished:
+                return None
+            result = work.conclude(part, lesson, fitted, started, progress)
+            dice = np.mean([row["scores"]["dice"] for row in result["rows"]])
+            say(f"fold {part.number}: best step {fitted.best_step}, mean Dice {dice:.3f} on its test cases")
+        if result is not None:
+            done[part.number] = result
+    return work.summarise(done)
+
+
+def _with_crop(encoder: Encoder, config: SegmentConfig) -> Encoder:
+    """A copy of the encoder with the crop of the study.
+
+    Raises:
+        DagmanError: `E-CROP`.
+    """
+    crop = config.crop or encoder.preparation.crop
+    encoder.config.grid(crop)
+    if all(side <= encoder.config.final_side for side in crop):
+        raise DagmanError(
+            "CROP", f"crop {crop}", "has a single final token", f"double a side: --crop {2 * crop[0]} ..."
+        )
+    other = copy.deepcopy(encoder)
+    other.preparation = replace(encoder.preparation, crop=crop)
+    return other
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Work:
+    """What the folds of a study share."""
+
+    encoder: Encoder
+    store: PreparedStore
+    plan: Study
+    parts: tuple[Part, ...]
+    folder: Path
+    config: SegmentConfig
+    source: str
+
+    def place(self, part: Part) -> Path:
+        """The folder of a fold."""
+        return self.folder / f"fold-{part.number}"
+
+    def lesson(self, part: Part) -> SegmentLesson:
+        """A fresh network on the same start, and what decides all it will compute."""
+        seed, classes = self.config.finetune.seed, self.plan.classes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_seed(seed, "decoder", part.number))
+            network = SegmentationNetwork(copy.deepcopy(self.encoder), len(classes) + 1)
+        weights = hashlib.sha256()
+        for tensor in self.encoder.state_dict().values():
+            weights.update(tensor.cpu().contiguous().numpy().tobytes())
+        identity = {
+            "store": self.store.store_id,
+            "weights": weights.hexdigest(),
+            "encoder": configs.to_dict(self.encoder.config),
+            "preparation": configs.to_dict(self.encoder.preparation),
+            "classes": configs.to_dict(classes),
+            "settings": configs.to_dict(self.config),
+            **{word: self._names(getattr(part, word)) for word in ("train", "held_out", "test")},
+        }
+        return SegmentLesson(
+            network=network,
+            dataset=LabelledCrops(self.store, part.train, classes, self.encoder.preparation, seed),
+            identity=json.loads(json.dumps(identity)),
+            store=self.store,
+            classes=classes,
+            held_out=part.held_out,
+        )
+
+    def _names(self, rows: Sequence[int]) -> list[str]:
+        return [self.store.rows[row]["case_id"] for row in rows]
+
+    def finished(self, part: Part, lesson: SegmentLesson) -> dict[str, Any] | None:
+        """The result of a fold that is done.
+
+        Raises:
+            DagmanError: `E-RESUME`.
+        """
+        path = self.place(part) / RESULT
+        if not path.is_file():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text())
+        if lines := configs.difference(result["identity"], lesson.identity):
+            raise DagmanError(
+                "RESUME",
+                path.parent,
+                f"was learnt with other settings ({'; '.join(lines)[:600]})",
+                "give the old settings again, or choose another output folder",
+                exit_code=ExitCode.REFUSED,
+            )
+        return result
+
+    def conclude(
+        self, part: Part, lesson: SegmentLesson, fitted: Fitted, started: float, progress: Tell | None
+    ) -> dict[str, Any]:
+        """Test a fold, write its segmenter, and its result last."""
+        place = self.place(part)
+        rows = self._test(part, lesson, progress)
+        card = {
+            "task": "segmentation",
+            "dagman": package_version("dagman"),
+            "source": self.source,
+            "store": self.store.store_id,
+            "fold": part.number,
+            "cases_learnt_from": len(part.train),
+            "best_step": fitted.best_step,
+            "finetune": configs.to_dict(self.config.finetune),
+        }
+        network = lesson.network.cpu()
+        assert isinstance(network, SegmentationNetwork)  # noqa: S101
+        segmenter.save(Segmenter(network=network, classes=lesson.classes, card=card), place)
+        result = {
+            **card,
+            "held_out_dice": fitted.best_score,
+            "seconds": round(time.monotonic() - started, 1),
+            "rows": [{**vars(row), "scores": asdict(row.scores)} for row in rows],
+            "identity": lesson.identity,
+        }
+        files.write_json(place / RESULT, result)
+        files.remove_folder(place / "checkpoints")
+        return result
+
+    def _test(self, part: Part, lesson: SegmentLesson, progress: Tell | None) -> list[Row]:
+        """Scores of the test cases; their label maps go to `predictions/`, on the scans' own voxels."""
+        rows: list[Row] = []
+        for done, row in enumerate(part.test, 1):
+            found, likely = lesson.compared(row)
+            said = self.store.rows[row]
+            x, y, z = said["source_shape"]
+            own = Grid((x, y, z), np.array(said["source_affine"]))
+            numbers = segment.most_likely(likely, np.array(said["affine"]), own)
+            path = self.place(part) / "predictions" / f"{said['case_id']}.nii.gz"
+            segment.write_nifti(lesson.classes.label_map(numbers), own.affine, path)
+            write_array(self._scored(part.number, said["case_id"]), likely.argmax(axis=0).astype(np.uint8))
+            rows += found
+            if progress:
+                progress(done, len(part.test), f"tested {said['case_id']}")
+        return rows
+
+    def _scored(self, fold: int, case: str) -> Path:
+        return self.folder / f"fold-{fold}" / ON_STORE / f"{case}.npy"
+
+    def summarise(self, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        """The study over its finished folds: `cases.csv`, `result.json`, `cases.png`."""
+        rows = [
+            Row(**{**row, "scores": Overlap(**row["scores"])}) for fold in sorted(done) for row in done[fold]["rows"]
+        ]
+        config = self.config
+        found = {
+            **segmentation_scores.summary(rows, group_by=config.group_by, seed=config.finetune.seed),
+            "protocol": "split column" if config.split else f"{config.folds} folds by {config.group_by}",
+            "folds_finished": sorted(done),
+            "folds": len(self.parts),
+            "fraction": config.fraction,
+            "source": sorted({result["source"] for result in done.values()}),
+            "grid": f"scores on the store's voxels of {self.store.settings['spacing_mm']:g} mm",
+            "left_out": self.plan.left_out,
+            "best_steps": [done[number]["best_step"] for number in sorted(done)],
+            "settings": configs.to_dict(config),
+        }
+        segmentation_scores.write(rows, found, self.folder)
+        scenes = [self._scene(case, rows, done) for case in segmentation_scores.shown(rows)]
+        if scenes:
+            title = "test cases with the lowest, the middle and the highest Dice"
+            files.write_bytes(self.folder / "cases.png", figure.png(scenes, title, self.encoder.preparation.window_hu))
+        return found
+
+    def _scene(self, case: str, rows: Sequence[Row], done: dict[int, dict[str, Any]]) -> figure.Scene:
+        fold = next(number for number, result in done.items() if case in result["identity"]["test"])
+        row = next(number for number, said in enumerate(self.store.rows) if said["case_id"] == case)
+        side = float(self.store.settings["spacing_mm"])
+        dice = np.mean([row.scores.dice for row in rows if row.case_id == case])
+        return figure.Scene(
+            title=f"{case}: Dice {dice:.3f}",
+            hu=self.store.hu(row),
+            reference=_reference(self.store, row, self.plan.classes),
+            predicted=np.load(self._scored(fold, case)),
+            spacing_mm=(side, side, side),
+        )
+
+
+def new_encoder(config: Any, preparation: Any, seed: int) -> Encoder:
+    """An encoder with random weights, to be compared with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(seed, "scratch"))
+        encoder = build(config)
+    encoder.preparation = preparation
+    return encoder.eval()

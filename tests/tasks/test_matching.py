@@ -1,0 +1,156 @@
+"""Predictions of any tool meet their references by name, and only where both lie on one grid."""
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+
+import small_study
+from dagman.cli import run
+from dagman.errors import DagmanError
+from dagman.tasks import matching, segmentation_scores
+
+AFFINE = np.diag([1.5, 1.5, 3.0, 1.0])
+AFFINE[:3, 3] = (-20, 13, 700)
+SHAPE = (40, 36, 20)
+TRUTH = small_study.ball(SHAPE, (25, 15, 8), 5).astype(np.uint8)
+
+
+def save(path, array=TRUTH, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+
+
+def moved(**changes):
+    affine = AFFINE.copy()
+    for key, value in changes.items():
+        affine[tuple(map(int, key[1:].split("_")))] = value
+    return affine
+
+
+@pytest.mark.parametrize("name", ["case_1", "case_1_seg", "case_1_pred", "CASE_1_mask"])
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_names_match_without_suffixes_and_endings(tmp_path, name, suffix):
+    save(tmp_path / "truth" / "case_1_gtv.nii.gz")
+    save(tmp_path / "scratch.nii.gz")
+    (tmp_path / "found").mkdir()
+    SimpleITK.WriteImage(
+        SimpleITK.ReadImage(str(tmp_path / "scratch.nii.gz")), str(tmp_path / "found" / (name + suffix))
+    )
+    found = matching.score([tmp_path / "found"], tmp_path / "truth")
+    assert [row.scores.dice for row in found.rows] == [1.0]
+
+
+ELSEWHERE = {
+    "shape": (np.pad(TRUTH, [(0, 1), (0, 0), (0, 0)]), AFFINE, r"41 x 36 x 20 and 40 x 36 x 20 voxels"),
+    "spacing": (TRUTH, moved(_0_0=1.6), r"voxels of 1.6 x 1.5 x 3 and 1.5 x 1.5 x 3 mm"),
+    "origin": (TRUTH, moved(_2_3=701.8), r"corners lie 1.8 mm apart"),
+    "direction": (
+        TRUTH,
+        AFFINE @ np.array([[0.996, -0.0872, 0, 0], [0.0872, 0.996, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        r"directions differ",
+    ),
+    "flip": (TRUTH, AFFINE @ np.diag([-1, 1, 1, 1]), r"apart \(moved or mirrored\)"),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_what_lies_elsewhere_is_refused_by_name_and_the_rest_is_scored(tmp_path, capsys, what):
+    array, affine, problem = ELSEWHERE[what]
+    for name in ("a", "b"):
+        save(tmp_path / "truth" / f"{name}.nii.gz")
+    save(tmp_path / "found" / "a.nii.gz")
+    save(tmp_path / "found" / "b.nii.gz", array, affine)
+    command = ["segment", "score", "-i", str(tmp_path / "found"), "--reference", str(tmp_path / "truth")]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 3
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("E-MASK")]
+    assert len(told) == 1
+    assert "b.nii.gz" in told[0]
+    import re
+
+    assert re.search(problem, told[0])
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["cases"], len(result["not_scored"])) == (1, 1)
+
+
+def test_the_same_place_in_another_order_of_axes_is_the_same(tmp_path):
+    save(tmp_path / "truth" / "a.nii.gz")
+    turned = AFFINE @ np.array([[-1, 0, 0, SHAPE[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    save(tmp_path / "found" / "a.nii.gz", TRUTH[::-1], turned)
+    (row,) = matching.score([tmp_path / "found"], tmp_path / "truth").rows
+    assert row.scores.dice == 1
+
+
+def test_a_mirrored_prediction_is_suspected(tmp_path):
+    save(tmp_path / "truth" / "a.nii.gz")
+    save(tmp_path / "found" / "a.nii.gz", TRUTH[::-1])
+    (row,) = matching.score([tmp_path / "found"], tmp_path / "truth").rows
+    assert row.scores.dice < 0.1
+    assert "left and right exchanged its Dice would be 1.00" in row.note
+
+
+def test_a_missing_prediction_and_one_without_reference_are_told(tmp_path, capsys):
+    for name in ("a", "b"):
+        save(tmp_path / "truth" / f"{name}.nii.gz")
+    for name in ("a", "c"):
+        save(tmp_path / "found" / f"{name}.nii.gz")
+    command = ["segment", "score", "-i", str(tmp_path / "found"), "--reference", str(tmp_path / "truth")]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 3
+    told = capsys.readouterr().err
+    assert "E-GONE b: has no prediction" in told
+    assert "1 predictions have no reference, such as c.nii.gz" in told
+    assert "1 of 2 references were scored" in told
+
+
+def test_no_pair_at_all_and_two_files_of_one_case_are_refused(tmp_path):
+    save(tmp_path / "truth" / "a.nii.gz")
+    save(tmp_path / "found" / "z.nii.gz")
+    with pytest.raises(DagmanError, match=r"E-NODATA.*z.nii.gz and a.nii.gz"):
+        matching.score([tmp_path / "found"], tmp_path / "truth")
+    save(tmp_path / "found" / "a.nii.gz")
+    save(tmp_path / "found" / "a_seg.nii.gz")
+    with pytest.raises(DagmanError, match="E-DUPCASE"):
+        matching.score([tmp_path / "found"], tmp_path / "truth")
+
+
+def test_a_table_gives_patients_and_the_ct_of_the_picture(tmp_path, capsys):
+    cases = {f"c{number}": small_study.case(number) for number in range(4)}
+    table = small_study.write_cases(tmp_path / "raw", cases, patients={"c0": "one", "c1": "one"})
+    for name, (_, mask) in cases.items():
+        save(tmp_path / "found" / f"{name}.nii.gz", np.roll(mask, 1, 0), np.diag([2.0, 2.0, 2.0, 1.0]))
+    command = ["segment", "score", "-i", str(tmp_path / "found"), "--reference", str(table)]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 0
+    assert "dice" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["cases"], result["patients"], result["group_by"], result["warning"]) == (4, 3, "patient", None)
+    dice = result["classes"]["label 1"]["all"]["dice"]
+    assert dice["low"] <= dice["value"] <= dice["high"]
+    assert (tmp_path / "out" / "cases.png").stat().st_size > 10_000
+    lines = (tmp_path / "out" / "cases.csv").read_text().splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("case_id,patient,class,state,dice,hd95_mm,nsd_2mm")
+
+
+def test_without_patients_the_result_is_stamped(tmp_path):
+    for number in range(3):
+        save(tmp_path / "truth" / f"{number}.nii.gz")
+        save(tmp_path / "found" / f"{number}.nii.gz", np.roll(TRUTH, number, 1))
+    found = matching.score([tmp_path / "found"], tmp_path / "truth")
+    result = segmentation_scores.summary(found.rows, group_by=found.group_by)
+    assert result["patients"] is None
+    assert "patients unknown" in result["warning"]
+
+
+def test_labels_are_chosen_and_joined(tmp_path):
+    two = TRUTH.copy()
+    two[:, :, 8:] *= 2
+    save(tmp_path / "truth" / "a.nii.gz", two)
+    save(tmp_path / "found" / "a.nii.gz")
+    rows = matching.score([tmp_path / "found"], tmp_path / "truth").rows
+    assert [row.name for row in rows] == ["label 1", "label 2"]
+    assert rows[1].scores.state == "missed"
+    # One class of two labels: label 1 of the prediction is in it as well.
+    (row,) = matching.score([tmp_path / "found"], tmp_path / "truth", labels="tumour=1+2").rows
+    assert row.scores.dice == 1

@@ -1,0 +1,178 @@
+"""A study of segmentation, from the store to its scores: learnt, resumed, saved, read again, refused where it must be."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+import small_study
+from dagman import load_encoder
+from dagman.cli import run
+from dagman.errors import DagmanError
+from dagman.nets.weights import save_encoder
+from dagman.tasks import segment, segmenter
+from dagman.train import segment as training
+from dagman.train.finetune import FinetuneConfig
+from dagman.train.segment import SegmentConfig
+
+SHORT = SegmentConfig(finetune=FinetuneConfig(steps=2, batch_size=1, check_every=2, learning_rate=3e-3))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    cases = {f"c{number}": small_study.case(number) for number in range(6)}
+    return small_study.store(tmp_path_factory.mktemp("study"), cases)
+
+
+@pytest.fixture(scope="module")
+def short(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short")
+    result = training.train(small_study.encoder(), store, folder / "out", SHORT)
+    return folder / "out", result
+
+
+def test_every_case_is_tested_once_and_no_patient_stands_on_two_sides(short):
+    folder, result = short
+    folds = [json.loads((folder / f"fold-{number}" / "result.json").read_text()) for number in range(3)]
+    tested = [case for fold in folds for case in fold["identity"]["test"]]
+    assert sorted(tested) == [f"c{number}" for number in range(6)]
+    for fold in folds:
+        sides = [set(fold["identity"][word]) for word in ("train", "held_out", "test")]
+        assert sum(map(len, sides)) == 6 == len(set.union(*sides))
+    assert result["cases"] == 6
+    assert result["classes"]["label 1"]["all"]["cases"] == 6
+    assert (folder / "cases.png").stat().st_size > 5000
+
+
+def test_finished_folds_are_not_learnt_again_and_other_settings_are_refused(short, store):
+    folder, result = short
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("fold-*/result.json")}
+    again = training.train(small_study.encoder(), store, folder, SHORT)
+    assert again == result
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.glob("fold-*/result.json")}
+    other = replace(SHORT, finetune=replace(SHORT.finetune, steps=6))
+    with pytest.raises(DagmanError, match=r"E-RESUME.*finetune.steps: 2 -> 6"):
+        training.train(small_study.encoder(), store, folder, other)
+
+
+def test_a_saved_segmenter_gives_what_was_scored_and_its_encoder_is_one(short, store):
+    folder, _ = short
+    fold = json.loads((folder / "fold-1" / "result.json").read_text())
+    loaded = segmenter.load(folder / "fold-1")
+    assert loaded.card["store"] == store.store_id
+    assert load_encoder(folder / "fold-1").preparation == small_study.PREPARATION
+    names = [row["case_id"] for row in store.rows]
+    for row in fold["rows"]:
+        likely = segment.probabilities(loaded.network, store.hu(names.index(row["case_id"])))
+        mask = store.mask(names.index(row["case_id"]))
+        ours = likely.argmax(axis=0) == 1
+        dice = 2 * (ours & (mask == 1)).sum() / max(1, ours.sum() + (mask == 1).sum())
+        assert row["scores"]["dice"] == pytest.approx(dice, abs=1e-6)
+
+
+def test_files_of_two_segmenters_are_not_mixed(short, tmp_path):
+    import shutil
+
+    folder, _ = short
+    shutil.copytree(folder / "fold-0", tmp_path / "mixed")
+    shutil.copy(folder / "fold-1" / "decoder.safetensors", tmp_path / "mixed")
+    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*not what was written"):
+        segmenter.load(tmp_path / "mixed")
+    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*fold-0"):
+        segmenter.load(tmp_path)
+
+
+def test_a_stopped_study_goes_on_bit_for_bit(short, store, tmp_path):
+    stops = iter([3])
+
+    def progress(done, total, note):
+        if total == 2 and done == 1 and note.startswith("loss") and next(stops, None):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert training.train(small_study.encoder(), store, tmp_path, SHORT, only=[1], progress=progress) is None
+    assert not (tmp_path / "fold-1" / "result.json").exists()
+    training.train(small_study.encoder(), store, tmp_path, SHORT, only=[1])
+    for name in ("decoder.safetensors", "weights/model.safetensors"):
+        assert (tmp_path / "fold-1" / name).read_bytes() == (short[0] / "fold-1" / name).read_bytes()
+
+
+def test_it_learns_and_a_frozen_encoder_stays(store, tmp_path):
+    config = SegmentConfig(
+        finetune=FinetuneConfig(
+            steps=20, batch_size=1, check_every=20, learning_rate=1e-2, frozen=True, warmup_ratio=0.05
+        )
+    )
+    start = small_study.encoder()
+    result = training.train(start, store, tmp_path, config, only=[0])
+    assert result["folds_finished"] == [0]
+    assert result["classes"]["label 1"]["all"]["dice"]["value"] > 0.6
+    kept = load_encoder(tmp_path / "fold-0").state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in start.state_dict().items())
+
+
+def test_predictions_lie_on_the_source_grid(short):
+    folder, _ = short
+    for path in folder.glob("fold-*/predictions/*.nii.gz"):
+        image = nibabel.load(path)
+        assert image.shape == (36, 36, 36)
+        np.testing.assert_allclose(image.affine, np.diag([2.0, 2.0, 2.0, 1.0]), atol=1e-6)
+
+
+def test_the_verbs_in_a_row(tmp_path, capsys):
+    cases = {f"c{number}": small_study.case(number) for number in range(4)}
+    table = small_study.write_cases(tmp_path / "raw", cases)
+    save_encoder(small_study.encoder(), tmp_path / "run" / "weights" / "model.safetensors", {"recipe": "small"})
+    study, fold = tmp_path / "out", tmp_path / "out" / "fold-0"
+    common = ["--steps", "2", "--folds", "2", "--check-every", "2", "--batch-size", "1"]
+    assert run(["prepare", "-i", str(table), "-o", str(tmp_path / "store")]) == 0
+    train = ["segment", "train", "-i", str(tmp_path / "store"), "-o", str(study), *common]
+    assert run([*train, "--weights", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr()
+    assert "label 1: 4 cases" in told.out
+    assert f"Next: dagman segment predict --weights {fold}" in told.err
+    predict = ["segment", "predict", "--weights", str(fold), "-i", str(tmp_path / "raw" / "c0.nii.gz")]
+    assert run([*predict, "-o", str(tmp_path / "found")]) == 0
+    source, found = (nibabel.load(tmp_path / name / "c0.nii.gz") for name in ("raw", "found"))
+    assert np.array_equal(source.affine, found.affine)
+    score = ["segment", "score", "-i", *map(str, sorted(study.glob("fold-*/predictions")))]
+    assert run([*score, "--reference", str(table), "-o", str(tmp_path / "scores")]) == 0
+    result = json.loads((tmp_path / "scores" / "result.json").read_text())
+    assert (result["cases"], result["patients"], result["not_scored"]) == (4, 4, [])
+    # The scans have the store's voxels: judged as files or in the study, scores are the same but for the crop's edge.
+    ours = json.loads((study / "result.json").read_text())["classes"]["label 1"]["all"]["dice"]["value"]
+    assert result["classes"]["label 1"]["all"]["dice"]["value"] == pytest.approx(ours, abs=0.02)
+    assert run([*train, "--weights", str(tmp_path / "run"), "--seed", "1"]) == 4
+    assert "E-RESUME" in capsys.readouterr().err
+    assert run(["attention", "--weights", str(fold), "-i", str(tmp_path / "raw" / "c0.nii.gz"), "-o", str(study)]) == 0
+
+
+def test_from_scratch_and_a_plain_swinunetr(store, tmp_path):
+    plain = training.new_encoder(replace(small_study.SMALL, attention=None), small_study.PREPARATION, 0)
+    result = training.train(plain, store, tmp_path, SHORT, only=[0])
+    assert result["source"] == ["new random weights"]
+    assert not any("semantic" in name for name in load_encoder(tmp_path / "fold-0").state_dict())
+
+
+def test_a_crop_of_one_final_token_is_refused_before_work(store, tmp_path):
+    with pytest.raises(DagmanError, match=r"E-CROP.*single final token"):
+        training.train(small_study.encoder(), store, tmp_path, replace(SHORT, crop=(32, 32, 32)))
+
+
+def test_an_empty_mask_counts_and_a_case_without_mask_is_told(tmp_path):
+    cases = {f"c{number}": small_study.case(number) for number in range(5)}
+    cases["empty"] = (cases["c0"][0], np.zeros_like(cases["c0"][1]))
+    cases["bare"] = (small_study.case(9)[0], None)
+    split = {name: "test" if name in ("empty", "c0") else "train" for name in cases}
+    store = small_study.store(tmp_path, cases, split=split)
+    one = replace(SHORT, split=True)
+    result = training.train(small_study.encoder(), store, tmp_path / "out", one)
+    states = result["classes"]["label 1"]["states"]
+    assert (result["cases"], result["folds"], result["protocol"]) == (2, 1, "split column")
+    assert states["neither"] + states["invented"] == 1
+    assert result["classes"]["label 1"]["with_reference"]["cases"] == 1
+    assert result["left_out"] == {"no mask": 1}
