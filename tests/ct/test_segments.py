@@ -175,9 +175,8 @@ def test_a_name_that_is_not_there_tells_no_other_name(ct: tuple[Scan, Volume], t
 
 
 def another_series(data: Dataset) -> None:
-    data.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0].RTReferencedSeriesSequence[
-        0
-    ].SeriesInstanceUID = "1.2.3"
+    [study] = data.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence
+    study.RTReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3"
 
 
 def another_frame(data: Dataset) -> None:
@@ -274,8 +273,9 @@ def seg(path: Path, scan: Scan, masks: dict[str, np.ndarray], kind: str = "BINAR
     highdicom = pytest.importorskip("highdicom")
     images = [pydicom.dcmread(file) for file in scan.files]
     for image in images:
-        image.StudyID, image.PatientBirthDate, image.PatientSex, image.AccessionNumber = "1", "", "", ""
-        image.StudyDate, image.StudyTime, image.SliceThickness = "", "", make_corpus.SPACING_MM[2]
+        image.SliceThickness = make_corpus.SPACING_MM[2]
+        for name in ("StudyID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyDate", "StudyTime"):
+            setattr(image, name, "")
     code = pydicom.sr.codedict.codes
     descriptions = [
         highdicom.seg.SegmentDescription(
@@ -294,14 +294,9 @@ def seg(path: Path, scan: Scan, masks: dict[str, np.ndarray], kind: str = "BINAR
         segmentation_type=kind,
         segment_descriptions=descriptions,
         series_instance_uid=f"{make_corpus.UID}.80",
-        series_number=1,
         sop_instance_uid=f"{make_corpus.UID}.81",
-        instance_number=1,
-        manufacturer="a",
-        manufacturer_model_name="b",
-        software_versions="c",
-        device_serial_number="d",
-        omit_empty_frames=True,
+        **dict.fromkeys(("series_number", "instance_number"), 1),
+        **dict.fromkeys(("manufacturer", "manufacturer_model_name", "software_versions", "device_serial_number"), "a"),
     )
     for name, value in changes.items():
         setattr(result, name, value)
@@ -394,14 +389,10 @@ def test_real_segmentations_keep_every_voxel(real_data: Path, name: str, voxels:
     row, column = (float(v) for v in header.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing)
     affine = np.diag([-column, -row, places[-1][2] - places[-2][2] if len(places) > 1 else 5.0, 1.0])
     affine[:3, 3] = np.array(places[0]) * [-1, -1, 1]
-    labels = segments.read(
-        path=str(path),
-        image=None,
-        shape=[int(header.Columns), int(header.Rows), len(places)],
-        affine=affine.tolist(),
-        rois=[],
-        max_voxels=10**9,
-    )[1]
+    shape = [int(header.Columns), int(header.Rows), len(places)]
+    labels = segments.read(path=str(path), image=None, shape=shape, affine=affine.tolist(), rois=[], max_voxels=10**9)[
+        1
+    ]
     assert int((labels == 1).sum()) == voxels
     pixels = header.pixel_array.reshape(len(places), int(header.Rows), int(header.Columns))
     assert (labels == pixels.transpose(2, 1, 0)).all()
