@@ -19,6 +19,7 @@ app = App(
 )
 app.command(scans.check)
 app.command(scans.prepare)
+app.command(scans.lidc)
 app.command(training.pretrain)
 app.command(training.ablate)
 app.command(encoder.embed)
