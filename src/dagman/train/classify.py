@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -68,7 +69,15 @@ class ClassifyConfig:
     unlabelled: Unlabelled = "refuse"
 
 
-class CaseCrops(Dataset[tuple[Tensor, Tensor]]):
+class CaseCrop(NamedTuple):
+    """A crop of a case and its class, or a batch of them."""
+
+    image: Float[Tensor, "*batch 1 x y z"]
+    """In [0, 1]."""
+    number: Int[Tensor, "*batch"]
+
+
+class CaseCrops(Dataset[CaseCrop]):
     """A crop of a case and its class by global sample number, without end; a sample depends on the seed and its number.
 
     Every case is visited once before any is visited again. The crop is centred on the case's mask where there is one,
@@ -89,7 +98,7 @@ class CaseCrops(Dataset[tuple[Tensor, Tensor]]):
         self.store, self.rows, self.numbers = store, tuple(rows), tuple(numbers)
         self.preparation, self.seed = preparation, seed
 
-    def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, sample: int) -> CaseCrop:
         epoch, place = divmod(sample, len(self.rows))
         chosen = int(generator(self.seed, "classify.order", epoch).permutation(len(self.rows))[place])
         row, crop = self.rows[chosen], self.preparation.crop
@@ -99,7 +108,7 @@ class CaseCrops(Dataset[tuple[Tensor, Tensor]]):
         image = np.flip(image, tuple(np.flatnonzero(draws.random(3) < 0.5).tolist()))
         scale, shift = draws.uniform(-JITTER_RATIO, JITTER_RATIO, 2).astype(np.float32)
         image = np.clip(image * (1 + scale) + shift, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(image))[None], torch.tensor(self.numbers[chosen])
+        return CaseCrop(torch.from_numpy(np.ascontiguousarray(image))[None], torch.tensor(self.numbers[chosen]))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -117,11 +126,10 @@ class ClassifyLesson:
     """Rows of the store."""
     held_out_numbers: tuple[int, ...]
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, batch: CaseCrop) -> Tensor:
         """Cross-entropy, every class counting the same."""
-        images, numbers = batch
-        logits = self.network(images).float()
-        return nn.functional.cross_entropy(logits, numbers, weight=self.weights.to(logits.device))
+        logits = self.network(batch.image).float()
+        return nn.functional.cross_entropy(logits, batch.number, weight=self.weights.to(logits.device))
 
     def score(self) -> float | None:
         """Mean log likelihood of the held-out cases: it means something for a handful, where an AUC hardly does."""
@@ -205,7 +213,7 @@ def finetune(
             result = study.conclude(part, lesson, fitted, time.monotonic() - started)
         results.append(result)
         found.append(predicted(study.cohort, part, np.array(result["probabilities"]), result["threshold"]))
-        say(f"fold {part.number}: best step {result['best_step']}, AUC {found[-1].auc().value or float('nan'):.3f}")
+        say(f"fold {part.number}: best step {result['best_step']}, AUC {found[-1].auc()}")
     return study.summarise(predictions.together(found), results)
 
 

@@ -1,0 +1,295 @@
+"""A study of classification, from the store to predictions of new scans: learnt, resumed, saved, read again."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import small_study
+from dagman import cli
+from dagman.ct.prepare import PrepareConfig, prepare
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError, ExitCode
+from dagman.nets.classifier import EncoderClassifier, ResNet50, vector, width_of
+from dagman.nets.weights import load_encoder
+from dagman.tasks import classifier, embed, predictions
+from dagman.tasks.cohort import Protocol
+from dagman.train import classify
+from dagman.train.classify import CaseCrops, ClassifyConfig, finetune
+from dagman.train.finetune import FinetuneConfig
+from dagman.types import Preparation
+
+CROP = (32, 32, 64)
+QUICK = FinetuneConfig(steps=16, batch_size=4, learning_rate=1e-3, layer_decay=1.0, check_every=8)
+STUDY = ClassifyConfig(finetune=QUICK, positive="bright", protocol=Protocol(folds=2))
+
+
+def case(number):
+    """A ball that is brighter or darker than the body."""
+    hu, mask = small_study.case(number, radius=10)
+    hu[mask > 0] += np.int16(0 if number % 2 else -400)
+    return hu, mask
+
+
+def write(folder, count=12, *, masks=True, split=None):
+    cases = {f"c{number:02d}": case(number) for number in range(count)}
+    if not masks:
+        cases = {name: (hu, None) for name, (hu, _) in cases.items()}
+    table = small_study.write_cases(folder, cases, split=split)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    for number, row in enumerate(rows):
+        row["label"] = "bright" if number % 2 else "dark"
+    with table.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return table
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classify")
+    table = write(folder / "raw")
+    prepare([table], folder / "store", PrepareConfig(storage="npy"))
+    return PreparedStore(folder / "store")
+
+
+@pytest.fixture(scope="module")
+def study(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    said = []
+    result = finetune(small_study.encoder(), store, folder, STUDY, say=said.append)
+    return folder, result, said
+
+
+def test_a_study_learns_what_is_plain_to_see(study):
+    folder, result, said = study
+    assert result["auc"]["value"] > 0.9
+    assert result["cases"] == 12
+    assert result["protocol"] == "2 folds by patient"
+    assert result["pretraining_overlap"]["known"]
+    assert any(line.startswith("fold 0: ") and "to choose the best step on" in line for line in said)
+    assert {path.name for path in folder.iterdir()} >= {"fold-0", "fold-1", "predictions.csv", "result.json", "roc.png"}
+    assert predictions.read(folder).auc() == predictions.Estimate(**result["auc"])
+
+
+def test_patients_that_are_tested_were_not_learnt_from(study, store):
+    folder = study[0]
+    patient = {row["case_id"]: row["patient"] for row in store.rows}
+    for number in (0, 1):
+        identity = json.loads((folder / f"fold-{number}" / "result.json").read_text())["identity"]
+        sides = [{patient[name] for name in identity[word]} for word in ("train", "held_out", "test")]
+        assert sum(map(len, sides)) == len(set.union(*sides)) == 12
+
+
+def test_a_finished_study_is_not_learnt_again_and_other_settings_are_refused(study, store):
+    folder, result, _ = study
+    assert finetune(small_study.encoder(), store, folder, STUDY, progress=pytest.fail)["auc"] == result["auc"]
+    other = dataclasses.replace(STUDY, finetune=dataclasses.replace(QUICK, seed=1))
+    with pytest.raises(DagmanError, match=r"E-RESUME.*settings.finetune.seed"):
+        finetune(small_study.encoder(), store, folder, other)
+
+
+def test_a_stopped_study_goes_on_to_the_same_bits(study, store, tmp_path):
+    def stop(done, total, note):
+        if done == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert finetune(small_study.encoder(), store, tmp_path, STUDY, progress=stop) is None
+    again = finetune(small_study.encoder(), store, tmp_path, STUDY)
+    assert (tmp_path / "predictions.csv").read_bytes() == (study[0] / "predictions.csv").read_bytes()
+    assert again["auc"] == study[1]["auc"]
+
+
+def test_labels_of_test_cases_do_not_reach_the_fit(study, store, tmp_path, monkeypatch):
+    folder = study[0]
+    test = set(json.loads((folder / "fold-0" / "result.json").read_text())["identity"]["test"])
+    seen = []
+    original = CaseCrops.__getitem__
+
+    def spy(self, sample):
+        seen.extend(str(self.store.rows[row]["case_id"]) for row in self.rows)
+        return original(self, sample)
+
+    monkeypatch.setattr(CaseCrops, "__getitem__", spy)
+    monkeypatch.setattr(classify._Study, "conclude", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        finetune(small_study.encoder(), store, tmp_path, STUDY)
+    assert seen
+    assert not test & set(seen)
+
+
+def test_the_saved_classifiers_predict_as_the_study_did(study, store):
+    folder = study[0]
+    one = classifier.load(folder / "fold-0")
+    assert len(one) == 1
+    table, _ = classifier.predict(one, store)
+    result = json.loads((folder / "fold-0" / "result.json").read_text())
+    rows = [table.case_ids.index(name) for name in result["identity"]["test"]]
+    np.testing.assert_allclose(table.features[rows], result["probabilities"], atol=1e-6)
+    both = classifier.load(folder)
+    mean, called = classifier.predict(both, store)
+    parts = [classifier.predict([each], store)[0].features for each in both]
+    np.testing.assert_allclose(mean.features, np.mean(parts, axis=0), atol=1e-7)
+    assert set(called) <= {"bright", "dark"}
+    assert load_encoder(folder / "fold-0").preparation == small_study.PREPARATION
+
+
+def test_a_damaged_classifier_is_refused(study, tmp_path):
+    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*holds no classifier.json"):
+        classifier.load(tmp_path)
+    made = classifier.load(study[0] / "fold-1")[0]
+    classifier.save(made, tmp_path / "copy")
+    with (tmp_path / "copy" / "head.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*head.safetensors.*is not what was written"):
+        classifier.load(tmp_path / "copy")
+
+
+def halves(store):
+    sides = ["train"] * 6 + ["validation"] * 2 + ["test"] * 4
+    split = PreparedStore(store.folder)
+    split.rows = [row | {"split": side} for row, side in zip(store.rows, sides, strict=True)]
+    return split
+
+
+def test_a_fixed_split_and_a_frozen_encoder(store, tmp_path):
+    split = halves(store)
+    config = dataclasses.replace(
+        STUDY, protocol=Protocol(split=True), finetune=dataclasses.replace(QUICK, frozen=True, steps=4, check_every=2)
+    )
+    result = finetune(small_study.encoder(), split, tmp_path, config)
+    assert (result["cases"], result["protocol"]) == (4, "split column")
+    assert result["method"].startswith("fine-tuned head")
+    before, after = small_study.encoder().state_dict(), load_encoder(tmp_path / "fold-0").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path):
+    preparation = Preparation(crop=(32, 32, 32))
+    torch.manual_seed(0)
+    other = ResNet50(5, preparation)
+    torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in other.resnet.state_dict().items()}},
+        tmp_path / "w.pth",
+    )
+    network = ResNet50(2, preparation)
+    report = network.load(tmp_path / "w.pth")
+    assert report.share == 1.0
+    assert torch.equal(network.resnet.conv1.weight, other.resnet.conv1.weight)
+    torch.save({"something": torch.zeros(3)}, tmp_path / "bad.pth")
+    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*fills 0.0% of a 3D ResNet-50"):
+        network.load(tmp_path / "bad.pth")
+    (tmp_path / "pickle.pth").write_bytes(b"no tensors")
+    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*cannot be read"):
+        network.load(tmp_path / "pickle.pth")
+    config = dataclasses.replace(
+        STUDY,
+        network="resnet50",
+        protocol=Protocol(split=True),
+        finetune=dataclasses.replace(QUICK, steps=1, batch_size=2, check_every=1),
+    )
+    result = finetune(
+        small_study.encoder(preparation=preparation),
+        halves(store),
+        tmp_path / "study",
+        config,
+        resnet=tmp_path / "w.pth",
+    )
+    assert result["method"] == "fine-tuned network, resnet50"
+    assert len(classifier.load(tmp_path / "study")) == 1
+
+
+def test_the_vector_is_the_one_that_embed_gives(store):
+    encoder = small_study.encoder()
+    images = torch.rand(2, 1, *CROP)
+    with torch.no_grad():
+        features = encoder(images)
+    for which in ("pooled", "cells", "cls", "all"):
+        assert vector(features, which).shape == (2, width_of(encoder.config, which))
+    plain = small_study.encoder(attention=False)
+    with pytest.raises(DagmanError, match="E-NOCLS"):
+        EncoderClassifier(plain, 2, "cls")
+    table = embed.embed(encoder, store, which="cells")
+    assert table.features.shape == (12, encoder.config.cell_width)
+
+
+def test_samples_depend_on_their_number_alone_and_lie_near_the_mask(store):
+    crops = CaseCrops(store, range(12), [0, 1] * 6, small_study.PREPARATION, seed=0)
+    image, number = crops[5]
+    again, same = crops[5]
+    assert torch.equal(image, again)
+    assert number == same
+    assert image.shape == (1, *CROP)
+    assert 0 <= image.min() <= image.max() <= 1
+    epoch = sorted(int(crops[sample][1]) for sample in range(12))
+    assert epoch == [0] * 6 + [1] * 6
+
+
+def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_path, capfd):
+    from dagman.nets.weights import save_encoder
+
+    save_encoder(small_study.encoder(), tmp_path / "run" / "weights" / "model.safetensors", {"recipe": "small"})
+    given = ["--input", str(store.folder), "--positive", "bright", "--folds", "2"]
+    quick = ["--steps", "6", "--batch-size", "4", "--check-every", "3", "--learning-rate", "0.003"]
+    run = str(tmp_path / "run")
+    assert cli.run(["classify", "finetune", "--weights", run, *given, "-o", str(tmp_path / "ft"), *quick]) == 0
+    assert cli.run(["embed", "--weights", run, "-i", str(store.folder), "-o", str(tmp_path / "f.csv")]) == 0
+    probe = ["classify", "probe", "-i", str(tmp_path / "f.csv"), "--positive", "bright", "--folds", "2"]
+    assert cli.run([*probe, "-o", str(tmp_path / "lp")]) == 0
+    shown = capfd.readouterr()
+    assert "balanced accuracy" in shown.out
+    assert "whether pretraining saw the tested cases is unknown" in shown.err
+    result = json.loads((tmp_path / "lp" / "result.json").read_text())
+    assert result["method"] == "linear probe"
+    few = [*probe, "-o", str(tmp_path / "few"), "--fraction", "0.7", "--draws", "2"]
+    assert cli.run(few) == 0
+    assert json.loads((tmp_path / "few" / "draws.json").read_text())["draws"] == 2
+    assert cli.run(["compare", str(tmp_path / "ft"), str(tmp_path / "lp"), "-o", str(tmp_path / "cmp")]) == 0
+    rows = list(csv.DictReader((tmp_path / "cmp" / "comparison.csv").read_text().splitlines()))
+    assert [row["difference"] == "" for row in rows] == [True, False]
+    assert "DeLong" in capfd.readouterr().out
+    assert cli.run(["compare", str(tmp_path / "ft"), str(tmp_path / "few" / "draw-0")]) == 0
+
+    scans = write(tmp_path / "new", 3)
+    (tmp_path / "new" / "broken.nii.gz").write_bytes(b"no scan")
+    rows = list(csv.DictReader(scans.read_text().splitlines()))
+    with scans.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["case_id", "image", "mask", "patient"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*rows, rows[0] | {"case_id": "broken", "image": "broken.nii.gz", "mask": ""}])
+    for weights in (tmp_path / "ft", tmp_path / "lp" / "classifier"):
+        out = tmp_path / f"new-{weights.name}"
+        code = cli.run(["classify", "predict", "--weights", str(weights), "-i", str(scans), "-o", str(out)])
+        assert code == ExitCode.REJECTED
+        found = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
+        assert [row["case_id"] for row in found] == ["c00", "c01", "c02"]
+        assert all(
+            float(row["probability_bright"]) + float(row["probability_dark"]) == pytest.approx(1) for row in found
+        )
+    assert "1 scans were rejected" in capfd.readouterr().err
+
+
+def test_a_probe_as_classifier_says_what_the_probe_says(store, tmp_path):
+    from dagman.tasks import classify as probing
+    from dagman.tasks.leakage import Seen
+
+    encoder = small_study.encoder()
+    table = embed.embed(encoder, store)
+    probe, names = probing.fit_all(table, Protocol(folds=2), positive="bright", unlabelled="refuse")
+    origin = embed.Origin(tmp_path, "pooled", store.store_id, Seen(True, {}))
+    made = classifier.from_probe(probe, names, encoder, origin)
+    found = classifier.probabilities(made.network, store)
+    np.testing.assert_allclose(found.features, probe.probabilities(table.features.astype(float)), atol=1e-4)
+
+
+def test_whole_scans_without_masks_are_looked_at_everywhere(tmp_path):
+    prepare([write(tmp_path / "raw", 8, masks=False)], tmp_path / "store", PrepareConfig(storage="npy"))
+    plain = PreparedStore(tmp_path / "store")
+    config = dataclasses.replace(STUDY, finetune=dataclasses.replace(QUICK, steps=2, check_every=2))
+    assert finetune(small_study.encoder(), plain, tmp_path / "study", config)["cases"] == 8
