@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import small_study
 import torch
 
+import small_study
 from dagman.randomness import generator
 from dagman.tasks.classes import choose
 from dagman.tasks.labelled import LabelledCrops, corner_of

@@ -6,8 +6,8 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
-import small_study
 
+import small_study
 from dagman.cli import run
 from dagman.errors import DagmanError
 from dagman.tasks import matching, segmentation_scores
@@ -36,7 +36,9 @@ def test_names_match_without_suffixes_and_endings(tmp_path, name, suffix):
     save(tmp_path / "truth" / "case_1_gtv.nii.gz")
     save(tmp_path / "scratch.nii.gz")
     (tmp_path / "found").mkdir()
-    SimpleITK.WriteImage(SimpleITK.ReadImage(str(tmp_path / "scratch.nii.gz")), str(tmp_path / "found" / (name + suffix)))
+    SimpleITK.WriteImage(
+        SimpleITK.ReadImage(str(tmp_path / "scratch.nii.gz")), str(tmp_path / "found" / (name + suffix))
+    )
     found = matching.score([tmp_path / "found"], tmp_path / "truth")
     assert [row.scores.dice for row in found.rows] == [1.0]
 

@@ -67,7 +67,7 @@ def test_the_order_of_patients_names_not_of_rows_decides():
 def test_a_rare_class_stays_in_every_training_part_or_is_refused():
     rare = [{1, 2}, {1, 2}, {1}, {1}, {1}, {1}]
     patients = list("abcdef")
-    made = parts(plan(patients, labels=None, **{}), folds=3, seed=0)
+    made = parts(plan(patients, labels=None), folds=3, seed=0)
     assert len(made) == 3
     with_rare = study(Path("t"), cases(patients, rare), labels=None)
     for part in parts(with_rare, folds=3, seed=0):

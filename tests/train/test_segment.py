@@ -1,4 +1,4 @@
-"""A study of segmentation, from the store to its scores: learnt, resumed, saved, read again, refused where it must be."""
+"""A study of segmentation, from the store to its scores: learnt, resumed, saved, read again, refused."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from dataclasses import replace
 import nibabel
 import numpy as np
 import pytest
-import small_study
 import torch
 
+import small_study
 from dagman import load_encoder
 from dagman.cli import run
 from dagman.errors import DagmanError
@@ -20,7 +20,7 @@ from dagman.train import segment as training
 from dagman.train.finetune import FinetuneConfig
 from dagman.train.segment import SegmentConfig
 
-SHORT = SegmentConfig(finetune=FinetuneConfig(steps=3, batch_size=1, check_every=3, learning_rate=3e-3))
+SHORT = SegmentConfig(finetune=FinetuneConfig(steps=2, batch_size=1, check_every=2, learning_rate=3e-3))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,16 @@ def test_every_case_is_tested_once_and_no_patient_stands_on_two_sides(short):
 
 def test_finished_folds_are_not_learnt_again_and_other_settings_are_refused(short, store):
     folder, result = short
+    assert result["seen_in_pretraining"] == {"known": False, "count": None, "cases": []}
+    seen = [store.rows[row]["voxel_sha256"] for row in (1, 4)]
+    known = training.train(small_study.encoder(), store, folder, SHORT, pretrained_on=seen)
+    assert known["seen_in_pretraining"] == {"known": True, "count": 2, "cases": ["c1", "c4"]}
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("fold-*/result.json")}
     again = training.train(small_study.encoder(), store, folder, SHORT)
     assert again == result
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.glob("fold-*/result.json")}
     other = replace(SHORT, finetune=replace(SHORT.finetune, steps=6))
-    with pytest.raises(DagmanError, match=r"E-RESUME.*finetune.steps: 3 -> 6"):
+    with pytest.raises(DagmanError, match=r"E-RESUME.*finetune.steps: 2 -> 6"):
         training.train(small_study.encoder(), store, folder, other)
 
 
@@ -91,7 +95,7 @@ def test_a_stopped_study_goes_on_bit_for_bit(short, store, tmp_path):
     stops = iter([3])
 
     def progress(done, total, note):
-        if total == 3 and done == 2 and note.startswith("loss") and next(stops, None):
+        if total == 2 and done == 1 and note.startswith("loss") and next(stops, None):
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert training.train(small_study.encoder(), store, tmp_path, SHORT, only=[1], progress=progress) is None
@@ -104,7 +108,7 @@ def test_a_stopped_study_goes_on_bit_for_bit(short, store, tmp_path):
 def test_it_learns_and_a_frozen_encoder_stays(store, tmp_path):
     config = SegmentConfig(
         finetune=FinetuneConfig(
-            steps=25, batch_size=2, check_every=25, learning_rate=1e-2, frozen=True, warmup_ratio=0.05
+            steps=20, batch_size=1, check_every=20, learning_rate=1e-2, frozen=True, warmup_ratio=0.05
         )
     )
     start = small_study.encoder()

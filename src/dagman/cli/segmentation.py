@@ -100,6 +100,7 @@ def train(
             config,
             source=source,
             only=None if fold is None else [fold],
+            pretrained_on=() if weights == "none" else None,
             device=device,
             workers=workers,
             progress=tell,
@@ -135,6 +136,11 @@ def _start(weights: str, recipe: str, seed: int) -> tuple[Any, str]:
 def _warn(result: dict[str, Any]) -> None:
     if result["warning"]:
         say(f"Note: {result['warning']}")
+    seen = result.get("seen_in_pretraining", {"known": True, "count": 0})
+    if not seen["known"]:
+        say("Note: the weights do not say what they were pretrained on: test cases may be among it")
+    elif seen["count"]:
+        say(f"Note: pretraining saw {seen['count']} test cases (without masks), such as {seen['cases'][0]}")
     for case, note in result["notes"].items():
         say(f"Note: {case}: {note}")
 

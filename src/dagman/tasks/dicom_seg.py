@@ -1,5 +1,6 @@
 """A label map as a DICOM segmentation object that refers to the patient and slices it was made from."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,21 +38,24 @@ def write(
     highdicom = _highdicom(path)
     headers = _in_order([open_header(file) for file in slices], grid, slices)
     frames = np.ascontiguousarray(numbers.transpose(2, 1, 0))
-    segmentation = highdicom.seg.Segmentation(
-        source_images=headers,
-        pixel_array=frames,
-        segmentation_type="BINARY",
-        segment_descriptions=[_segment(highdicom, number, name) for number, name in enumerate(names, 1)],
-        series_instance_uid=highdicom.UID(),
-        series_number=900,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
-        manufacturer="DAGMaN",
-        manufacturer_model_name="dagman segment",
-        software_versions=_version(),
-        device_serial_number="1",
-        omit_empty_frames=bool(frames.any()),
-    )
+    with warnings.catch_warnings():
+        # Names and codes of the source that the standard frowns on go over as they are.
+        warnings.simplefilter("ignore", UserWarning)
+        segmentation = highdicom.seg.Segmentation(
+            source_images=headers,
+            pixel_array=frames,
+            segmentation_type="BINARY",
+            segment_descriptions=[_segment(highdicom, number, name) for number, name in enumerate(names, 1)],
+            series_instance_uid=highdicom.UID(),
+            series_number=900,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="DAGMaN",
+            manufacturer_model_name="dagman segment",
+            software_versions=_version(),
+            device_serial_number="1",
+            omit_empty_frames=bool(frames.any()),
+        )
     files.write_atomic(path, segmentation.save_as)
 
 

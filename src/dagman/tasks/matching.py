@@ -167,7 +167,7 @@ def _differences(one: Volume, other: Volume) -> Iterator[str]:
         yield f"corners lie {apart:.3g} mm apart (moved or mirrored)"
 
 
-def _sides(values: Sequence[float] | np.ndarray) -> str:
+def _sides(values: np.ndarray | tuple[int, ...]) -> str:
     return " x ".join(f"{value:g}" for value in np.round(values, 4))
 
 

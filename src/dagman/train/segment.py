@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +134,7 @@ def train(
     *,
     source: str = "new random weights",
     only: Sequence[int] | None = None,
+    pretrained_on: Collection[str] | None = None,
     device: Literal["cpu", "cuda"] | None = None,
     workers: int = 0,
     progress: Tell | None = None,
@@ -148,6 +149,8 @@ def train(
         config: How.
         source: Where the encoder's weights come from, for the card.
         only: Folds to do now; all without.
+        pretrained_on: `voxel_sha256` of the volumes that the encoder saw in pretraining: those among the test cases are
+            counted and listed in the result. None where that is unknown, which the result then says.
         device: Where to compute; the GPU where there is one.
         workers: Processes that read crops ahead.
         progress: Hears of each step.
@@ -171,6 +174,7 @@ def train(
         folder=folder,
         config=config,
         source=source,
+        pretrained_on=pretrained_on,
     )
     done: dict[int, dict[str, Any]] = {}
     for part in work.parts:
@@ -222,6 +226,7 @@ class _Work:
     folder: Path
     config: SegmentConfig
     source: str
+    pretrained_on: Collection[str] | None
 
     def place(self, part: Part) -> Path:
         """The folder of a fold."""
@@ -342,6 +347,7 @@ class _Work:
             "source": sorted({result["source"] for result in done.values()}),
             "grid": f"scores on the store's voxels of {self.store.settings['spacing_mm']:g} mm",
             "left_out": self.plan.left_out,
+            "seen_in_pretraining": self._seen({row.case_id for row in rows}),
             "best_steps": [done[number]["best_step"] for number in sorted(done)],
             "settings": configs.to_dict(config),
         }
@@ -351,6 +357,17 @@ class _Work:
             title = "test cases with the lowest, the middle and the highest Dice"
             files.write_bytes(self.folder / "cases.png", figure.png(scenes, title, self.encoder.preparation.window_hu))
         return found
+
+    def _seen(self, tested: Collection[str]) -> dict[str, Any]:
+        """Test cases whose voxels the encoder was pretrained on, as far as that is known."""
+        if self.pretrained_on is None:
+            return {"known": False, "count": None, "cases": []}
+        cases = [
+            row["case_id"]
+            for row in self.store.rows
+            if row["case_id"] in tested and row["voxel_sha256"] in self.pretrained_on
+        ]
+        return {"known": True, "count": len(cases), "cases": cases}
 
     def _scene(self, case: str, rows: Sequence[Row], done: dict[int, dict[str, Any]]) -> figure.Scene:
         fold = next(number for number, result in done.items() if case in result["identity"]["test"])
