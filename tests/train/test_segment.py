@@ -155,11 +155,23 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
     assert run(["attention", "--weights", str(fold), "-i", str(tmp_path / "raw" / "c0.nii.gz"), "-o", str(study)]) == 0
 
 
-def test_from_scratch_and_a_plain_swinunetr(store, tmp_path):
+def test_from_scratch_a_plain_swinunetr_and_test_masks_that_nobody_opens_before_the_end(store, tmp_path, monkeypatch):
+    opened, fit, mask = set(), training.fit, type(store).mask
+
+    def watched(lesson, *given, **more):
+        monkeypatch.setattr(type(store), "mask", lambda self, row, *rest: opened.add(row) or mask(self, row, *rest))
+        ended = fit(lesson, *given, **more)
+        monkeypatch.setattr(type(store), "mask", mask)
+        return ended
+
+    monkeypatch.setattr(training, "fit", watched)
     plain = training.new_encoder(replace(small_study.SMALL, attention=None), small_study.PREPARATION, 0)
     result = training.train(plain, store, tmp_path, SHORT, only=[0])
     assert result["source"] == ["new random weights"]
     assert not any("semantic" in name for name in load_encoder(tmp_path / "fold-0").state_dict())
+    tested = json.loads((tmp_path / "fold-0" / "result.json").read_text())["identity"]["test"]
+    assert opened
+    assert not {store.rows[row]["case_id"] for row in opened} & set(tested)
 
 
 def test_a_crop_of_one_final_token_is_refused_before_work(store, tmp_path):

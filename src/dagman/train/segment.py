@@ -89,6 +89,8 @@ class SegmentLesson:
     classes: Classes
     held_out: tuple[int, ...]
     """Rows that choose the best step."""
+    precision: segment.Precision = "float32"
+    """Of what is predicted, as of what is learnt."""
 
     def loss(self, batch: LabelledCrop) -> Tensor:
         """Dice and cross-entropy, equally (MONAI's DiceCE)."""
@@ -107,7 +109,7 @@ class SegmentLesson:
         """Scores of one case on the store's grid, and the probabilities they come from."""
         assert isinstance(self.network, SegmentationNetwork)  # noqa: S101
         device = next(self.network.parameters()).device
-        found = segment.probabilities(self.network, self.store.hu(row), device=device)
+        found = segment.probabilities(self.network, self.store.hu(row), device=device, precision=self.precision)
         said, side = self.store.rows[row], float(self.store.settings["spacing_mm"])
         rows = segmentation_scores.compare(
             found.argmax(axis=0).astype(np.uint8),
@@ -257,6 +259,7 @@ class _Work:
             store=self.store,
             classes=classes,
             held_out=part.held_out,
+            precision=self.config.finetune.precision,
         )
 
     def _names(self, rows: Sequence[int]) -> list[str]:
