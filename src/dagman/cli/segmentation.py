@@ -15,6 +15,8 @@ segment = App(
     help_format="plaintext",
 )
 Data = Annotated[Path, Parameter(name=["--input", "-i"])]
+MOST_LINES = 10
+"""Of cases that were not scored."""
 
 
 @segment.command
@@ -227,8 +229,10 @@ def score(
     }
     segmentation_scores.write(rows, result, output)
     picture = matching.draw(found, output)
-    for error in found.rejected:
+    for error in found.rejected[:MOST_LINES]:
         say(str(error))
+    if len(found.rejected) > MOST_LINES:
+        say(f"... and {len(found.rejected) - MOST_LINES} more in {output / 'result.json'}")
     if found.unmatched:
         say(f"{len(found.unmatched)} predictions have no reference, such as {found.unmatched[0].name}")
     for line in segmentation_scores.lines(result):
