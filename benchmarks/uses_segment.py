@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dagman import PreparedStore, load_encoder, prepare
+from dagman.nets.encoder import new
 from dagman.tasks import statistics
 from dagman.train import segment
 from dagman.train.finetune import FinetuneConfig
@@ -51,7 +52,7 @@ def start(name: str, weights: Path, seed: int) -> tuple[object, str]:
     if name == "pretrained":
         return encoder, f"run {weights.name}"
     config = replace(encoder.config, attention=None) if name == "plain" else encoder.config
-    return segment.new_encoder(config, encoder.preparation, seed), f"{name}, new random weights"
+    return new(config, encoder.preparation, seed), f"{name}, new random weights"
 
 
 def settings(name: str, fraction: float, arguments: argparse.Namespace) -> segment.SegmentConfig:
@@ -81,7 +82,15 @@ def run(name: str, fold: int, fraction: float, store: PreparedStore, arguments: 
 
     config = settings(name, fraction, arguments)
     found = segment.train(
-        encoder, store, folder, config, source=source, only=[fold], device=arguments.device, progress=progress
+        encoder,
+        store,
+        folder,
+        config,
+        source=source,
+        only=[fold],
+        weights=arguments.weights if name == "pretrained" else None,
+        device=arguments.device,
+        progress=progress,
     )
     if found is None:
         return None
@@ -103,6 +112,7 @@ def run(name: str, fold: int, fraction: float, store: PreparedStore, arguments: 
         "device": arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
         "precision": arguments.precision,
+        "pretraining_overlap": found["pretraining_overlap"],
         "scores": {row["case_id"]: row["scores"] for row in result["rows"]},
     }
 

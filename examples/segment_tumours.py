@@ -20,6 +20,7 @@ from dagman import PreparedStore, SwinConfig, prepare
 from dagman.ct import phantom
 from dagman.ct.index import index
 from dagman.ct.prepare import PrepareConfig
+from dagman.nets.encoder import new
 from dagman.nets.swin import AttentionConfig
 from dagman.randomness import generator
 from dagman.tasks import matching, segment, segmentation_scores, segmenter
@@ -57,7 +58,7 @@ config = study.SegmentConfig(
 network = SwinConfig(
     embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), attention=AttentionConfig(stage=2, num_heads=4)
 )
-encoder = study.new_encoder(network, Preparation(spacing_mm=4.0, window_hu=(-1000.0, 400.0)), seed=0)
+encoder = new(network, Preparation(spacing_mm=4.0, window_hu=(-1000.0, 400.0)), seed=0)
 result = study.train(encoder, PreparedStore(work / "store"), work / "study", config, only=[0], say=print)
 if result is None:
     sys.exit("stopped; the same command goes on")

@@ -22,11 +22,15 @@ class Scan:
     files: tuple[Path, ...]
     """One file (NIfTI, NRRD, MHA, multi-frame DICOM) or the slices of one DICOM series."""
     kind: str
-    """`nifti`, `nrrd`, `mha` or `dicom`."""
+    """`nifti`, `nrrd`, `mha`, `dicom` or `medmnist`."""
+    index: int | None = None
+    """Which item of a file that holds many; None for a file of one scan."""
     patient: str | None = None
     """Whose scan: the CSV's value, or a keyed hash of the DICOM PatientID."""
     label: str | None = None
     mask: Path | None = None
+    rois: tuple[str, ...] = ()
+    """Names or numbers of the structures of a DICOM mask, which become labels 1, 2, ...; none: all of them."""
     split: str | None = None
 
     @property

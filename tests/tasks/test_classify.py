@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from dagman.errors import DagmanError, ExitCode
-from dagman.tasks import classify, folds
+from dagman.tasks import classify, cohort, folds, predictions
+from dagman.tasks.cohort import Protocol
 from dagman.tasks.table import Table
 
 
@@ -64,7 +65,7 @@ def test_random_labels_are_worth_one_half_within_the_interval():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         table = make(rng.normal(size=(60, 20)), rng.random(60) < 0.5, np.repeat(np.arange(30), 2))
-        auc = classify.probe(table, positive="malignant", seed=seed).auc()
+        auc = classify.probe(table, Protocol(seed=seed), positive="malignant").auc()
         values.append(auc.value)
         inside += auc.low <= 0.5 <= auc.high
     assert inside >= 15
@@ -78,7 +79,7 @@ def test_features_that_tell_the_patient_do_not_help_when_patients_are_kept_toget
     positive = (rng.random(40) < 0.5)[patients]
     fingerprint = rng.normal(size=(40, 60))[patients] + 0.05 * rng.normal(size=(200, 60))
     table = make(fingerprint, positive, patients)
-    assert classify.probe(table, positive="malignant", group_by="case").auc().value > 0.95
+    assert classify.probe(table, Protocol(group_by="case"), positive="malignant").auc().value > 0.95
     assert classify.probe(table, positive="malignant").auc().value < 0.75
 
 
@@ -110,20 +111,17 @@ def test_a_table_like_lidc_is_split_by_patient_and_evenly():
     assert np.ptp(np.bincount(fold)) < 0.05 * len(groups)
 
 
-def test_rows_of_other_folds_and_labels_of_the_same_fold_do_not_touch_a_prediction():
+def test_rows_of_other_folds_and_labels_of_the_same_fold_do_not_touch_a_prediction(result):
     table = planted()
-    positive = np.array([label == "malignant" for label in table.labels])
-    groups = np.array(table.patients)
-    features = table.features.astype(float)
-    fold = folds.fold_plan(positive, groups, folds=3, seed=0)
-    probability, _ = classify.cross_validate(features, positive, groups, fold, seed=0)
-    test = np.flatnonzero(fold == 1)
-    changed, flipped = features.copy(), positive.copy()
+    cases = cohort.cohort(table, Protocol(), positive="malignant")
+    (part,) = [part for part in cases.parts if part.number == 1]
+    train, test = list(part.train), list(part.test)
+    changed = cases.table.features.astype(float)
     changed[test[1:]] = 1e3
-    flipped[test[1:]] = ~flipped[test[1:]]
-    again, probes = classify.cross_validate(changed, flipped, groups, fold, seed=0)
-    assert again[test[0]] == probability[test[0]]
-    assert 0 < probes[1].threshold < 1
+    inner = folds.inner_plan(cases.numbers[train], cases.groups[train], seed=0)
+    again = classify.fit(changed[train], cases.numbers[train], inner)
+    assert again.probabilities(changed[test[:1]])[0, 1] == result.probability[test[0]]
+    assert 0 < again.threshold < 1
 
 
 def test_order_of_rows_changes_nothing_and_order_of_features_next_to_nothing(result):
@@ -145,7 +143,7 @@ def test_order_of_rows_changes_nothing_and_order_of_features_next_to_nothing(res
 
 def test_seed_decides_the_folds(result):
     assert np.array_equal(classify.probe(planted(), positive="malignant").fold, result.fold)
-    assert not np.array_equal(classify.probe(planted(), positive="malignant", seed=1).fold, result.fold)
+    assert not np.array_equal(classify.probe(planted(), Protocol(seed=1), positive="malignant").fold, result.fold)
 
 
 def test_more_features_than_cases_separable_and_constant_columns_converge_without_warnings():
@@ -172,12 +170,13 @@ def test_more_features_than_cases_separable_and_constant_columns_converge_withou
         (make(np.eye(9), np.arange(9) < 4, [0] * 9), {}, "FOLDS", "1 patients"),
         (make(np.eye(9), np.zeros(9)), {}, "LABEL", "1 classes over 9 cases"),
         (make(np.zeros((0, 2)), []), {}, "LABEL", "0 classes over 0 cases"),
+        (planted(), {"split": True}, "FOLDS", "no test case"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_training(table, options, code, says, monkeypatch):
     monkeypatch.setattr(classify, "fit", None)
     with pytest.raises(DagmanError, match=f"E-{code}.*{says}"):
-        classify.probe(table, positive="malignant", **options)
+        classify.probe(table, Protocol(**options), positive="malignant")
 
 
 def test_without_patients_it_is_refused_unless_said_and_then_stamped(tmp_path):
@@ -185,16 +184,19 @@ def test_without_patients_it_is_refused_unless_said_and_then_stamped(tmp_path):
     with pytest.raises(DagmanError, match="90 of 90 cases have no patient") as caught:
         classify.probe(table, positive="malignant")
     assert caught.value.exit_code == ExitCode.REFUSED
-    stamped = classify.summary(classify.probe(table, positive="malignant", group_by="case"))
+    stamped = predictions.summary(classify.probe(table, Protocol(group_by="case"), positive="malignant"))
     assert stamped["patients"] is None
     assert "not grouped by patient" in stamped["warning"]
 
 
 def test_written_predictions_and_result_give_the_scores_again(result, tmp_path):
-    predictions, summary = classify.write(result, tmp_path)
-    rows = np.genfromtxt(predictions, delimiter=",", names=True, dtype=None, encoding="utf-8")
-    assert rows.dtype.names == ("case_id", "patient", "fold", "label", "probability", "predicted")
-    np.testing.assert_array_equal(rows["probability"], result.probability)
+    written, summary = classify.write(result, tmp_path)
+    rows = np.genfromtxt(written, delimiter=",", names=True, dtype=None, encoding="utf-8")
+    assert rows.dtype.names == (
+        *("case_id", "patient", "fold", "label", "predicted"),
+        *("probability_benign", "probability_malignant"),
+    )
+    np.testing.assert_array_equal(rows["probability_malignant"], result.probability)
     np.testing.assert_array_equal(rows["label"] == "malignant", result.positive)
     found = json.loads(summary.read_text())
     assert (found["cases"], found["patients"], found["positive"]) == (90, 45, int(result.positive.sum()))
@@ -213,4 +215,109 @@ def test_feature_sets_side_by_side_on_the_same_folds(result):
     same = classify.beside({"a": result, "b": dataclasses.replace(result)})
     assert same[1]["first_minus_this"].value == 0
     with pytest.raises(DagmanError, match="E-COMPARE"):
-        classify.beside({"a": result, "b": classify.probe(noise, positive="malignant", seed=5)})
+        classify.beside({"a": result, "b": classify.probe(noise, Protocol(seed=5), positive="malignant")})
+
+
+def organs(cases=120, width=6, seed=0):
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(3, size=cases)
+    features = rng.normal(size=(cases, width))
+    features[np.arange(cases), kind] += 2.5
+    table = make(features, kind == 0)
+    return dataclasses.replace(table, labels=tuple(np.array(["heart", "liver", "lung"])[kind]))
+
+
+def test_three_classes_are_each_scored_against_the_rest(tmp_path):
+    found = classify.probe(organs())
+    one = [
+        roc_auc_score((found.labels == k)[found.fold == 0], found.probabilities[found.fold == 0, k]) for k in range(3)
+    ]
+    assert found.fold_auc()[0] == pytest.approx(np.mean(one), abs=1e-9)
+    assert found.auc().low > 0.8
+    assert found.accuracy().value == pytest.approx(np.mean(found.called == found.labels))
+    assert set(found.scores) == {"auc", "accuracy", "balanced_accuracy", "brier"}
+    classify.write(found, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["class_auc"]) == {"heart", "liver", "lung"}
+    assert result["thresholds"] is None
+    again = predictions.read(tmp_path)
+    assert predictions.summary(again) == predictions.summary(found)
+
+
+def test_brier_is_the_mean_squared_error(result):
+    assert result.brier().value == pytest.approx(np.mean((result.probability - result.positive) ** 2))
+    several = classify.probe(organs())
+    wanted = np.mean(np.sum((several.probabilities - np.eye(3)[several.labels]) ** 2, axis=1))
+    assert several.brier().value == pytest.approx(wanted)
+
+
+def test_a_probe_is_a_linear_layer(result):
+    features = np.random.default_rng(0).normal(size=(7, 12))
+    for made in (result.probes[0], classify.probe(organs()).probes[0]):
+        weights, biases = made.linear()
+        logits = features[:, : weights.shape[1]] @ weights.T + biases
+        share = np.exp(logits - logits.max(axis=1, keepdims=True))
+        wanted = made.probabilities(features[:, : weights.shape[1]])
+        np.testing.assert_allclose(share / share.sum(axis=1, keepdims=True), wanted, atol=1e-9)
+
+
+def test_a_written_result_reads_back_and_a_strange_folder_is_refused(result, tmp_path):
+    classify.write(result, tmp_path / "probe")
+    again = predictions.read(tmp_path / "probe")
+    assert predictions.summary(again) == predictions.summary(result)
+    assert predictions.difference(result, again).value == 0
+    with pytest.raises(DagmanError, match=r"E-COMPARE.*holds no predictions.csv"):
+        predictions.read(tmp_path)
+
+
+def with_splits(table, seed=0):
+    sides = np.random.default_rng(seed).choice(["train", "validation", "test"], p=[0.5, 0.2, 0.3], size=45)
+    return dataclasses.replace(table, splits=tuple(np.repeat(sides, 2)))
+
+
+def test_a_fixed_test_set_is_the_only_one_tested():
+    table = with_splits(planted())
+    found = classify.probe(table, Protocol(split=True), positive="malignant")
+    test = [case for case, side in zip(table.case_ids, table.splits, strict=True) if side == "test"]
+    assert list(found.case_ids) == test
+    assert set(found.fold) == {0}
+    cases = cohort.cohort(table, Protocol(split=True), positive="malignant", hold_out=True)
+    (part,) = cases.parts
+    assert {table.splits[row] for row in part.train} == {"train"}
+    assert {table.splits[row] for row in part.held_out} == {"validation"}
+
+
+def test_a_patient_on_two_sides_is_refused():
+    table = dataclasses.replace(planted(), splits=("train", "test") * 45)
+    with pytest.raises(DagmanError, match=r"E-LEAK.*45 patients stand on two sides \(p0, p1") as caught:
+        classify.probe(table, Protocol(split=True), positive="malignant")
+    assert caught.value.exit_code == ExitCode.REFUSED
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 5), st.booleans())
+def test_fractions_are_nested_whole_patients_of_every_class_and_never_tested(seed, draw, hold_out):
+    table = planted(cases=120, seed=seed)
+    seen = []
+    for fraction in (0.25, 0.5, 1.0):
+        protocol = Protocol(fraction=fraction, draw=draw, seed=seed)
+        cases = cohort.cohort(table, protocol, positive="malignant", hold_out=hold_out)
+        for part in cases.parts:
+            sides = [{cases.groups[row] for row in rows} for rows in (part.train, part.held_out, part.test)]
+            assert sum(map(len, sides)) == len(set.union(*sides))
+            assert {int(cases.numbers[row]) for row in part.train} == {0, 1}
+            assert bool(part.held_out) == hold_out
+        seen.append([set(part.train) | set(part.held_out) for part in cases.parts])
+        assert [part.test for part in cases.parts] == [
+            part.test for part in cohort.cohort(table, Protocol(seed=seed), positive="malignant").parts
+        ]
+    for quarter, half, whole in zip(*seen, strict=True):
+        assert quarter < half < whole
+
+
+def test_other_draws_are_other_patients():
+    parts = [
+        cohort.cohort(planted(), Protocol(fraction=0.25, draw=draw), positive="malignant").parts[0].train
+        for draw in (0, 1)
+    ]
+    assert parts[0] != parts[1]

@@ -33,7 +33,9 @@ def make(words, patients=None, case_ids=None):
     ],
 )
 def test_two_classes(words, positive, found):
-    assert labels.binary(words, positive).positive.tolist() == found
+    made = labels.classes(words, positive)
+    assert made.numbers.tolist() == [int(value) for value in found]
+    assert positive in (None, made.names[1])
 
 
 @pytest.mark.parametrize(
@@ -41,9 +43,8 @@ def test_two_classes(words, positive, found):
     [
         ([], None, "0 classes"),
         (["1", "1"], None, "1 classes over 2 cases"),
-        (["0", "1", "2"], None, "3 classes"),
-        (["0", "1", "yes"], None, "3 classes"),
-        (["0.1", "0.2", "0.7"], None, "3 classes"),
+        (["0", "1", "2"], "2", "3 classes"),
+        (["0", "1", "yes"], "yes", "3 classes"),
         (["benign", "malignant"], None, "two words"),
         (["benign", "malignant"], "Malignant", "no case is Malignant"),
         (["0", "1"], "2", "no case is 2"),
@@ -52,7 +53,20 @@ def test_two_classes(words, positive, found):
 )
 def test_doubtful_classes_are_refused(words, positive, says):
     with pytest.raises(DagmanError, match=f"E-LABEL.*{says}"):
-        labels.binary(words, positive)
+        labels.classes(words, positive)
+
+
+@pytest.mark.parametrize(
+    ("words", "names", "numbers"),
+    [
+        (["liver", "heart", "lung", "heart"], ("heart", "liver", "lung"), [1, 0, 2, 0]),
+        (["10", "9", "2.0", "2"], ("2", "9", "10"), [2, 1, 0, 0]),
+    ],
+)
+def test_more_than_two_classes_are_sorted(words, names, numbers):
+    made = labels.classes(words)
+    assert made.names == names
+    assert made.numbers.tolist() == numbers
 
 
 @pytest.mark.parametrize("nothing", [None, "", "nan", "NaN", " NA ", "None"])

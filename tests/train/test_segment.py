@@ -1,4 +1,4 @@
-"""A study of segmentation, from the store to its scores: learnt, resumed, saved, read again, refused."""
+"""A study of segmentation, from the store to its scores: learnt, resumed, saved, read again, or refused."""
 
 import json
 import os
@@ -14,8 +14,9 @@ import small_study
 from dagman import load_encoder
 from dagman.cli import run
 from dagman.errors import DagmanError
+from dagman.nets.encoder import new
 from dagman.nets.weights import save_encoder
-from dagman.tasks import segment, segmenter
+from dagman.tasks import leakage, segment, segmenter
 from dagman.train import segment as training
 from dagman.train.finetune import FinetuneConfig
 from dagman.train.segment import SegmentConfig
@@ -51,10 +52,6 @@ def test_every_case_is_tested_once_and_no_patient_stands_on_two_sides(short):
 
 def test_finished_folds_are_not_learnt_again_and_other_settings_are_refused(short, store):
     folder, result = short
-    assert result["seen_in_pretraining"] == {"known": False, "count": None, "cases": []}
-    seen = [store.rows[row]["voxel_sha256"] for row in (1, 4)]
-    known = training.train(small_study.encoder(), store, folder, SHORT, pretrained_on=seen)
-    assert known["seen_in_pretraining"] == {"known": True, "count": 2, "cases": ["c1", "c4"]}
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("fold-*/result.json")}
     again = training.train(small_study.encoder(), store, folder, SHORT)
     assert again == result
@@ -77,6 +74,16 @@ def test_a_saved_segmenter_gives_what_was_scored_and_its_encoder_is_one(short, s
         ours = likely.argmax(axis=0) == 1
         dice = 2 * (ours & (mask == 1)).sum() / max(1, ours.sum() + (mask == 1).sum())
         assert row["scores"]["dice"] == pytest.approx(dice, abs=1e-6)
+
+
+def test_test_cases_that_pretraining_saw_are_listed(short, store, tmp_path):
+    folder, result = short
+    assert result["pretraining_overlap"]["same_voxels"] == {"count": 0, "cases": []}
+    leakage.record(store, [1, 4], tmp_path)
+    found = training.train(small_study.encoder(), store, folder, SHORT, weights=tmp_path)
+    assert found["pretraining_overlap"]["same_voxels"] == {"count": 2, "cases": ["c1", "c4"]}
+    unknown = training.train(small_study.encoder(), store, folder, SHORT, weights=tmp_path / "elsewhere" / "a" / "b")
+    assert not unknown["pretraining_overlap"]["known"]
 
 
 def test_files_of_two_segmenters_are_not_mixed(short, tmp_path):
@@ -165,7 +172,7 @@ def test_from_scratch_a_plain_swinunetr_and_test_masks_that_nobody_opens_before_
         return ended
 
     monkeypatch.setattr(training, "fit", watched)
-    plain = training.new_encoder(replace(small_study.SMALL, attention=None), small_study.PREPARATION, 0)
+    plain = new(replace(small_study.SMALL, attention=None), small_study.PREPARATION, 0)
     result = training.train(plain, store, tmp_path, SHORT, only=[0])
     assert result["source"] == ["new random weights"]
     assert not any("semantic" in name for name in load_encoder(tmp_path / "fold-0").state_dict())

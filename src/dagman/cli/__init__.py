@@ -8,7 +8,7 @@ from pathlib import Path
 from cyclopts import App
 
 from dagman import __version__
-from dagman.cli import encoder, scans, segmentation, training
+from dagman.cli import classification, encoder, scans, segmentation, training
 from dagman.errors import DagmanError, ExitCode
 
 app = App(
@@ -17,14 +17,14 @@ app = App(
     version=__version__,
     help_format="plaintext",
 )
-classify = App(name="classify", help="Predict labels from a pretrained encoder's features.", help_format="plaintext")
 app.command(scans.check)
 app.command(scans.prepare)
+app.command(scans.lidc)
 app.command(training.pretrain)
 app.command(training.ablate)
 app.command(encoder.embed)
-app.command(classify)
-classify.command(encoder.probe)
+app.command(classification.classify)
+app.command(classification.compare)
 app.command(segmentation.segment)
 app.command(encoder.attention)
 app.command(encoder.export)
@@ -43,7 +43,7 @@ KEEP_MEMORY = {
 
 def main() -> None:
     """Run the command line and leave with an exit code of the contract."""
-    training = {"pretrain", "ablate", "demo", "segment"}.intersection(sys.argv[1:2])
+    training = {"pretrain", "ablate", "demo", "classify", "segment"}.intersection(sys.argv[1:2])
     if training and sys.platform == "linux" and not KEEP_MEMORY.keys() & os.environ.keys():
         os.execve(sys.executable, [sys.executable, "-m", "dagman", *sys.argv[1:]], os.environ | KEEP_MEMORY)  # noqa: S606
     sys.exit(run(sys.argv[1:]))

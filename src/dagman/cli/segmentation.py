@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from dagman.cli.starting import starting_encoder
 from dagman.cli.watching import Output, Sources, Switch, next_step, progress, require, say
 from dagman.errors import DagmanError, ExitCode
+
+if TYPE_CHECKING:
+    from dagman.nets.encoder import Encoder
 
 segment = App(
     name="segment",
@@ -105,7 +109,7 @@ def train(
             config,
             source=source,
             only=None if fold is None else [fold],
-            pretrained_on=() if weights == "none" else None,
+            weights=None if weights == "none" else Path(weights),
             device=device,
             workers=workers,
             progress=tell,
@@ -122,30 +126,21 @@ def train(
     return ExitCode.OK
 
 
-def _start(weights: str, recipe: str, seed: int) -> tuple[Any, str]:
+def _start(weights: str, recipe: str, seed: int) -> tuple["Encoder", str]:
     """The encoder every fold starts from, and where it comes from."""
-    from dagman import recipes
-    from dagman.nets.weights import load_encoder
-    from dagman.train import segment as training
-    from dagman.types import Preparation
-
-    if weights != "none":
-        encoder = load_encoder(weights)
+    encoder = starting_encoder(None if weights == "none" else Path(weights), recipe, seed)
+    if encoder.report:
         say(str(encoder.report))
-        return encoder, str(weights)
-    chosen = recipes.get(recipe)
-    preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
-    return training.new_encoder(chosen.encoder, preparation, seed), f"new random weights of {recipe}"
+    return encoder, weights if encoder.report else f"new random weights of {recipe}"
 
 
 def _warn(result: dict[str, Any]) -> None:
+    from dagman.tasks import leakage
+
     if result["warning"]:
         say(f"Note: {result['warning']}")
-    seen = result.get("seen_in_pretraining", {"known": True, "count": 0})
-    if not seen["known"]:
-        say("Note: the weights do not say what they were pretrained on: test cases may be among it")
-    elif seen["count"]:
-        say(f"Note: pretraining saw {seen['count']} test cases (without masks), such as {seen['cases'][0]}")
+    if "pretraining_overlap" in result:
+        say(f"Note: {leakage.line(result['pretraining_overlap'])}")
     for case, note in result["notes"].items():
         say(f"Note: {case}: {note}")
 

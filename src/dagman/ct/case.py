@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int16, Integer
 
 from dagman.ct import read, resample, store
+from dagman.ct.sources import medmnist
 from dagman.ct.survey import Problem
 from dagman.errors import DagmanError, ExitCode, printable
 from dagman.files import fault_point, sha256_file
@@ -124,10 +125,7 @@ def prepare_case(scan: Scan, *, sources: tuple[Path, ...], output: Path, config:
 def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -> Row:
     started = time.monotonic()
     before = fingerprint(scan)
-    volume = read.read(scan)
-    mask = None if scan.mask is None else read.read_mask(scan.mask, volume).hu
-    digest = _source_sha256(scan.files)
-    prepared = prepare_volume(volume, config, mask)
+    volume, prepared, digest = _as_it_is(scan, config) if scan.kind == "medmnist" else _brought_into_form(scan, config)
     if fingerprint(scan) != before:
         raise DagmanError(
             "CHANGED", scan.source, "changed while it was read", "wait for the copy to end, then run again"
@@ -153,11 +151,27 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
         row["mask"] = {
             "source_sha256": _source_sha256([scan.mask] if scan.mask else []),
             "tiny_labels": list(prepared.tiny_labels),
+            **({"rois": list(scan.rois)} if scan.rois else {}),
             "voxels": {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label},
             **_written(store.array_path(output, "masks", scan.case_id, config.storage), prepared.mask),
         }
     row["seconds"] = round(time.monotonic() - started, 3)
     return {"case_id": scan.case_id, **before, "row": row}
+
+
+def _brought_into_form(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepared, str]:
+    """A scan as read and as stored, and the checksum of its files."""
+    volume = read.read(scan)
+    mask = read.read_mask_of(scan, volume)
+    digest = _source_sha256(scan.files)
+    return volume, prepare_volume(volume, config, mask.hu if mask else None), digest
+
+
+def _as_it_is(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepared, str]:
+    """A cube without a size of its own: its voxels are the store's."""
+    volume = medmnist.volume(scan, config.spacing_mm)
+    prepared = Prepared(hu=volume.hu, affine=volume.affine, mask=None, clipped_ratio=0.0)
+    return volume, prepared, medmnist.sha256(scan.files[0])
 
 
 def _written(path: Path, array: np.ndarray) -> Row:
@@ -207,7 +221,8 @@ def fingerprint(scan: Scan) -> Row:
         raise DagmanError("GONE", scan.source, problem, "put it back and run the command again") from None
     return {
         "place": hashlib.sha256(bytes(scan.source.absolute())).hexdigest()[:16],
-        "files": [[printable(name), state.st_size, state.st_mtime_ns] for name, state in states],
+        "files": [[printable(name), state.st_size, state.st_mtime_ns] for name, state in states]
+        + [[roi, 0, 0] for roi in scan.rois],
     }
 
 
@@ -219,7 +234,8 @@ def _source_sha256(files: Iterable[Path]) -> str:
 
 def refuse_other_case(scan: Scan, row: Row) -> None:
     """The store has a case of this name from another place: the same bytes are the same case, others are not."""
-    if _source_sha256(scan.files) != row["source_sha256"]:
+    digest = medmnist.sha256(scan.files[0]) if scan.kind == "medmnist" else _source_sha256(scan.files)
+    if digest != row["source_sha256"]:
         raise DagmanError(
             "DUPCASE",
             scan.source,

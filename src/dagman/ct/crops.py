@@ -106,6 +106,15 @@ def centred(store: PreparedStore, row: int, crop: Triple, on: Literal["mask", "c
     Raises:
         DagmanError: `E-NOMASK` when the case has no mask, or an empty one.
     """
+    return store.hu(row, centred_corner(store, row, crop, on), crop)
+
+
+def centred_corner(store: PreparedStore, row: int, crop: Triple, on: Literal["mask", "centre"]) -> Triple:
+    """First voxel of `centred`.
+
+    Raises:
+        DagmanError: `E-NOMASK`.
+    """
     low, high = np.zeros(3, int), np.array(store.shape(row))
     if on == "mask":
         mask = store.mask(row)
@@ -117,7 +126,30 @@ def centred(store: PreparedStore, row: int, crop: Triple, on: Literal["mask", "c
         lines = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         low, high = np.array([line[0] for line in lines]), np.array([line[-1] + 1 for line in lines])
     x, y, z = ((low + high - np.array(crop)) // 2).tolist()
-    return store.hu(row, (x, y, z), crop)
+    return x, y, z
+
+
+def near(store: PreparedStore, row: int, crop: Triple, shift_ratio: float, draws: np.random.Generator) -> Triple:
+    """First voxel of a random crop: near the middle of a case's mask, or anywhere in a volume without one.
+
+    Args:
+        store: Where the volume lies.
+        row: Its row.
+        crop: Voxels (x, y, z).
+        shift_ratio: Of each side, by which a crop may miss the middle of the mask, or of a volume no longer than it.
+        draws: Source of the draws.
+
+    Raises:
+        DagmanError: `E-NOMASK` for an empty mask.
+    """
+    masked = store.rows[row]["mask"] is not None
+    middle = centred_corner(store, row, crop, "mask" if masked else "centre")
+    found = []
+    for first, num, side in zip(middle, store.shape(row), crop, strict=True):
+        reach = int(shift_ratio * side)
+        low, high = (first - reach, first + reach) if masked or num <= side else first_corners(num, side)
+        found.append(int(draws.integers(low, high + 1)))
+    return found[0], found[1], found[2]
 
 
 def sliding(shape: Triple, crop: Triple, overlap_ratio: float = 0.5) -> list[Triple]:

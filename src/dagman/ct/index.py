@@ -1,13 +1,13 @@
 """Files, folders and tables to a list of named scans."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dagman.ct import guard, table
-from dagman.ct.survey import PATIENT_KEY, Found, Problem, Survey, look_through, short_hash
+from dagman.ct import guard, layouts, table
+from dagman.ct.sources import medmnist
+from dagman.ct.survey import PATIENT_KEY, Found, Problem, Survey, clean_name, look_through, short_hash
 from dagman.errors import DagmanError
 from dagman.types import Scan
 
@@ -15,7 +15,7 @@ from dagman.types import Scan
 def index(
     sources: Sequence[Path], *, key: str | None = None, limits: guard.Limits | None = None
 ) -> tuple[list[Scan], list[Problem]]:
-    """List every CT in files, folders, DICOM trees and CSV tables, in an order that no file system decides.
+    """List every CT in files, folders, DICOM trees, data sets and tables, in an order that no file system decides.
 
     `patient` is the table's value, or a keyed hash of the DICOM PatientID (HMAC-SHA256, 12 hexadecimal digits). The
     hash keeps names out of outputs and still groups a patient's scans. With the public default key, whoever guesses
@@ -23,7 +23,8 @@ def index(
 
     Args:
         sources: Scan files, folders of scan files or DICOM trees, or CSV tables
-            `case_id,image[,label][,mask][,split][,patient]` with paths relative to the table.
+            `case_id,image[,label][,mask][,split][,patient]` with paths relative to the table; data sets as nnU-Net and
+            the Medical Segmentation Decathlon keep them, and MONAI datalists (`dagman.ct.layouts`); `.npz` of MedMNIST.
         key: For the hashes of PatientID and SeriesInstanceUID; by default the environment's `DAGMAN_PATIENT_KEY`,
             else the public one.
         limits: What looking at 200 files may cost.
@@ -41,7 +42,12 @@ def index(
             raise DagmanError("GONE", source, "does not exist", "give a file or a folder that does")
     tables = [source for source in sources if source.suffix.lower() == ".csv" and source.is_file()]
     scans = [scan for source in tables for scan in table.read(source, survey)]
-    found = [each for source in sources if source not in tables for each in look_through(source, survey)]
+    packed = [source for source in sources if source.suffix.lower() == ".npz" and source.is_file()]
+    scans += [scan for source in packed for scan in medmnist.scans(source, survey)]
+    lists = {source: layouts.lists(source) for source in sources if source not in tables + packed}
+    scans += [scan for listed in lists.values() for path in listed for scan in layouts.read(path, survey)]
+    walked = [source for source, listed in lists.items() if not layouts.is_whole(source, listed)]
+    found = [each for source in walked for each in look_through(source, survey)]
     taken = {scan.case_id for scan in scans}
     scans += [_named(each, case_id) for each, case_id in zip(found, _case_ids(found, taken), strict=True)]
     return sorted(scans, key=lambda scan: scan.case_id), survey.problems
@@ -53,7 +59,7 @@ def _named(found: Found, case_id: str) -> Scan:
 
 def _case_ids(found: Sequence[Found], taken: Iterable[str]) -> list[str]:
     """Names from stems; a hash of where it lies is added when a name was cleaned or is not the only one."""
-    cleaned = [_clean(each.stem.rpartition("/")[2]) for each in found]
+    cleaned = [clean_name(each.stem.rpartition("/")[2]) for each in found]
     uses = Counter([name.lower() for name in cleaned] + [name.lower() for name in taken])
     names = []
     for each, name in zip(found, cleaned, strict=True):
@@ -64,7 +70,3 @@ def _case_ids(found: Sequence[Found], taken: Iterable[str]) -> list[str]:
         f"{name}-{short_hash(os.path.abspath(each.files[0]))}" if name in twice else name  # noqa: PTH100
         for each, name in zip(found, names, strict=True)
     ]
-
-
-def _clean(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:80] or "scan"

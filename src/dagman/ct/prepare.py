@@ -70,6 +70,8 @@ class Summary:
     """Rejections by error code, most frequent first."""
     duplicates: tuple[tuple[str, ...], ...] = ()
     """Cases with the same voxels."""
+    notes: tuple[str, ...] = ()
+    """What was assumed of a source."""
     seconds: float = 0.0
 
     @property
@@ -94,7 +96,7 @@ def prepare(
     no longer given stays.
 
     Args:
-        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, CSV tables.
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, data sets, tables (`index`).
         output: The store; outside of all sources.
         config: Settings; those of the paper, but anti-aliased, by default.
         workers: Processes; None: those a surrounding `joblib.parallel_config` names, else 1, in this process.
@@ -106,7 +108,7 @@ def prepare(
     started = time.monotonic()
     config = config or PrepareConfig()
     output = Path(output)
-    _refuse_overlap(sources, output)
+    refuse_overlap(sources, output)
     store.require_storage(config.storage, output)
     with folder_lock(output):
         _adopt_settings(output, config)
@@ -142,6 +144,11 @@ class _Run:
             for problem in problems
             if not problem.ignored
         ]
+        self.notes = tuple(
+            f"{problem.source}: {problem.problem}"
+            for problem in problems
+            if problem.ignored and problem.code == "MEDMNIST"
+        )
         repair_log(output / JOURNAL)
         self.journal = {entry["case_id"]: entry for entry in read_lines(output / JOURNAL, required=("case_id", "row"))}
         self.done: dict[str, Row] = {}
@@ -158,11 +165,15 @@ class _Run:
         tell(len(self.done), len(self.scans), "")
         prepare_one = partial(prepare_case, sources=tuple(self.sources), output=self.output, config=self.config)
         total, tried = len(self.scans), len(self.done)
-        with closing(unordered(prepare_one, pending, workers, self._lost)) as outcomes:
-            for scan, outcome in outcomes:
-                tried += 1
-                self._note(outcome)
-                tell(tried, total, scan.case_id if "row" in outcome else f"{scan.case_id}: E-{outcome['code']}")
+        # The items of one file share what was read of it, so they stay in this process.
+        shared = [scan for scan in pending if scan.index is not None]
+        others = [scan for scan in pending if scan.index is None]
+        for scans, processes in ((shared, 1), (others, workers)):
+            with closing(unordered(prepare_one, scans, processes, self._lost)) as outcomes:
+                for scan, outcome in outcomes:
+                    tried += 1
+                    self._note(outcome)
+                    tell(tried, total, scan.case_id if "row" in outcome else f"{scan.case_id}: E-{outcome['code']}")
 
     def _note(self, outcome: Row) -> None:
         """Keep an outcome; a stored case is on record before the next one counts."""
@@ -241,11 +252,12 @@ class _Run:
             rejected=len(rejected),
             codes=dict(Counter(row["code"] for row in rejected).most_common()),
             duplicates=tuple(tuple(cases) for cases in same.values() if len(cases) > 1),
+            notes=self.notes,
             seconds=time.monotonic() - started,
         )
 
 
-def _refuse_overlap(sources: Sequence[Path], output: Path) -> None:
+def refuse_overlap(sources: Sequence[Path], output: Path) -> None:
     """Sources are never written to, and a store is no source."""
     place = output.resolve()
     for source in (Path(source).resolve() for source in sources):
@@ -314,8 +326,13 @@ def _check_space(output: Path, pending: Sequence[Scan]) -> None:
     Raises:
         DagmanError: `E-DISK`, exit code 6.
     """
-    sizes = [path.stat().st_size for scan in pending for path in scan.files if path.exists()]
-    needed, free = sum(sizes) // 20, shutil.disk_usage(output).free
+    sizes = {
+        (path, scan.case_id if scan.index is None else ""): path.stat().st_size
+        for scan in pending
+        for path in scan.files
+        if path.exists()
+    }
+    needed, free = sum(sizes.values()) // 20, shutil.disk_usage(output).free
     if needed > free:
         raise DagmanError(
             "DISK",

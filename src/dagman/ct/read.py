@@ -11,11 +11,13 @@ import numpy as np
 from dagman.ct import grid, guard
 from dagman.ct.guard import Limits
 from dagman.ct.index import index
+from dagman.ct.segments import MODALITIES
+from dagman.ct.sources import medmnist
 from dagman.ct.survey import Problem, sniff_files
 from dagman.errors import DagmanError
 from dagman.types import Grid, Scan, Volume
 
-__all__ = ["Limits", "check", "read", "read_mask"]
+__all__ = ["Limits", "check", "read", "read_mask", "read_mask_of"]
 
 MASK_TOLERANCE = 0.05
 """Corners of a mask may lie this share of a voxel away from the image's."""
@@ -35,6 +37,8 @@ def read(scan: Scan, limits: Limits | None = None) -> Volume:
         DagmanError: Why the scan cannot be used honestly; the codes are listed in `docs/errors.md`.
     """
     limits = limits or Limits()
+    if scan.kind == "medmnist":
+        return medmnist.volume(scan, limits=limits)
     arguments = {
         "paths": [str(path) for path in scan.files],
         "kind": scan.kind,
@@ -46,33 +50,70 @@ def read(scan: Scan, limits: Limits | None = None) -> Volume:
     return Volume(hu=_present(hu), affine=np.array(affine), own_grid=own_grid)
 
 
-def read_mask(path: Path, like: Volume | None = None, limits: Limits | None = None) -> Volume:
+def read_mask(
+    path: Path,
+    like: Volume | None = None,
+    limits: Limits | None = None,
+    *,
+    image: Path | None = None,
+    rois: Sequence[str] = (),
+) -> Volume:
     """Read a label map in a guarded process.
 
     Args:
-        path: NIfTI, NRRD or MHA of whole numbers, 0 outside.
-        like: The image it was drawn on, as `read` returned it.
+        path: NIfTI, NRRD or MHA of whole numbers, 0 outside; or DICOM RTSTRUCT or SEG.
+        like: The image it was drawn on, as `read` returned it; RTSTRUCT and SEG need it.
         limits: What reading may cost.
+        image: A DICOM file of that image, whose series an RTSTRUCT or SEG must refer to.
+        rois: Names or numbers of structures of an RTSTRUCT or SEG, for labels 1, 2, ...; all of them by default.
 
     Returns:
         Labels (int16 or int32) in the place of `hu`, axes turned to RAS+.
 
     Raises:
-        DagmanError: As `read`; `E-MASK` when the values are no labels or the grid is not the image's.
+        DagmanError: As `read`; `E-MASK` when the values are no labels or the grid is not the image's; `E-REFERENCE`
+            and `E-ROI` as `dagman.ct.segments.read`.
     """
     limits = limits or Limits()
     facts = sniff_files([path], limits)[0]
     if "error" in facts:
         code, problem, advice = facts["error"]
         raise DagmanError(code, path, problem, advice)
+    if facts["kind"] == "dicom" and facts["modality"] in MODALITIES:
+        return _read_segments(path, like, limits, image, rois)
+    if rois:
+        raise DagmanError("ROI", path, "is no RTSTRUCT or SEG, so it has no names", "leave out what follows the #")
     if facts["kind"] not in ("nifti", "nrrd", "mha"):
-        raise DagmanError("FORMAT", path, "is no NIfTI, NRRD or MHA file", "save the mask as .nii.gz")
+        raise DagmanError("FORMAT", path, "is no NIfTI, NRRD, MHA, RTSTRUCT or SEG file", "save the mask as .nii.gz")
     arguments = {"paths": [str(path)], "kind": facts["kind"], "max_voxels": limits.max_voxels}
     affine, labels = guard.run("mask", path, arguments, limits)
     mask = Volume(hu=_present(labels), affine=np.array(affine))
     if like is not None:
         _check_same_grid(path, mask, like)
     return mask
+
+
+def _read_segments(path: Path, like: Volume | None, limits: Limits, image: Path | None, rois: Sequence[str]) -> Volume:
+    if like is None or like.own_grid is None:
+        raise DagmanError("MASK", path, "needs the CT it was drawn on", "name both in a CSV table")
+    arguments = {
+        "path": str(path),
+        "image": str(image) if image else None,
+        "shape": [int(side) for side in like.own_grid.shape],
+        "affine": like.own_grid.affine.tolist(),
+        "rois": list(rois),
+        "max_voxels": limits.max_voxels,
+    }
+    labels, affine = grid.to_ras(_present(guard.run("segments", path, arguments, limits)[1]), like.own_grid.affine)
+    return Volume(hu=np.ascontiguousarray(labels), affine=affine)
+
+
+def read_mask_of(scan: Scan, volume: Volume, limits: Limits | None = None) -> Volume | None:
+    """The mask of a row of `index`, on the grid of its image; None for a scan without one."""
+    if scan.mask is None:
+        return None
+    image = scan.files[0] if scan.kind == "dicom" else None
+    return read_mask(scan.mask, volume, limits, image=image, rois=scan.rois)
 
 
 def _present(array: np.ndarray | None) -> np.ndarray:
@@ -119,8 +160,7 @@ def check(
 def _row(scan: Scan, limits: Limits) -> dict[str, Any] | Problem:
     try:
         volume = read(scan, limits)
-        if scan.mask is not None:
-            read_mask(scan.mask, volume, limits)
+        read_mask_of(scan, volume, limits)
     except DagmanError as error:
         return dataclasses.replace(Problem.of(error), case_id=scan.case_id)
     return {

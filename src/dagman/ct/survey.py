@@ -80,6 +80,11 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
 
 
+def clean_name(name: str) -> str:
+    """A text as the name of a case: letters, digits, `.`, `_` and `-`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:80] or "scan"
+
+
 def look_through(source: Path, survey: Survey) -> list[Found]:
     """Every scan in one file or folder; what is not used goes to `survey.problems`."""
     single = not source.is_dir()

@@ -1,9 +1,13 @@
-"""A CSV table of scans: `case_id,image[,label][,mask][,split][,patient]`, paths relative to the table."""
+"""A CSV table of scans: `case_id,image[,label][,mask][,split][,patient]`, paths relative to the table.
+
+A mask cell may name structures of a DICOM RTSTRUCT or SEG: `rtstruct.dcm#GTV-1|Lung` gives labels 1 and 2.
+"""
 
 import csv
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dagman.ct.survey import Found, Survey, look_through
 from dagman.errors import DagmanError, printable
@@ -22,39 +26,60 @@ def read(path: Path, survey: Survey) -> list[Scan]:
     Raises:
         DagmanError: `E-TABLE` when the file is no such table.
     """
-    rows = _rows(path)
-    scans: list[Scan] = []
-    for number, row in rows:
+    return scans(
+        [(f"{path}:{number}", f"row {number} of {path.name}", row) for number, row in _rows(path)], path, survey
+    )
+
+
+def scans(
+    rows: Iterable[tuple[str, str, dict[str, str]]],
+    path: Path,
+    survey: Survey,
+    code: Literal["TABLE", "LAYOUT"] = "TABLE",
+) -> list[Scan]:
+    """Scans of the rows of any list; those that cannot be used go to `survey.problems`.
+
+    Args:
+        rows: What an error is about, how other rows speak of it, and the cells by column.
+        path: The file they stand in; their paths count from its folder.
+        survey: What is shared with other sources.
+        code: Of the errors.
+    """
+    found = []
+    for subject, here, row in rows:
         try:
-            _check_cells(row, survey, path, number)
-            image = _existing(path, row["image"])
-            mask = _existing(path, row["mask"]) if row.get("mask") else None
-            if image not in survey.images:
-                survey.images[image] = _only(image, survey)
-            found = survey.images[image]
+            scan = _scan(row, path, here, survey)
         except OSError:
-            survey.reject("TABLE", f"{path}:{number}", "names a path that cannot be looked at", _CORRECT)
-            continue
+            survey.reject(code, subject, "names a path that cannot be looked at", _CORRECT)
         except ValueError as problem:
-            survey.reject("TABLE", f"{path}:{number}", str(problem), _CORRECT)
-            continue
-        if found is None:
-            continue
-        if mask is not None:
-            status = mask.stat()
-            survey.visited.add((status.st_dev, status.st_ino))
-        scans.append(
-            Scan(
-                case_id=row["case_id"],
-                files=found.files,
-                kind=found.kind,
-                patient=row.get("patient") or found.patient,
-                label=row.get("label") or None,
-                mask=mask,
-                split=row.get("split") or None,
-            )
-        )
-    return scans
+            survey.reject(code, subject, str(problem), _CORRECT)
+        else:
+            found += [scan] if scan else []
+    return found
+
+
+def _scan(row: dict[str, str], path: Path, here: str, survey: Survey) -> Scan | None:
+    _check_cells(row, survey, path, here)
+    image = _existing(path, row["image"])
+    mask, rois = _mask(path, row.get("mask") or "")
+    if image not in survey.images:
+        survey.images[image] = _only(image, survey)
+    found = survey.images[image]
+    if found is None:
+        return None
+    if mask is not None:
+        status = mask.stat()
+        survey.visited.add((status.st_dev, status.st_ino))
+    return Scan(
+        case_id=row["case_id"],
+        files=found.files,
+        kind=found.kind,
+        patient=row.get("patient") or found.patient,
+        label=row.get("label") or None,
+        mask=mask,
+        rois=rois,
+        split=row.get("split") or None,
+    )
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
@@ -82,7 +107,7 @@ def _ragged(header: list[str], line: list[str]) -> dict[Any, str]:
     return {} if len(header) == len(line) else {None: ""}
 
 
-def _check_cells(row: dict[str, str], survey: Survey, path: Path, number: int) -> None:
+def _check_cells(row: dict[str, str], survey: Survey, path: Path, here: str) -> None:
     if None in row:
         raise ValueError("holds more or fewer cells than the header")
     for name in ("case_id", "image"):
@@ -94,11 +119,26 @@ def _check_cells(row: dict[str, str], survey: Survey, path: Path, number: int) -
     if not _NAME.fullmatch(case_id):
         raise ValueError(f"case_id {printable(case_id)[:60]} may hold letters, digits, '-', '_' and '.' only")
     place = "\n".join(str((path.parent / row.get(name, "")).absolute()) for name in ("image", "mask"))
-    here = f"row {number} of {path.name}"
     for what, value in (("case_id is", case_id.lower()), ("image and mask are", place)):
         earlier = survey.rows.setdefault(f"{what} {value}", here)
         if earlier != here:
             raise ValueError(f"{what} the same as in {earlier}")
+
+
+def _mask(table: Path, cell: str) -> tuple[Path | None, tuple[str, ...]]:
+    """A cell `file`, or `file#name|name` for structures of an RTSTRUCT or SEG."""
+    if not cell:
+        return None, ()
+    name, sign, chosen = cell.rpartition("#")
+    if not sign or (table.parent / cell).exists():
+        name, chosen = cell, ""
+    mask = _existing(table, name)
+    if not mask.is_file():
+        raise ValueError(f"{printable(name)[:200]} is no file")
+    rois = tuple(printable(roi.strip()) for roi in chosen.split("|"))
+    if (chosen or name != cell) and (not all(rois) or len(set(rois)) != len(rois)):
+        raise ValueError("mask names an empty structure, or one twice")
+    return mask, rois if chosen else ()
 
 
 def _existing(table: Path, cell: str) -> Path:

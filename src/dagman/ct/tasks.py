@@ -8,7 +8,8 @@ import numpy as np
 import numpy.ma  # np.percentile imports it at first use, which every fork would pay for
 import pydicom
 
-from dagman.ct import dicom, grid, hounsfield, nifti, pixels, sniff, textheader
+from dagman.ct import dicom, grid, hounsfield, nifti, pixels, segments, sniff, textheader
+from dagman.ct.sources import medmnist
 from dagman.errors import DagmanError
 
 _Result = tuple[Any, np.ndarray | None]
@@ -69,5 +70,11 @@ def _stored(paths: list[str], kind: str, max_voxels: int) -> tuple[np.ndarray, n
     return reader(files[0], max_voxels)
 
 
-TASKS = {"sniff": sniff_files, "volume": read_volume, "mask": read_mask}
+TASKS = {
+    "sniff": sniff_files,
+    "volume": read_volume,
+    "mask": read_mask,
+    "segments": segments.read,
+    "medmnist": medmnist.read_file,
+}
 os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")

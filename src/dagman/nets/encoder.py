@@ -1,9 +1,12 @@
 """The encoders there are, as one type each for their settings and for themselves."""
 
+import torch
 from torch import nn
 
 from dagman.nets.swin import SwinConfig, SwinEncoder
 from dagman.nets.vit import ViTConfig, ViTEncoder
+from dagman.randomness import torch_seed
+from dagman.types import Preparation
 
 EncoderConfig = SwinConfig | ViTConfig
 """Told apart by their field `kind`; what names none is a Swin.
@@ -17,6 +20,21 @@ Encoder = SwinEncoder | ViTEncoder
 def build(config: EncoderConfig) -> Encoder:
     """An encoder of these sizes with new random weights."""
     return SwinEncoder(config) if isinstance(config, SwinConfig) else ViTEncoder(config)
+
+
+def new(config: EncoderConfig, preparation: Preparation, seed: int = 0) -> Encoder:
+    """An encoder with random weights that the seed decides, in eval mode.
+
+    Args:
+        config: Its sizes.
+        preparation: What it is to be shown.
+        seed: Of the weights; the global random state stays as it is.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(seed, "untrained"))
+        encoder = build(config)
+    encoder.preparation = preparation
+    return encoder.eval()
 
 
 def layers(encoder: Encoder) -> list[list[nn.Parameter]]:

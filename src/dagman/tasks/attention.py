@@ -20,7 +20,7 @@ from torch.nn import functional
 from dagman import files
 from dagman.ct import crops
 from dagman.ct.prepare import PrepareConfig, prepare_volume
-from dagman.ct.read import read, read_mask
+from dagman.ct.read import read, read_mask_of
 from dagman.ct.resample import BODY_HU
 from dagman.ct.store import AIR_HU, padded_crop
 from dagman.errors import DagmanError
@@ -74,7 +74,8 @@ def explain(
         Figure 5.
     """
     volume = read(scan)
-    mask = read_mask(scan.mask, volume).hu > 0 if scan.mask else None
+    labels = read_mask_of(scan, volume)
+    mask = labels.hu > 0 if labels else None
     values = attention_map(encoder, volume, device=device, precision=precision, progress=progress)
     body = body_of(volume)
     nifti, picture = (folder / f"{scan.case_id}_attention{suffix}" for suffix in (".nii.gz", ".png"))

@@ -1,7 +1,9 @@
 """One vector for each case: the crop around its mask where there is one, else the mean over crops that cover it."""
 
 import itertools
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -10,15 +12,16 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
-from dagman import randomness
+from dagman import files
 from dagman.ct import crops
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
-from dagman.nets.encoder import Encoder, build
+from dagman.nets.classifier import Which, vector, width_of
+from dagman.nets.encoder import Encoder, new
+from dagman.tasks.leakage import Seen
 from dagman.tasks.table import Table
 from dagman.types import Features, Preparation
 
-Which = Literal["pooled", "cells", "cls", "all"]
 VOXELS_AT_ONCE = 4 * 128**3
 """Of the crops that are encoded together: four of the paper's size, more of smaller ones."""
 MOST_CROPS = 32
@@ -26,8 +29,20 @@ Progress = Callable[[int, int], None]
 """Called with the number of finished cases and their total."""
 
 
+class Origin(NamedTuple):
+    """Where a feature table comes from; written beside it as JSON."""
+
+    weights: Path
+    which: Which
+    store: str
+    """Its identity."""
+    seen: Seen
+    """What pretraining saw of the cases."""
+
+
 class _Crop(NamedTuple):
-    row: int
+    place: int
+    """Of its case among those asked for."""
     image: Float32[np.ndarray, "x y z"]
     """Intensities in [0, 1]."""
 
@@ -57,16 +72,28 @@ def embed(
     Raises:
         DagmanError: `E-GRID`, exit code 4, for a store of another spacing; `E-NOCLS` for `cls` of an encoder without.
     """
-    if which in ("cls", "all") and not encoder.config.has_cls:
-        raise DagmanError("NOCLS", f"--which {which}", "this encoder has no [CLS] token", "use pooled or cells")
+    width_of(encoder.config, which)
     check_grid(store, encoder.preparation)
 
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
-        return _chosen(encode(encoder, images, device=device, precision=precision), which)
+        return vector(encode(encoder, images, device=device, precision=precision), which).float().cpu()
 
-    return _mean_per_case(
-        store, encoder.preparation, features, batch_size or crops_at_once(encoder.preparation), progress
-    )
+    return mean_per_case(store, encoder.preparation, features, batch_size=batch_size, progress=progress)
+
+
+def write_origin(origin: Origin, features: Path) -> None:
+    """Write where features come from, beside their CSV."""
+    values = origin._asdict() | {"weights": str(origin.weights.absolute()), "seen": origin.seen._asdict()}
+    files.write_json(features.with_suffix(".json"), values)
+
+
+def read_origin(features: Path) -> Origin | None:
+    """Where features come from; None where nobody wrote it down, or it cannot be read."""
+    try:
+        values = json.loads(features.with_suffix(".json").read_text())
+        return Origin(**values | {"weights": Path(values["weights"]), "seen": Seen(**values["seen"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def voxels(store: PreparedStore, preparation: Preparation, *, side: int = 8, progress: Progress | None = None) -> Table:
@@ -76,16 +103,12 @@ def voxels(store: PreparedStore, preparation: Preparation, *, side: int = 8, pro
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
         return functional.adaptive_avg_pool3d(images, side).flatten(1)
 
-    return _mean_per_case(store, preparation, features, 1, progress)
+    return mean_per_case(store, preparation, features, batch_size=1, progress=progress)
 
 
 def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
     """An encoder like this one with new random weights, to be compared with."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(randomness.torch_seed(seed, "untrained"))
-        other = build(encoder.config)
-    other.preparation = encoder.preparation
-    return other.eval()
+    return new(encoder.config, encoder.preparation, seed)
 
 
 @torch.inference_mode()
@@ -103,12 +126,6 @@ def encode(
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         features: Features = encoder(images.to(device))
     return features
-
-
-def _chosen(features: Features, which: Which) -> Tensor:
-    parts = {"pooled": features.pooled, "cells": features.tokens.mean(dim=1), "cls": features.cls}
-    chosen = [part for name, part in parts.items() if which in (name, "all") and part is not None]
-    return torch.cat([part.float().cpu() for part in chosen], dim=1)
 
 
 def crops_at_once(preparation: Preparation) -> int:
@@ -134,41 +151,55 @@ def check_grid(store: PreparedStore, preparation: Preparation) -> None:
         )
 
 
-def _crops_of(store: PreparedStore, row: int, preparation: Preparation) -> Iterator[_Crop]:
+def _crops_of(store: PreparedStore, row: int, place: int, preparation: Preparation) -> Iterator[_Crop]:
     crop = preparation.crop
     if store.rows[row]["mask"] is not None:
-        yield _Crop(row, crops.window(crops.centred(store, row, crop, "mask"), preparation.window_hu))
+        yield _Crop(place, crops.window(crops.centred(store, row, crop, "mask"), preparation.window_hu))
         return
     for corner in crops.sliding(store.shape(row), crop):
-        yield _Crop(row, crops.window(store.hu(row, corner, crop), preparation.window_hu))
+        yield _Crop(place, crops.window(store.hu(row, corner, crop), preparation.window_hu))
 
 
-def _mean_per_case(
+def mean_per_case(
     store: PreparedStore,
     preparation: Preparation,
     features: Callable[[Tensor], Tensor],
-    batch_size: int,
-    progress: Progress | None,
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Table:
-    """Features of batches that may span cases, averaged over the crops of each case in the order they are cut."""
-    queue = itertools.chain.from_iterable(_crops_of(store, row, preparation) for row in range(len(store)))
+    """Features of batches that may span cases, averaged over the crops of each case in the order they are cut.
+
+    Args:
+        store: Cases.
+        preparation: How crops are cut and windowed.
+        features: One vector for each crop of a batch, on the CPU.
+        batch_size: Crops of a batch, by their size where None.
+        progress: Hears of each finished case.
+        rows: Of the store; all where None.
+    """
+    chosen = range(len(store)) if rows is None else rows
+    queue = itertools.chain.from_iterable(_crops_of(store, row, place, preparation) for place, row in enumerate(chosen))
     sums: list[np.ndarray] = []
-    counts = np.zeros(len(store), dtype=np.int64)
-    while batch := list(itertools.islice(queue, batch_size)):
+    counts = np.zeros(len(chosen), dtype=np.int64)
+    while batch := list(itertools.islice(queue, batch_size or crops_at_once(preparation))):
         found = features(torch.from_numpy(np.stack([crop.image for crop in batch]))[:, None])
-        for crop, vector in zip(batch, found.double().numpy(), strict=True):
-            if crop.row == len(sums):
-                sums.append(np.zeros(len(vector)))
-                if progress and crop.row:
-                    progress(crop.row, len(store))
-            sums[crop.row] += vector
-            counts[crop.row] += 1
+        for crop, values in zip(batch, found.double().numpy(), strict=True):
+            if crop.place == len(sums):
+                sums.append(np.zeros(len(values)))
+                if progress and crop.place:
+                    progress(crop.place, len(chosen))
+            sums[crop.place] += values
+            counts[crop.place] += 1
     if progress:
-        progress(len(sums), len(store))
+        progress(len(sums), len(chosen))
     means = np.stack([total / count for total, count in zip(sums, counts, strict=True)]) if sums else np.zeros((0, 0))
+    said = [store.rows[row] for row in chosen]
     return Table(
-        case_ids=tuple(str(row["case_id"]) for row in store.rows),
-        patients=tuple(row.get("patient") for row in store.rows),
-        labels=tuple(row.get("label") for row in store.rows),
+        case_ids=tuple(str(row["case_id"]) for row in said),
+        patients=tuple(row.get("patient") for row in said),
+        labels=tuple(row.get("label") for row in said),
+        splits=tuple(row.get("split") for row in said) if any(row.get("split") for row in said) else (),
         features=means.astype(np.float32),
     )

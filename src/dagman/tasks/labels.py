@@ -1,4 +1,4 @@
-"""Labels as people write them, to two classes; anything doubtful is refused with counts and the first five cases."""
+"""Labels as people write them, to classes; anything doubtful is refused with counts and the first five cases."""
 
 import collections
 import dataclasses
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Int
 
 from dagman.errors import DagmanError
 from dagman.tasks.table import Table, read_rows
@@ -19,11 +19,11 @@ Unlabelled = Literal["refuse", "leave_out"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Classes:
-    """The two classes of a table."""
+    """The classes of a table."""
 
-    positive: Bool[np.ndarray, " cases"]
-    positive_word: str
-    negative_word: str
+    numbers: Int[np.ndarray, " cases"]
+    """Class of each case; of two classes 1 is the positive one."""
+    names: tuple[str, ...]
 
 
 def override(table: Table, path: Path, column: str = "label") -> Table:
@@ -66,31 +66,42 @@ def labelled(table: Table, unlabelled: Unlabelled = "refuse") -> tuple[Table, in
         case_ids=tuple(table.case_ids[row] for row in rows),
         patients=tuple(table.patients[row] for row in rows),
         labels=tuple(table.labels[row] for row in rows),
+        splits=tuple(table.splits[row] for row in rows) if table.splits else (),
         features=table.features[rows],
     )
     return chosen, len(missing)
 
 
-def binary(labels: Sequence[str], positive: str | None = None) -> Classes:
-    """Two classes from words or numbers; of two numbers the larger is positive, of two words the caller says.
+def classes(labels: Sequence[str], positive: str | None = None) -> Classes:
+    """Classes from words or numbers; of two numbers the larger is positive, of two words the caller says.
 
     Args:
         labels: One per case, none missing. `1`, `1.0` and ` 1 ` are the same number.
-        positive: The positive class; None where the labels are numbers.
+        positive: The positive one of two classes; None where the labels are numbers, or of more than two classes.
 
     Raises:
-        DagmanError: `E-LABEL` unless exactly two classes are there and it is clear which one is positive.
+        DagmanError: `E-LABEL` for fewer than two classes, or where it is not clear which of two is positive.
     """
     words = _same_spelling([label.strip() for label in labels])
     counts = collections.Counter(words)
     listed = ", ".join(f"{word}: {count}" for word, count in sorted(counts.items())[:5])
-    if len(counts) != 2:
+    if len(counts) < 2 or (len(counts) > 2 and positive is not None):
         raise DagmanError(
             "LABEL",
             "labels",
             f"{len(counts)} classes over {len(words)} cases ({listed}{', ...' if len(counts) > 5 else ''})",
-            "give two classes",
+            "give two classes, or none as positive" if len(counts) > 2 else "give two classes or more",
         )
+    if len(counts) == 2:
+        first = _positive_of(counts, positive, words, listed)
+        names: tuple[str, ...] = (next(word for word in counts if word != first), first)
+    else:
+        names = tuple(sorted(counts, key=lambda word: (_number(word) or 0.0, word)))
+    number_of = {name: number for number, name in enumerate(names)}
+    return Classes(numbers=np.array([number_of[word] for word in words]), names=names)
+
+
+def _positive_of(counts: collections.Counter[str], positive: str | None, words: list[str], listed: str) -> str:
     if positive is not None:
         positive = _same_spelling([*words, positive.strip()])[-1]
     elif all(_number(word) is not None for word in counts):
@@ -98,10 +109,7 @@ def binary(labels: Sequence[str], positive: str | None = None) -> Classes:
     if positive is None or positive not in counts:
         problem = f"two words ({listed})" if positive is None else f"no case is {positive} ({listed})"
         raise DagmanError("LABEL", "labels", problem, f"name the positive class, such as {max(counts)}")
-    negative = next(word for word in counts if word != positive)
-    return Classes(
-        positive=np.array([word == positive for word in words]), positive_word=positive, negative_word=negative
-    )
+    return positive
 
 
 def _same_spelling(words: list[str]) -> list[str]:

@@ -83,7 +83,7 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def estimate(
     statistic: Statistic,
     groups: Shaped[np.ndarray, " cases"],
-    positive: Bool[np.ndarray, " cases"] | None = None,
+    classes: Bool[np.ndarray, " cases"] | Int[np.ndarray, " cases"] | None = None,
     *,
     seed: int,
     resamples: int = RESAMPLES,
@@ -96,7 +96,7 @@ def estimate(
     Args:
         statistic: Case weights (resamples, cases) to one value per resample.
         groups: Patient of each case.
-        positive: Class of each case: below 2 patients in either class there is no interval. None for scores without
+        classes: Class of each case: below 2 patients in any class there is no interval. None for scores without
             classes: below 2 patients in all.
         seed: Of the resampling.
         resamples: Number of draws.
@@ -109,8 +109,8 @@ def estimate(
     names, patient = np.unique(groups, return_inverse=True)
     value = float(_values(statistic, np.ones((1, len(names))), patient)[0])
     if np.isnan(value):
-        return Estimate(value=None, why="no case counts" if positive is None else "a class is absent")
-    if why := _too_few(patient, positive):
+        return Estimate(value=None, why="no case counts" if classes is None else "a class is absent")
+    if why := _too_few(patient, classes):
         return Estimate(value=value, why=why)
     draws = randomness.generator(seed, "bootstrap").multinomial(
         len(names), np.full(len(names), 1 / len(names)), size=resamples
@@ -118,7 +118,7 @@ def estimate(
     replicates = _values(statistic, draws, patient)
     replicates = np.sort(replicates[~np.isnan(replicates)])
     if len(replicates) < resamples / 2:
-        what = "a case that counts" if positive is None else "a class"
+        what = "a case that counts" if classes is None else "a class"
         return Estimate(value=value, why=f"most resamples of the patients lack {what}")
     if replicates[0] == replicates[-1]:
         return Estimate(value=value, why="resampling the patients does not change it")
@@ -127,15 +127,18 @@ def estimate(
     return Estimate(value=value, low=low, high=high)
 
 
-def _too_few(patient: np.ndarray, positive: np.ndarray | None) -> str:
+def _too_few(patient: np.ndarray, classes: np.ndarray | None) -> str:
     """Why there are too few patients for an interval; empty where there are enough."""
-    if positive is None:
+    if classes is None:
         number = len(np.unique(patient))
         return "" if number > 1 else f"{number} patient, 2 needed"
-    per_class = [len(np.unique(patient[positive])), len(np.unique(patient[~positive]))]
-    if min(per_class) > 1:
-        return ""
-    return f"{per_class[0]} patients are positive and {per_class[1]} negative, 2 needed"
+    if classes.dtype == bool:
+        per_class = [len(np.unique(patient[classes])), len(np.unique(patient[~classes]))]
+        told = f"{per_class[0]} patients are positive and {per_class[1]} negative"
+    else:
+        per_class = [len(np.unique(patient[classes == number])) for number in np.unique(classes)]
+        told = f"{min(per_class)} patients are of one class"
+    return "" if min(per_class) > 1 else f"{told}, 2 needed"
 
 
 def mean(values: Float[np.ndarray, " cases"], weights: Weights) -> Float[np.ndarray, " resamples"]:

@@ -12,6 +12,7 @@ from dagman import randomness
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.tasks.classes import Classes, choose
+from dagman.tasks.folds import Part
 
 HELD_OUT_RATIO = 0.2
 """Of a fold's training patients, to choose the best step on."""
@@ -44,17 +45,6 @@ class Study:
     classes: Classes
     left_out: dict[str, int]
     """Why other cases are not in it, and how many."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One fold, as rows of the store."""
-
-    number: int
-    train: tuple[int, ...]
-    held_out: tuple[int, ...]
-    """Of the training part, to choose the best step on; empty where there are fewer than 3 patients."""
-    test: tuple[int, ...]
 
 
 def stored(store: PreparedStore) -> list[Case]:

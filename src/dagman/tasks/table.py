@@ -12,7 +12,7 @@ from jaxtyping import Float
 from dagman import files
 from dagman.errors import DagmanError
 
-_LEADING = ("case_id", "patient", "label")
+_LEADING = ("case_id", "patient", "label", "split")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,21 +25,28 @@ class Table:
     """As the user wrote them; None where there is none."""
     features: Float[np.ndarray, "cases width"]
     """float32."""
+    splits: tuple[str | None, ...] = ()
+    """`train`, `validation` or `test` of each case; empty where nobody said."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.case_ids), len(self.patients), len(self.labels), len(self.features)}
+        lengths |= {len(self.splits)} if self.splits else set()
         if len(lengths) != 1:
             raise DagmanError("TABLE", "feature table", f"columns of {sorted(lengths)} rows", "give one row per case")
 
 
 def write_csv(table: Table, path: Path) -> None:
-    """Write `case_id, patient, label, f0, f1, ...`; numbers read back as the same float32."""
+    """Write `case_id, patient, label, split, f0, f1, ...`; numbers read back as the same float32."""
     features = table.features.astype(np.float32)
-    rows = zip(table.case_ids, table.patients, table.labels, features, strict=True)
+    splits = table.splits or (None,) * len(features)
+    rows = zip(table.case_ids, table.patients, table.labels, splits, features, strict=True)
     write_rows(
         path,
         (*_LEADING, *(f"f{index}" for index in range(features.shape[1]))),
-        ((case_id, patient or "", label or "", *values) for case_id, patient, label, values in rows),
+        (
+            (case_id, patient or "", label or "", split or "", *values)
+            for case_id, patient, label, split, values in rows
+        ),
     )
 
 
@@ -61,7 +68,7 @@ def write_rows(path: Path, header: Iterable[str], rows: Iterable[Iterable[object
 
 
 def read_csv(path: Path) -> Table:
-    """Read a feature table as `write_csv` writes it; `patient` and `label` may be absent.
+    """Read a feature table as `write_csv` writes it; `patient`, `label` and `split` may be absent.
 
     Raises:
         DagmanError: `E-TABLE` with the line and column at fault.
@@ -70,7 +77,9 @@ def read_csv(path: Path) -> Table:
     header = list(rows[0]) if rows else []
     names = [name for name in header if name not in _LEADING]
     if "case_id" not in header or not names:
-        raise DagmanError("TABLE", path, f"holds {len(rows)} rows and no features", "give case_id,patient,label,f0,...")
+        raise DagmanError(
+            "TABLE", path, f"holds {len(rows)} rows and no features", "give case_id,patient,label,split,f0,..."
+        )
     features = np.empty((len(rows), len(names)), dtype=np.float32)
     for line, row in enumerate(rows, 2):
         try:
@@ -81,6 +90,7 @@ def read_csv(path: Path) -> Table:
         case_ids=tuple(row["case_id"] for row in rows),
         patients=tuple(row.get("patient") or None for row in rows),
         labels=tuple(row.get("label") or None for row in rows),
+        splits=tuple(row.get("split") or None for row in rows) if any(row.get("split") for row in rows) else (),
         features=features,
     )
 

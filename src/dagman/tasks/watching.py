@@ -3,16 +3,16 @@
 import hashlib
 import json
 
-import numpy as np
 import torch
 
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.nets.encoder import Encoder
-from dagman.tasks import classify, labels
+from dagman.tasks import classify
+from dagman.tasks import cohort as cohorts
+from dagman.tasks.cohort import Protocol
 from dagman.tasks.embed import check_grid, embed
 from dagman.tasks.statistics import Estimate
-from dagman.tasks.table import Table
 from dagman.types import Preparation
 
 
@@ -23,15 +23,7 @@ def check(store: PreparedStore, preparation: Preparation) -> None:
         DagmanError: `E-GRID` for another spacing; `E-LABEL`, `E-PATIENT` and `E-FOLDS` as `classify.probe`.
     """
     check_grid(store, preparation)
-    rows = store.rows
-    table = Table(
-        case_ids=tuple(str(row["case_id"]) for row in rows),
-        patients=tuple(row.get("patient") for row in rows),
-        labels=tuple(row.get("label") for row in rows),
-        features=np.zeros((len(rows), 1), np.float32),
-    )
-    table, _ = labels.labelled(table, "leave_out")
-    classify.plan(table, positive=positive_of(store), folds=3, seed=0, group_by="patient")
+    cohorts.cohort(cohorts.stored(store), Protocol(), positive=positive_of(store), unlabelled="leave_out")
 
 
 def probe(encoder: Encoder, store: PreparedStore, *, device: torch.device | str = "cpu") -> Estimate:
@@ -46,8 +38,9 @@ def probe(encoder: Encoder, store: PreparedStore, *, device: torch.device | str 
 
 
 def positive_of(store: PreparedStore) -> str | None:
-    """The class called positive where nobody says: the last in order."""
-    return max((str(row["label"]) for row in store.rows if row.get("label")), default=None)
+    """The class called positive where nobody says: the last in order; None unless there are two."""
+    found = sorted({str(row["label"]) for row in store.rows if row.get("label")})
+    return found[-1] if len(found) == 2 else None
 
 
 def identity(store: PreparedStore) -> str:

@@ -260,3 +260,32 @@ def _best(run: Run) -> tuple[int, float | None]:
         return (rows[-1]["step"] if rows else 0), None
     best = max(scored, key=lambda row: row["score"])
     return best["step"], best["score"]
+
+
+def finished(folder: Path, identity: Any) -> dict[str, Any] | None:
+    """The `result.json` of a part that is done; None for one that is not.
+
+    Raises:
+        DagmanError: `E-RESUME`, exit code 4, for a part that was learnt with other settings.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    if lines := configs.difference(result["identity"], identity):
+        raise DagmanError(
+            "RESUME",
+            folder,
+            f"was learnt with other settings ({'; '.join(lines)[:600]})",
+            "give the old settings again, or choose another output folder",
+            exit_code=ExitCode.REFUSED,
+        )
+    return result
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of all tensors of a module."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -21,6 +21,7 @@ from dagman.pretext import hiding
 from dagman.pretext.codistill import CoDistillation
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run, package_version
+from dagman.tasks import leakage
 from dagman.train import checkpoints, cost, engine
 from dagman.train.settings import PretrainConfig, Rates, rates
 from dagman.types import Preparation, Views
@@ -117,6 +118,7 @@ def prepare(
     if fabric.is_global_zero:
         data = {"store": store.store_id, "volumes": len(train), "validation": len(validation)}
         run.start(config, data, fabric.world_size)
+        leakage.record(store, train, run.folder)
     fabric.barrier()
     seed = config.optimisation.seed
     torch.manual_seed(torch_seed(seed, "weights"))

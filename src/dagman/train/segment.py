@@ -6,10 +6,9 @@ with its result is not learnt again; one under way goes on bit for bit.
 """
 
 import copy
-import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,21 +22,22 @@ from torch.utils.data import Dataset
 from dagman import config as configs
 from dagman import files
 from dagman.ct.store import PreparedStore, write_array
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError
 from dagman.figures import segmentation as figure
-from dagman.nets.encoder import Encoder, build
+from dagman.nets.encoder import Encoder
 from dagman.nets.unetr import SegmentationNetwork
 from dagman.randomness import torch_seed
 from dagman.run import package_version
-from dagman.tasks import segment, segmentation_scores, segmenter
+from dagman.tasks import leakage, segment, segmentation_scores, segmenter
 from dagman.tasks.classes import Classes
 from dagman.tasks.embed import check_grid
+from dagman.tasks.folds import Part
 from dagman.tasks.labelled import LabelledCrop, LabelledCrops
 from dagman.tasks.overlap import Overlap
 from dagman.tasks.segmentation_scores import Row
 from dagman.tasks.segmenter import Segmenter
-from dagman.tasks.study import Part, Study, parts, stored, study
-from dagman.train.finetune import FinetuneConfig, Fitted, fit
+from dagman.tasks.study import Study, parts, stored, study
+from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, weights_digest
 from dagman.types import Grid
 
 RESULT = "result.json"
@@ -136,7 +136,7 @@ def train(
     *,
     source: str = "new random weights",
     only: Sequence[int] | None = None,
-    pretrained_on: Collection[str] | None = None,
+    weights: Path | None = None,
     device: Literal["cpu", "cuda"] | None = None,
     workers: int = 0,
     progress: Tell | None = None,
@@ -151,8 +151,8 @@ def train(
         config: How.
         source: Where the encoder's weights come from, for the card.
         only: Folds to do now; all without.
-        pretrained_on: `voxel_sha256` of the volumes that the encoder saw in pretraining: those among the test cases are
-            counted and listed in the result. None where that is unknown, which the result then says.
+        weights: The file or run folder that the encoder was loaded from, so that the result says which test cases
+            pretraining has seen; None for new random weights.
         device: Where to compute; the GPU where there is one.
         workers: Processes that read crops ahead.
         progress: Hears of each step.
@@ -176,7 +176,7 @@ def train(
         folder=folder,
         config=config,
         source=source,
-        pretrained_on=pretrained_on,
+        weights=weights,
     )
     done: dict[int, dict[str, Any]] = {}
     for part in work.parts:
@@ -228,7 +228,7 @@ class _Work:
     folder: Path
     config: SegmentConfig
     source: str
-    pretrained_on: Collection[str] | None
+    weights: Path | None
 
     def place(self, part: Part) -> Path:
         """The folder of a fold."""
@@ -240,12 +240,9 @@ class _Work:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, "decoder", part.number))
             network = SegmentationNetwork(copy.deepcopy(self.encoder), len(classes) + 1)
-        weights = hashlib.sha256()
-        for tensor in self.encoder.state_dict().values():
-            weights.update(tensor.cpu().contiguous().numpy().tobytes())
         identity = {
             "store": self.store.store_id,
-            "weights": weights.hexdigest(),
+            "weights": weights_digest(self.encoder),
             "encoder": configs.to_dict(self.encoder.config),
             "preparation": configs.to_dict(self.encoder.preparation),
             "classes": configs.to_dict(classes),
@@ -271,19 +268,7 @@ class _Work:
         Raises:
             DagmanError: `E-RESUME`.
         """
-        path = self.place(part) / RESULT
-        if not path.is_file():
-            return None
-        result: dict[str, Any] = json.loads(path.read_text())
-        if lines := configs.difference(result["identity"], lesson.identity):
-            raise DagmanError(
-                "RESUME",
-                path.parent,
-                f"was learnt with other settings ({'; '.join(lines)[:600]})",
-                "give the old settings again, or choose another output folder",
-                exit_code=ExitCode.REFUSED,
-            )
-        return result
+        return finished(self.place(part), lesson.identity)
 
     def conclude(
         self, part: Part, lesson: SegmentLesson, fitted: Fitted, started: float, progress: Tell | None
@@ -304,6 +289,8 @@ class _Work:
         network = lesson.network.cpu()
         assert isinstance(network, SegmentationNetwork)  # noqa: S101
         segmenter.save(Segmenter(network=network, classes=lesson.classes, card=card), place)
+        if self.weights and (cases := leakage.cases_file(self.weights)):
+            files.write_text(place / leakage.CASES, cases.read_text())
         result = {
             **card,
             "held_out_dice": fitted.best_score,
@@ -350,7 +337,9 @@ class _Work:
             "source": sorted({result["source"] for result in done.values()}),
             "grid": f"scores on the store's voxels of {self.store.settings['spacing_mm']:g} mm",
             "left_out": self.plan.left_out,
-            "seen_in_pretraining": self._seen({row.case_id for row in rows}),
+            "pretraining_overlap": leakage.report(
+                leakage.seen(self.store, self.weights), dict.fromkeys(row.case_id for row in rows)
+            ),
             "best_steps": [done[number]["best_step"] for number in sorted(done)],
             "settings": configs.to_dict(config),
         }
@@ -360,17 +349,6 @@ class _Work:
             title = "test cases with the lowest, the middle and the highest Dice"
             files.write_bytes(self.folder / "cases.png", figure.png(scenes, title, self.encoder.preparation.window_hu))
         return found
-
-    def _seen(self, tested: Collection[str]) -> dict[str, Any]:
-        """Test cases whose voxels the encoder was pretrained on, as far as that is known."""
-        if self.pretrained_on is None:
-            return {"known": False, "count": None, "cases": []}
-        cases = [
-            row["case_id"]
-            for row in self.store.rows
-            if row["case_id"] in tested and row["voxel_sha256"] in self.pretrained_on
-        ]
-        return {"known": True, "count": len(cases), "cases": cases}
 
     def _scene(self, case: str, rows: Sequence[Row], done: dict[int, dict[str, Any]]) -> figure.Scene:
         fold = next(number for number, result in done.items() if case in result["identity"]["test"])
@@ -384,12 +362,3 @@ class _Work:
             predicted=np.load(self._scored(fold, case)),
             spacing_mm=(side, side, side),
         )
-
-
-def new_encoder(config: Any, preparation: Any, seed: int) -> Encoder:
-    """An encoder with random weights, to be compared with."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(seed, "scratch"))
-        encoder = build(config)
-    encoder.preparation = preparation
-    return encoder.eval()

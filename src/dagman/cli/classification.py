@@ -1,0 +1,332 @@
+"""The verbs of classification: classify probe, finetune and predict, and compare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from dagman.cli.watching import Output, Sources, Switch, next_step, progress, require, say
+from dagman.errors import ExitCode
+
+if TYPE_CHECKING:
+    from dagman.tasks.cohort import Protocol
+    from dagman.tasks.embed import Origin
+    from dagman.tasks.table import Table
+
+classify = App(
+    name="classify",
+    help="Predict labels: a linear probe on frozen features, fine-tuning, and new cases.",
+    help_format="plaintext",
+)
+Data = Annotated[Path, Parameter(name=["--input", "-i"])]
+GroupBy = Literal["patient", "case"]
+Unlabelled = Literal["refuse", "leave_out"]
+
+
+@classify.command
+def probe(
+    *,
+    features: Data,
+    output: Output,
+    labels: Path | None = None,
+    positive: str | None = None,
+    folds: int = 3,
+    split: Switch = False,
+    fraction: float = 1.0,
+    draws: int = 1,
+    seed: int = 0,
+    group_by: GroupBy = "patient",
+    unlabelled: Unlabelled = "refuse",
+) -> int:
+    """Linear probe: logistic regression on frozen features, cross-validated by patient, with 95 % intervals.
+
+    Args:
+        features: CSV written by `dagman embed`.
+        output: Folder for predictions.csv, result.json, roc.png and classifier/ (for `dagman classify predict`).
+        labels: CSV `case_id,label`, in place of the labels of the prepared store.
+        positive: The positive one of two labels, where labels are words.
+        folds: Folds of the cross-validation.
+        split: Use the column `split` (train, validation, test) in place of folds.
+        fraction: Of the training patients, for few-shot studies: 0.25, 0.5.
+        draws: Of the fraction; each is a study of its own, in draw-0, draw-1, ...
+        seed: Of the folds and the bootstrap.
+        group_by: `case` where patients are unknown; the result is stamped.
+        unlabelled: What to do about cases without label.
+    """
+    from dagman.tasks.cohort import Protocol
+    from dagman.tasks.embed import read_origin
+    from dagman.tasks.labels import override
+    from dagman.tasks.table import read_csv
+
+    table = read_csv(features)
+    if labels:
+        table = override(table, labels)
+    given: dict[str, Any] = {"positive": positive, "unlabelled": unlabelled}
+    origin = read_origin(features)
+    results = []
+    for draw in range(draws):
+        protocol = Protocol(folds=folds, split=split, fraction=fraction, draw=draw, group_by=group_by, seed=seed)
+        place = output / f"draw-{draw}" if draws > 1 else output
+        results.append(_probed(table, protocol, place, given, origin))
+    _spread(results, output)
+    saved = _save_probe(table, protocol, output, given, origin)
+    next_step(
+        f"dagman classify predict --weights {saved} -i SCANS -o predicted"
+        if saved
+        else f"dagman compare {output} OTHER"
+    )
+    return ExitCode.OK
+
+
+def _probed(
+    table: "Table", protocol: "Protocol", place: Path, given: dict[str, Any], origin: "Origin | None"
+) -> dict[str, Any]:
+    """One probe: its scores said and written."""
+    from dagman import files
+    from dagman.figures import roc
+    from dagman.tasks import classify as classifying
+    from dagman.tasks import leakage, predictions
+
+    found = classifying.probe(table, protocol, **given)
+    more: dict[str, Any] = {
+        "method": "linear probe",
+        "protocol": protocol.words,
+        "source": str(origin and origin.weights),
+    }
+    if origin:
+        more["pretraining_overlap"] = leakage.report(origin.seen, found.case_ids)
+    written = classifying.write(found, place, more)
+    files.write_bytes(place / "roc.png", roc.png({f"{place.name}: {found.auc()}": found}))
+    result = predictions.summary(found) | more
+    _say(result)
+    say(f"wrote {', '.join(map(str, written))} and {place / 'roc.png'}")
+    return result
+
+
+def _say(result: dict[str, Any]) -> None:
+    """What was found, for a person."""
+    from dagman.tasks import leakage, predictions
+
+    grouped = f"{result['patients']} patients" if result["patients"] else "patients unknown"
+    counts = ", ".join(f"{count} {name}" for name, count in result["classes"].items())
+    say(f"{result['cases']} tested cases ({counts}), {grouped}, {result['protocol']}")
+    for line in predictions.lines(result):
+        print(line)
+    if result["warning"]:
+        say(f"Note: {result['warning']}")
+    if "pretraining_overlap" in result:
+        say(f"Note: {leakage.line(result['pretraining_overlap'])}")
+
+
+def _spread(results: list[dict[str, Any]], output: Path) -> None:
+    """Of several draws, the mean and the range of their AUCs."""
+    from dagman import files
+
+    values = [result["auc"]["value"] for result in results if result["auc"]["value"] is not None]
+    if len(results) < 2 or not values:
+        return
+    found = {"draws": len(results), "mean": sum(values) / len(values), "low": min(values), "high": max(values)}
+    files.write_json(output / "draws.json", found | {"auc": values})
+    print(f"{'auc over draws':18s} {found['mean']:.3f} (lowest {found['low']:.3f}, highest {found['high']:.3f})")
+
+
+def _save_probe(
+    table: "Table", protocol: "Protocol", output: Path, given: dict[str, Any], origin: "Origin | None"
+) -> Path | None:
+    """A classifier from a probe of all labelled cases; None where the encoder is not known or gone."""
+    from dagman.errors import DagmanError
+    from dagman.nets.weights import load_encoder
+    from dagman.tasks import classifier
+    from dagman.tasks import classify as classifying
+
+    if origin is None or not origin.weights.exists():
+        say("no classifier was saved: the encoder of these features is not known, or not there any more")
+        return None
+    try:
+        encoder = load_encoder(origin.weights)
+    except DagmanError as error:
+        say(f"no classifier was saved: {error}")
+        return None
+    fitted, names = classifying.fit_all(table, protocol, **given)
+    made = classifier.from_probe(fitted, names, encoder, origin)
+    classifier.save(made, output / "classifier", origin.weights)
+    say(f"wrote {output / 'classifier'}, learnt from all labelled cases but those of the split `test`")
+    return output / "classifier"
+
+
+@classify.command
+def finetune(
+    *,
+    weights: str,
+    data: Data,
+    output: Output,
+    recipe: str = "dagman-tiny",
+    network: Literal["encoder", "resnet50"] = "encoder",
+    which: Literal["pooled", "cells", "cls", "all"] = "pooled",
+    crop: tuple[int, int, int] | None = None,
+    positive: str | None = None,
+    folds: int = 3,
+    split: Switch = False,
+    fraction: float = 1.0,
+    draws: int = 1,
+    steps: int = 400,
+    batch_size: int = 16,
+    learning_rate: float = 2e-4,
+    layer_decay: float | None = None,
+    check_every: int = 50,
+    frozen: Switch = False,
+    group_by: GroupBy = "patient",
+    unlabelled: Unlabelled = "refuse",
+    seed: int = 0,
+    device: Literal["cpu", "cuda"] | None = None,
+    workers: int = 0,
+) -> int:
+    """Fine-tune an encoder on labelled cases in folds by patient, and test each fold on patients it never saw.
+
+    Run again, it continues.
+
+    Args:
+        weights: A run folder or .safetensors file to start from, or `none` for new random weights; with
+            `--network resnet50` a file of ResNet weights, or `none`.
+        data: A prepared store with labels: crops around masks where there are masks, else anywhere in the volume.
+        output: Folder of the study.
+        recipe: The encoder of `--weights none`.
+        network: `resnet50` is MONAI's 3D ResNet-50, to be compared with.
+        which: What the linear layer sees: as `dagman embed --which`.
+        crop: Voxels (x, y, z) of a crop; the encoder's own without.
+        positive: The positive one of two labels, where labels are words.
+        folds: Number of folds.
+        split: Use the store's column `split` (train, validation, test) in place of folds.
+        fraction: Of the training patients, for few-shot studies: 0.25, 0.5.
+        draws: Of the fraction; each is a study of its own, in draw-0, draw-1, ...
+        steps: Optimizer steps of a fold.
+        batch_size: Crops of a step.
+        learning_rate: Of the linear layer, at its peak.
+        layer_decay: From each layer of the encoder to the one before; 0.75, or 1 with `--weights none`.
+        check_every: Steps between two looks at the patients held out of the training part.
+        frozen: Leave the encoder as it is.
+        group_by: `case` where patients are unknown; the result is stamped.
+        unlabelled: What to do about cases without label.
+        seed: Of folds, crops and first weights.
+        device: Where to compute; by default the GPU where there is one.
+        workers: Processes that read crops ahead.
+    """
+    from dagman.cli.starting import starting_encoder
+    from dagman.ct.store import PreparedStore
+    from dagman.tasks.cohort import Protocol
+    from dagman.train import classify as training
+    from dagman.train.finetune import FinetuneConfig
+
+    fresh = weights == "none"
+    require(network == "encoder" or not frozen, "--frozen", "goes with an encoder", "leave it out for a ResNet")
+    start = None if fresh or network == "resnet50" else Path(weights)
+    encoder = starting_encoder(start, recipe, seed, crop)
+    say(str(encoder.report) if encoder.report else f"starting from new random weights ({network})")
+    store = PreparedStore(data)
+    learning = FinetuneConfig(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        layer_decay=layer_decay or (1.0 if fresh else 0.75),
+        check_every=check_every,
+        frozen=frozen,
+        seed=seed,
+    )
+    results = []
+    for draw in range(draws):
+        protocol = Protocol(folds=folds, split=split, fraction=fraction, draw=draw, group_by=group_by, seed=seed)
+        config = training.ClassifyConfig(
+            finetune=learning,
+            protocol=protocol,
+            network=network,
+            which=which,
+            positive=positive,
+            unlabelled=unlabelled,
+        )
+        place = output / f"draw-{draw}" if draws > 1 else output
+        with progress("Fine-tuning") as tell:
+            result = training.finetune(
+                encoder,
+                store,
+                place,
+                config,
+                weights=start,
+                resnet=None if fresh or network == "encoder" else Path(weights),
+                device=device,
+                workers=workers,
+                progress=tell,
+                say=say,
+            )
+        if result is None:
+            return ExitCode.STOPPED
+        results.append(result)
+        _say(result)
+        say(f"wrote {place / 'predictions.csv'}, {place / 'result.json'} and {place / 'roc.png'}")
+    _spread(results, output)
+    next_step(f"dagman classify predict --weights {place} -i SCANS -o {output / 'predicted'}")
+    return ExitCode.OK
+
+
+@classify.command
+def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1, device: str = "cpu") -> int:
+    """Classify new CTs; those that cannot be used are named, and the rest goes on.
+
+    Args:
+        weights: Output of `dagman classify finetune` (the mean of its folds), one of its folds, or `classifier` of a
+            probe.
+        sources: CT files, folders, DICOM trees, a CSV (with masks, if the classifier learnt around masks), or a
+            prepared store.
+        output: Folder for predictions.csv; the prepared scans go to its folder `prepared`.
+        workers: Processes that prepare scans.
+        device: `cpu` or `cuda`.
+    """
+    from dagman.ct.prepare import PrepareConfig, prepare
+    from dagman.ct.store import MANIFEST, PreparedStore
+    from dagman.tasks import classifier as classifiers
+
+    loaded = classifiers.load(weights)
+    first, stored, rejected = loaded[0], output / "prepared", 0
+    say(f"{len(loaded)} classifiers of {', '.join(first.names)}")
+    if len(sources) == 1 and (sources[0] / MANIFEST).is_file():
+        stored = sources[0]
+    else:
+        preparation = first.network.preparation
+        with progress("Preparing") as tell:
+            config = PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
+            summary = prepare(sources, stored, config, workers=workers, progress=tell)
+        rejected = summary.rejected
+        if summary.exit_code == ExitCode.NOTHING_USABLE:
+            say(f"no scan can be used: see {stored / 'rejected.jsonl'}")
+            return ExitCode.NOTHING_USABLE
+    store = PreparedStore(stored)
+    with progress("Classifying") as tell:
+        table, called = classifiers.predict(loaded, store, device=device, progress=tell)
+    path = classifiers.write_predictions(table, called, first.names, output)
+    say(f"{len(called)} cases: " + ", ".join(f"{called.count(name)} {name}" for name in first.names))
+    say(f"wrote {path}" + (f"; {rejected} scans were rejected: see {stored / 'rejected.jsonl'}" if rejected else ""))
+    next_step(f"dagman attention --weights {weights} -i SCANS -o {output / 'attention'}")
+    return ExitCode.REJECTED if rejected else ExitCode.OK
+
+
+def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None) -> int:
+    """Compare classifications of the same cases: AUC of the first less that of each other, with interval and p.
+
+    Args:
+        runs: Output folders of `dagman classify probe` or `finetune`, on the same cases with the same folds.
+        output: Folder for comparison.csv and roc.png.
+    """
+    from dagman import files
+    from dagman.figures import roc
+    from dagman.tasks import comparison, predictions
+
+    require(len(runs) > 1, "compare", "was given fewer than two results", "give two folders or more")
+    found = {str(run): predictions.read(run) for run in runs}
+    rows = comparison.rows(found)
+    for line in comparison.lines(rows):
+        print(line)
+    say(comparison.NOTE)
+    if output:
+        comparison.write(rows, output)
+        files.write_bytes(output / "roc.png", roc.png({f"{name}: {one.auc()}": one for name, one in found.items()}))
+        say(f"wrote {output / 'comparison.csv'} and {output / 'roc.png'}")
+    return ExitCode.OK

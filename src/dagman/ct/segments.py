@@ -1,0 +1,198 @@
+"""Structures drawn on a CT that lie in DICOM: RTSTRUCT contours and SEG frames, as labels on the CT's own grid.
+
+Runs inside the guarded process. RTSTRUCT is filled by `dagman.ct.contours`: the scan converters at hand either need the
+DICOM images beside the contours or fill each contour alone, without its holes. SEG is read by highdicom.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from dagman.ct import contours, pixels
+from dagman.errors import DagmanError
+
+MODALITIES = ("RTSTRUCT", "SEG")
+TOLERANCE = 0.05
+"""Frames of a SEG may lie this share of a voxel away from the image's voxels."""
+_CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+_MOST_POINTS = 20_000_000
+_GRID = "give the CT it was drawn on"
+_SELECT = "name those wanted after the file, such as file.dcm#GTV-1|GTV-2"
+
+
+class Roi(NamedTuple):
+    """One structure."""
+
+    number: int
+    name: str
+
+
+def read(
+    *, path: str, image: str | None, shape: list[int], affine: list[list[float]], rois: list[str], max_voxels: int
+) -> tuple[Any, np.ndarray]:
+    """Labels 1, 2, ... of the ROIs on a grid, in the order asked for; where two overlap, the later one is seen.
+
+    Args:
+        path: An RTSTRUCT or SEG.
+        image: A file of the DICOM series that the grid is of; None where it is no DICOM.
+        shape: Columns, rows, slices.
+        affine: (4, 4), their index to RAS mm.
+        rois: Names (in any case) or numbers; none: all, by number, where no two overlap.
+        max_voxels: The most that a SEG may hold.
+
+    Raises:
+        DagmanError: `E-REFERENCE` for another CT's structures, `E-ROI` for names that are not there or not clear,
+            `E-MASK` where they do not lie on the grid.
+    """
+    file, grid = Path(path), np.array(affine)
+    with pixels.parsing("DICOM", file, "its structures are broken", "export them again"):
+        header = pixels.parse(file, header_only=True)
+        if image is not None:
+            _check_reference(file, header, pixels.parse(Path(image), header_only=True))
+        if pixels.word(header, "Modality") == "SEG":
+            known = [Roi(int(one.SegmentNumber), str(one.SegmentLabel)) for one in header.SegmentSequence]
+            _check_size(file, header, max_voxels)
+            masks = _segmented(file, _chosen(file, known, rois), shape, grid)
+        else:
+            known = [Roi(int(one.ROINumber), str(one.get("ROIName", ""))) for one in header.StructureSetROISequence]
+            masks = _drawn(file, header, _chosen(file, known, rois), shape, grid)
+        return None, _labels(file, masks, shape, refuse_overlap=not rois)
+
+
+def _labels(path: Path, masks: Iterator[np.ndarray], shape: Sequence[int], *, refuse_overlap: bool) -> np.ndarray:
+    """A label map from the voxels (n, 3) of each structure."""
+    labels = np.zeros(shape, np.int16)
+    for label, voxels in enumerate(masks, 1):
+        where = tuple(voxels.T)
+        if refuse_overlap and labels[where].any():
+            raise DagmanError("ROI", path, "holds structures that overlap", _SELECT)
+        labels[where] = label
+    if not labels.any():
+        raise DagmanError("MASK", path, "holds no voxel of this CT", _GRID)
+    return labels
+
+
+def _chosen(path: Path, known: Sequence[Roi], wanted: Sequence[str]) -> list[Roi]:
+    """The structures asked for, in that order; a name stands before a number."""
+    if not wanted:
+        return sorted(known)
+    chosen = []
+    for word in wanted:
+        named = [roi for roi in known if roi.name.strip().casefold() == word.casefold()]
+        named = named or [roi for roi in known if str(roi.number) == word]
+        if len(named) != 1:
+            problem = f"holds {len(known)} structures, {len(named) or 'none'} of them named {word}"
+            raise DagmanError("ROI", path, problem, _SELECT)
+        chosen += named
+    return chosen
+
+
+def _check_reference(path: Path, header: Any, image: Any) -> None:
+    """The structures name the series of the image; or, where they name none, its frame of reference."""
+    series, frames = _named_series(header), _named_frames(header)
+    of_image, frame = str(image.get("SeriesInstanceUID")), str(image.get("FrameOfReferenceUID"))
+    if series and of_image not in series:
+        raise DagmanError("REFERENCE", path, "was drawn on another series than this CT", _GRID)
+    if not series and frame not in frames:
+        problem = "lies in another frame of reference than this CT" if frames else "does not say what it was drawn on"
+        raise DagmanError("REFERENCE", path, problem, _GRID)
+
+
+def _named_series(header: Any) -> set[str]:
+    """SeriesInstanceUIDs that an RTSTRUCT or a SEG refers to."""
+    series = list(header.get("ReferencedSeriesSequence", []))
+    for frame in header.get("ReferencedFrameOfReferenceSequence", []):
+        for study in frame.get("RTReferencedStudySequence", []):
+            series += study.get("RTReferencedSeriesSequence", [])
+    return {str(one.SeriesInstanceUID) for one in series if "SeriesInstanceUID" in one}
+
+
+def _named_frames(header: Any) -> set[str]:
+    frames = [header, *header.get("ReferencedFrameOfReferenceSequence", [])]
+    rois = [one.get("ReferencedFrameOfReferenceUID") for one in header.get("StructureSetROISequence", [])]
+    return {str(uid) for uid in [one.get("FrameOfReferenceUID") for one in frames] + rois if uid}
+
+
+def _drawn(
+    path: Path, header: Any, rois: Sequence[Roi], shape: Sequence[int], affine: np.ndarray
+) -> Iterator[Int[np.ndarray, "voxels 3"]]:
+    """Voxels of each ROI of an RTSTRUCT."""
+    sequences = {int(one.ReferencedROINumber): one for one in header.get("ROIContourSequence", [])}
+    left = _MOST_POINTS
+    for roi in rois:
+        items = sequences[roi.number].get("ContourSequence", []) if roi.number in sequences else []
+        lines = [_points(path, one, affine) for one in items if pixels.word(one, "ContourGeometricType") in _CLOSED]
+        left -= sum(map(len, lines))
+        if left < 0:
+            raise DagmanError("BOMB", path, f"holds more than {_MOST_POINTS} points", "leave it out")
+        yield _filled(path, lines, shape)
+
+
+def _points(path: Path, contour: Any, affine: np.ndarray) -> np.ndarray:
+    """A contour's points as (column, row, slice) of the grid."""
+    points = np.array(contour.ContourData, dtype=np.float64).reshape(-1, 3) * [-1, -1, 1]
+    if not np.isfinite(points).all() or not len(points):
+        raise DagmanError("MASK", path, "has a contour without numbers", "export it again")
+    places: np.ndarray = (points - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    return places
+
+
+def _filled(path: Path, lines: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    """Voxels inside: each slice shows the contours of the plane nearest to it, no farther than planes lie apart."""
+    planes: dict[float, list[np.ndarray]] = defaultdict(list)
+    for line in lines:
+        if np.ptp(line[:, 2]) > 0.5:
+            raise DagmanError("MASK", path, "has contours that cross the slices of this CT", _GRID)
+        planes[round(float(line[:, 2].mean()), 2)].append(line[:, :2])
+    if not planes:
+        return np.zeros((0, 3), np.int64)
+    places = np.array(sorted(planes))
+    if places[0] < -0.51 or places[-1] > shape[2] - 0.49:
+        raise DagmanError("MASK", path, "has contours beyond the slices of this CT", _GRID)
+    apart = float(np.median(np.diff(places))) if len(places) > 1 else 1.0
+    slices = np.arange(shape[2])
+    nearest = np.abs(slices[:, None] - places).argmin(axis=1)
+    near = np.abs(slices - places[nearest]) <= max(0.5, apart / 2) + 0.01
+    found = []
+    for k in slices[near].tolist():
+        layer = np.argwhere(contours.fill(planes[places[nearest[k]]], (shape[0], shape[1])))
+        found.append(np.column_stack([layer, np.full(len(layer), k)]))
+    return np.concatenate(found) if found else np.zeros((0, 3), np.int64)
+
+
+def _check_size(path: Path, header: Any, max_voxels: int) -> None:
+    declared = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
+    if declared > max_voxels:
+        raise DagmanError("DIMS", path, f"declares {declared} voxels, the most is {max_voxels:.3g}", "leave it out")
+
+
+def _segmented(
+    path: Path, rois: Sequence[Roi], shape: Sequence[int], affine: np.ndarray
+) -> Iterator[Int[np.ndarray, "voxels 3"]]:
+    """Voxels of each segment of a SEG; of a fractional one, those of at least one half."""
+    try:
+        from highdicom.seg import segread
+    except ImportError:
+        raise DagmanError("HIGHDICOM", path, "needs the package highdicom", "install the extra `seg`") from None
+    seg = segread(path)
+    for roi in rois:
+        volume = seg.get_volume(segment_numbers=[roi.number], allow_missing_positions=True)
+        inside = np.argwhere(np.asarray(volume.array)[..., 0] >= 0.5)
+        to_grid = np.linalg.inv(affine) @ np.diag([-1.0, -1, 1, 1]) @ np.asarray(volume.affine)
+        yield _on_grid(path, inside, to_grid, shape)
+
+
+def _on_grid(path: Path, voxels: np.ndarray, to_grid: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Voxels of a SEG as voxels of the image, which has just these."""
+    places = voxels @ to_grid[:3, :3].T + to_grid[:3, 3]
+    nearest: np.ndarray = np.rint(places).astype(np.int64)
+    steps = np.linalg.norm(to_grid[:3, :3], axis=0)
+    if np.abs(steps - 1).max() > 0.01 or np.abs(places - nearest).max(initial=0) > TOLERANCE:
+        raise DagmanError("MASK", path, "was drawn on other voxels than this CT's", _GRID)
+    if (nearest < 0).any() or (nearest >= np.array(shape)).any():
+        raise DagmanError("MASK", path, "has voxels beyond this CT", _GRID)
+    return nearest

@@ -1,0 +1,1 @@
+"""What a public data set needs beyond the general readers."""

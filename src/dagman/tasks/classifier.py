@@ -1,0 +1,212 @@
+"""A trained classifier on disk, and what it says of new cases.
+
+A folder: `weights/` (which every verb that takes an encoder reads; a ResNet's `resnet.safetensors` instead),
+`head.safetensors`, and `classifier.json` with classes, threshold, provenance and the files' checksums, written last.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dagman import config, files
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError, ExitCode
+from dagman.nets.classifier import EncoderClassifier, Network, ResNet50
+from dagman.nets.encoder import Encoder
+from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
+from dagman.tasks import leakage
+from dagman.tasks.classify import Probe
+from dagman.tasks.embed import Origin, check_grid, mean_per_case
+from dagman.tasks.table import Table, write_rows
+from dagman.types import Preparation
+
+FORMAT = 1
+HEAD, RESNET, CARD = Path("head.safetensors"), Path("resnet.safetensors"), "classifier.json"
+FOLDS = "fold-*"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Classifier:
+    """What turns a CT into probabilities of classes."""
+
+    network: Network
+    """In eval mode; its `preparation` says how the CT is shown to it."""
+    names: tuple[str, ...]
+    threshold: float
+    """Of two classes: the probability of the second from which a case is called so."""
+    card: dict[str, Any]
+    """Where it comes from."""
+
+
+def save(classifier: Classifier, folder: Path, weights: Path | None = None) -> None:
+    """Write a classifier; `load` gives it back.
+
+    Args:
+        classifier: What to save.
+        folder: Where.
+        weights: Whence its encoder comes: the list of cases that pretraining saw goes along.
+
+    Raises:
+        DagmanError: `E-DISK`.
+    """
+    network = classifier.network
+    if isinstance(network, EncoderClassifier):
+        save_encoder(network.encoder, folder / MODEL_FILE, {"role": "encoder of a classifier", **classifier.card})
+        tensors, names = {HEAD: network.head.state_dict()}, [MODEL_FILE, HEAD]
+        kind = {"kind": "encoder", "which": network.which}
+    else:
+        tensors, names = {RESNET: network.resnet.state_dict()}, [RESNET]
+        kind = {"kind": "resnet50"}
+    for name, state in tensors.items():
+        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        files.write_atomic(folder / name, lambda path, whole=whole: safetensors.torch.save_file(whole, path))  # type: ignore[misc]
+    if weights and (cases := leakage.cases_file(weights)):
+        files.write_text(folder / leakage.CASES, cases.read_text())
+    described = {
+        "format": FORMAT,
+        **kind,
+        "names": list(classifier.names),
+        "threshold": classifier.threshold,
+        "preparation": config.to_dict(network.preparation),
+        "files": {str(name): files.sha256_file(folder / name) for name in names},
+        "card": classifier.card,
+    }
+    files.write_json(folder / CARD, described)
+
+
+def from_probe(probe: Probe, names: tuple[str, ...], encoder: Encoder, origin: Origin) -> Classifier:
+    """A probe as a classifier: its scaling and weights are one linear layer on the encoder."""
+    network = EncoderClassifier(encoder, len(names), origin.which).eval()
+    weights, biases = probe.linear()
+    with torch.no_grad():
+        network.head.weight.copy_(torch.from_numpy(weights))
+        network.head.bias.copy_(torch.from_numpy(biases))
+    card = {"task": "classification", "source": str(origin.weights), "store": origin.store, "method": "linear probe"}
+    return Classifier(network=network, names=names, threshold=probe.threshold, card=card)
+
+
+def load(folder: Path) -> list[Classifier]:
+    """The classifier that `save` wrote, or those of all folds of a study: their probabilities are averaged.
+
+    Raises:
+        DagmanError: `E-WEIGHTS`, exit code 4, for a folder that holds none, damaged files, or folds that do not match.
+    """
+    folders = [folder] if (folder / CARD).is_file() else sorted(path.parent for path in folder.glob(f"{FOLDS}/{CARD}"))
+    if not folders:
+        advice = "give the output folder of `dagman classify finetune` or `probe --weights`"
+        raise _refused(folder, f"holds no {CARD}", advice)
+    found = [_load(each) for each in folders]
+    first = found[0]
+    for path, other in zip(folders, found, strict=True):
+        if other.names != first.names or other.network.preparation != first.network.preparation:
+            raise _refused(path, f"differs from {folders[0]} in classes or preparation", "give one fold")
+    return found
+
+
+def _load(folder: Path) -> Classifier:
+    try:
+        described = json.loads((folder / CARD).read_text())
+        if described["format"] != FORMAT:
+            raise ValueError(described["format"])
+        preparation = config.from_dict(Preparation, described["preparation"], "preparation.")
+        for name, digest in described["files"].items():
+            if files.sha256_file(folder / name) != digest:
+                raise _refused(folder / name, "is not what was written", "restore the folder")
+        names, network = tuple(described["names"]), _network(folder, described, preparation)
+        return Classifier(
+            network=network.eval(), names=names, threshold=float(described["threshold"]), card=described["card"]
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        problem = f"cannot be read as format {FORMAT} ({type(error).__name__})"
+        raise _refused(folder / CARD, problem, "restore the folder, or update dagman") from error
+
+
+def _network(folder: Path, described: dict[str, Any], preparation: Preparation) -> Network:
+    num_classes = len(described["names"])
+    if described["kind"] == "resnet50":
+        resnet = ResNet50(num_classes, preparation)
+        resnet.resnet.load_state_dict(safetensors.torch.load_file(folder / RESNET))
+        return resnet
+    network = EncoderClassifier(load_encoder(folder), num_classes, described["which"])
+    network.head.load_state_dict(safetensors.torch.load_file(folder / HEAD))
+    return network
+
+
+def _refused(subject: Path, problem: str, advice: str) -> DagmanError:
+    return DagmanError("WEIGHTS", subject, problem, advice, exit_code=ExitCode.REFUSED)
+
+
+def probabilities(
+    network: Network,
+    store: PreparedStore,
+    rows: Sequence[int] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Table:
+    """Probability of each class of each case, in place of features: of its crop, or the mean over its crops.
+
+    Args:
+        network: In eval mode.
+        store: On the grid of the network's `preparation`.
+        rows: Of the store; all where None.
+        device: Where to compute.
+        progress: Hears of each finished case.
+
+    Raises:
+        DagmanError: `E-GRID`, exit code 4.
+    """
+    if network.training:
+        raise ValueError("a class is predicted in eval mode: call network.eval()")
+    check_grid(store, network.preparation)
+    network.to(device)
+
+    def likely(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
+        with torch.inference_mode():
+            return network(images.to(device)).float().softmax(dim=1).cpu()  # type: ignore[no-any-return]
+
+    return mean_per_case(store, network.preparation, likely, progress=progress, rows=rows)
+
+
+def predict(
+    classifiers: Sequence[Classifier],
+    store: PreparedStore,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Table, list[str]]:
+    """Mean probabilities of the classifiers for every case, and the class that each is called.
+
+    The threshold for two classes is the mean of theirs.
+    """
+    tables = [probabilities(each.network, store, device=device, progress=progress) for each in classifiers]
+    mean = np.mean([table.features for table in tables], axis=0)
+    names = classifiers[0].names
+    if len(names) == 2:
+        cut = float(np.mean([each.threshold for each in classifiers]))
+        called = (mean[:, 1] >= cut).astype(int)
+    else:
+        called = mean.argmax(axis=1)
+    first = tables[0]
+    table = Table(case_ids=first.case_ids, patients=first.patients, labels=first.labels, features=mean)
+    return table, [names[number] for number in called]
+
+
+def write_predictions(table: Table, called: Sequence[str], names: Sequence[str], folder: Path) -> Path:
+    """Write `predictions.csv`: `case_id, patient, predicted, probability_...`."""
+    path = folder / "predictions.csv"
+    patients = [patient or "" for patient in table.patients]
+    write_rows(
+        path,
+        ("case_id", "patient", "predicted", *(f"probability_{name}" for name in names)),
+        zip(table.case_ids, patients, called, *table.features.T, strict=True),
+    )
+    return path

@@ -1,0 +1,272 @@
+"""Predicted classes of labelled cases, what they are worth, and how two sets of them compare.
+
+Scores of different folds come from different models and are never ranked against each other: an AUC counts the
+(positive, negative) pairs within each fold, so that it equals the mean of the folds' AUCs weighted by their pairs, and
+constant scores give exactly 0.5. Of more than two classes it is the mean over classes of each against the rest.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from dagman import files
+from dagman.errors import DagmanError, ExitCode
+from dagman.tasks import statistics
+from dagman.tasks.statistics import Estimate
+from dagman.tasks.table import write_rows
+
+ROWS, RESULT = "predictions.csv", "result.json"
+SCORES = {
+    2: ("auc", "sensitivity", "specificity", "balanced_accuracy", "brier"),
+    3: ("auc", "accuracy", "balanced_accuracy", "brier"),
+}
+"""Of two classes, and of more."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictions:
+    """Predictions for cases that were not learnt from; rows are sorted by case."""
+
+    case_ids: tuple[str, ...]
+    groups: Shaped[np.ndarray, " cases"]
+    """Patient of each case."""
+    labels: Int[np.ndarray, " cases"]
+    """Number of the true class; of two classes 1 is the positive one."""
+    names: tuple[str, ...]
+    """Of the classes."""
+    fold: Int[np.ndarray, " cases"]
+    """Of two cases with the same number, the scores come from the same model."""
+    probabilities: Float[np.ndarray, "cases classes"]
+    thresholds: tuple[float, ...]
+    """For each fold, the positive probability from which a case is called positive; not used with more classes."""
+    group_by: Literal["patient", "case"] = "patient"
+    num_unlabelled: int = 0
+    """Cases left out for want of a label."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+    @property
+    def positive(self) -> Bool[np.ndarray, " cases"]:
+        """Of two classes: the truth."""
+        positive: np.ndarray = self.labels == 1
+        return positive
+
+    @property
+    def probability(self) -> Float[np.ndarray, " cases"]:
+        """Of two classes: of the positive one."""
+        column: np.ndarray = self.probabilities[:, 1]
+        return column
+
+    @property
+    def called(self) -> Int[np.ndarray, " cases"]:
+        """Predicted class: the most likely, and of two classes the positive one from its fold's threshold on."""
+        if len(self.names) == 2:
+            found: np.ndarray = (self.probability >= np.array(self.thresholds)[self.fold]).astype(np.int64)
+        else:
+            found = self.probabilities.argmax(axis=1)
+        return found
+
+    @property
+    def scores(self) -> dict[str, Estimate]:
+        """Every score that this number of classes has, with its interval."""
+        return {name: getattr(self, name)() for name in SCORES[min(3, len(self.names))]}
+
+    def auc(self) -> Estimate:
+        """Area under the ROC curve over pairs within folds; of more classes the mean of each against the rest."""
+        return self.estimate(self.auc_of)
+
+    def class_auc(self) -> dict[str, Estimate]:
+        """Of each class against the rest."""
+        return {
+            name: self.estimate(partial(self._against_rest, number), self.labels == number)
+            for number, name in enumerate(self.names)
+        }
+
+    def sensitivity(self) -> Estimate:
+        """Share of the positive cases called positive."""
+        return self.estimate(partial(statistics.share, self.called == 1, self.positive))
+
+    def specificity(self) -> Estimate:
+        """Share of the negative cases called negative."""
+        return self.estimate(partial(statistics.share, self.called == 0, ~self.positive))
+
+    def accuracy(self) -> Estimate:
+        """Share of the cases called what they are."""
+        everyone = np.ones(len(self.labels), dtype=bool)
+        return self.estimate(partial(statistics.share, self.called == self.labels, everyone))
+
+    def balanced_accuracy(self) -> Estimate:
+        """Mean over classes of the share of their cases called so."""
+        return self.estimate(self._balanced)
+
+    def brier(self) -> Estimate:
+        """Mean squared error of the probabilities, lower is better: of the positive class, or summed over classes."""
+        wrong = (self.probabilities - np.eye(len(self.names))[self.labels]) ** 2
+        error = wrong[:, 1] if len(self.names) == 2 else wrong.sum(axis=1)
+        return self.estimate(partial(statistics.mean, error))
+
+    def auc_of(self, weights: np.ndarray) -> np.ndarray:
+        """AUC for each row of case weights."""
+        if len(self.names) == 2:
+            return self._against_rest(1, weights)
+        found: np.ndarray = np.mean([self._against_rest(number, weights) for number in range(len(self.names))], axis=0)
+        return found
+
+    def _against_rest(self, number: int, weights: np.ndarray) -> np.ndarray:
+        found: np.ndarray = statistics.auc(
+            self.probabilities[:, number], self.labels == number, weights, strata=self.fold
+        )
+        return found
+
+    def fold_auc(self) -> list[float | None]:
+        """AUC of each fold; None where it lacks a class."""
+        found = []
+        for number in range(len(self.thresholds)):
+            value = float(self.auc_of((self.fold == number).astype(float)[None])[0])
+            found.append(None if np.isnan(value) else value)
+        return found
+
+    def estimate(self, statistic: statistics.Statistic, classes: np.ndarray | None = None) -> Estimate:
+        """A score with its interval over patients."""
+        if classes is None:
+            classes = self.positive if len(self.names) == 2 else self.labels
+        return statistics.estimate(statistic, self.groups, classes, seed=self.seed)
+
+    def _balanced(self, weights: np.ndarray) -> np.ndarray:
+        called = self.called
+        shares = [
+            statistics.share(called == number, self.labels == number, weights) for number in range(len(self.names))
+        ]
+        found: np.ndarray = np.mean(shares, axis=0)
+        return found
+
+
+def summary(found: Predictions) -> dict[str, Any]:
+    """The scores as plain values for JSON."""
+    binary = len(found.names) == 2
+    words: dict[str, Any] = {"positive_label": found.names[1], "negative_label": found.names[0]} if binary else {}
+    counts = np.bincount(found.labels, minlength=len(found.names)).tolist()
+    return {
+        "cases": len(found.case_ids),
+        "classes": dict(zip(found.names, counts, strict=True)),
+        **({"positive": int(found.positive.sum())} if binary else {}),
+        "patients": None if found.group_by == "case" else len(np.unique(found.groups)),
+        **words,
+        "unlabelled_left_out": found.num_unlabelled,
+        "group_by": found.group_by,
+        "warning": None if found.group_by == "patient" else "not grouped by patient: scores may be too good",
+        "folds": len(found.thresholds),
+        "seed": found.seed,
+        "interval": "95 %, bias-corrected and accelerated bootstrap over patients, models not fitted again",
+        **{name: vars(score) for name, score in found.scores.items()},
+        **({} if binary else {"class_auc": {name: vars(score) for name, score in found.class_auc().items()}}),
+        "fold_auc": found.fold_auc(),
+        "thresholds": list(found.thresholds) if binary else None,
+    }
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The scores of a `summary` for a person."""
+    names = SCORES[min(3, len(result["classes"]))]
+    return [f"{name.replace('_', ' '):18s} {Estimate(**result[name])}" for name in names]
+
+
+def write(found: Predictions, folder: Path, more: dict[str, Any] | None = None) -> list[Path]:
+    """Write `predictions.csv` and `result.json` (`more` joins the summary); returns their paths."""
+    words = np.array(found.names)
+    patients = found.groups if found.group_by == "patient" else np.full(len(found.labels), "")
+    columns = [found.probabilities[:, number] for number in range(len(found.names))]
+    paths = [folder / ROWS, folder / RESULT]
+    write_rows(
+        paths[0],
+        ("case_id", "patient", "fold", "label", "predicted", *(f"probability_{name}" for name in found.names)),
+        zip(found.case_ids, patients, found.fold, words[found.labels], words[found.called], *columns, strict=True),
+    )
+    files.write_json(paths[1], summary(found) | (more or {}))
+    return paths
+
+
+def read(folder: Path) -> Predictions:
+    """Predictions that `write` wrote.
+
+    Raises:
+        DagmanError: `E-COMPARE`, exit code 4, where the folder holds none.
+    """
+    try:
+        result = json.loads((folder / RESULT).read_text())
+        rows = list(csv.DictReader(io.StringIO((folder / ROWS).read_text())))
+        names = tuple(result["classes"])
+        return Predictions(
+            case_ids=tuple(row["case_id"] for row in rows),
+            groups=np.array([row["patient"] or row["case_id"] for row in rows]),
+            labels=np.array([names.index(row["label"]) for row in rows]),
+            names=names,
+            fold=np.array([int(row["fold"]) for row in rows]),
+            probabilities=np.array([[float(row[f"probability_{name}"]) for name in names] for row in rows]),
+            thresholds=tuple(result["thresholds"] or [0.5] * result["folds"]),
+            group_by=result["group_by"],
+            num_unlabelled=result["unlabelled_left_out"],
+            seed=result["seed"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DagmanError(
+            "COMPARE",
+            folder,
+            f"holds no {ROWS} and {RESULT} of a classification ({type(error).__name__})",
+            "give the output folder of `dagman classify probe` or `finetune`",
+            exit_code=ExitCode.REFUSED,
+        ) from None
+
+
+def together(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of several folds as one, sorted by case."""
+    first = parts[0]
+    values: dict[str, Any] = {field.name: getattr(first, field.name) for field in fields(Predictions)}
+    case_ids = [case for part in parts for case in part.case_ids]
+    order = sorted(range(len(case_ids)), key=case_ids.__getitem__)
+    for name in ("groups", "labels", "fold", "probabilities"):
+        values[name] = np.concatenate([getattr(part, name) for part in parts])[order]
+    values["case_ids"] = tuple(case_ids[row] for row in order)
+    values["thresholds"] = tuple(value for part in parts for value in part.thresholds)
+    return Predictions(**values)
+
+
+def difference(first: Predictions, other: Predictions) -> Estimate:
+    """AUC of the first less that of the other, with its interval: the same patients are drawn for both.
+
+    Raises:
+        DagmanError: `E-COMPARE`, exit code 4, when they do not share cases, labels and folds.
+    """
+    check_comparable(first, other)
+    return first.estimate(lambda weights: np.subtract(first.auc_of(weights), other.auc_of(weights)))
+
+
+def check_comparable(first: Predictions, other: Predictions, name: object = "second result") -> None:
+    """Refuse to compare what was not predicted for the same cases.
+
+    Raises:
+        DagmanError: `E-COMPARE`, exit code 4.
+    """
+    checks: dict[str, Callable[[Predictions], object]] = {
+        "cases": lambda one: one.case_ids,
+        "classes": lambda one: one.names,
+        "labels": lambda one: one.labels.tolist(),
+        "folds": lambda one: one.fold.tolist(),
+    }
+    wrong = [word for word, value in checks.items() if value(first) != value(other)]
+    if wrong:
+        raise DagmanError(
+            "COMPARE",
+            name,
+            f"its {', '.join(wrong)} differ from the first one's",
+            "predict the same cases with the same folds and seed",
+            exit_code=ExitCode.REFUSED,
+        )

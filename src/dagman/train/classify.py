@@ -1,0 +1,318 @@
+"""Learning to classify: patients in folds, an encoder with a linear layer, scores on cases nothing was learnt from.
+
+The folder of a study: `fold-K/` for each part (a classifier that `tasks.classifier.load` reads, and its
+`result.json`), and over all finished parts `predictions.csv`, `result.json` and `roc.png`. A part with its result is
+not learnt again; one under way goes on bit for bit.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dagman import config as configs
+from dagman import files
+from dagman.ct import crops
+from dagman.ct.store import PreparedStore
+from dagman.figures import roc
+from dagman.nets.classifier import EncoderClassifier, Network, ResNet50, Which
+from dagman.nets.encoder import Encoder
+from dagman.randomness import generator, torch_seed
+from dagman.run import package_version
+from dagman.tasks import classifier as classifiers
+from dagman.tasks import cohort as cohorts
+from dagman.tasks import leakage, predictions
+from dagman.tasks.classifier import Classifier
+from dagman.tasks.classify import predicted, threshold
+from dagman.tasks.cohort import Cohort, Protocol
+from dagman.tasks.embed import check_grid
+from dagman.tasks.folds import Part
+from dagman.tasks.labels import Unlabelled
+from dagman.tasks.predictions import Predictions
+from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, weights_digest
+from dagman.types import Preparation
+
+SHIFT_RATIO = 0.125
+"""Of a crop's side by which it may miss its place in training."""
+JITTER_RATIO = 0.1
+Tell = Callable[[int, int, str], None]
+Say = Callable[[str], None]
+
+
+TINY = FinetuneConfig(batch_size=16)
+"""Minutes on two cores."""
+BY_PATIENT = Protocol()
+"""Three folds, the paper's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """A study of classification."""
+
+    finetune: FinetuneConfig = TINY
+    protocol: Protocol = BY_PATIENT
+    network: Literal["encoder", "resnet50"] = "encoder"
+    """`resnet50`: MONAI's, to be compared with."""
+    which: Which = "pooled"
+    """What the linear layer sees of a crop."""
+    positive: str | None = None
+    """The positive one of two classes, where labels are words."""
+    unlabelled: Unlabelled = "refuse"
+
+
+class CaseCrops(Dataset[tuple[Tensor, Tensor]]):
+    """A crop of a case and its class by global sample number, without end; a sample depends on the seed and its number.
+
+    Every case is visited once before any is visited again. The crop is centred on the case's mask where there is one,
+    up to an eighth of its side off, and lies anywhere in the volume where there is none; it may be mirrored along each
+    axis, and its intensities are scaled and shifted by up to a tenth.
+
+    Args:
+        store: The volumes.
+        rows: Those to learn from.
+        numbers: Their classes.
+        preparation: Crop and window.
+        seed: Of all draws.
+    """
+
+    def __init__(
+        self, store: PreparedStore, rows: Sequence[int], numbers: Sequence[int], preparation: Preparation, seed: int
+    ) -> None:
+        self.store, self.rows, self.numbers = store, tuple(rows), tuple(numbers)
+        self.preparation, self.seed = preparation, seed
+
+    def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(sample, len(self.rows))
+        chosen = int(generator(self.seed, "classify.order", epoch).permutation(len(self.rows))[place])
+        row, crop = self.rows[chosen], self.preparation.crop
+        draws = generator(self.seed, "classify.crop", sample)
+        corner = crops.near(self.store, row, crop, SHIFT_RATIO, draws)
+        image = crops.window(self.store.hu(row, corner, crop), self.preparation.window_hu)
+        image = np.flip(image, tuple(np.flatnonzero(draws.random(3) < 0.5).tolist()))
+        scale, shift = draws.uniform(-JITTER_RATIO, JITTER_RATIO, 2).astype(np.float32)
+        image = np.clip(image * (1 + scale) + shift, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(image))[None], torch.tensor(self.numbers[chosen])
+
+
+@dataclass(kw_only=True, eq=False)
+class ClassifyLesson:
+    """What one part learns (a `finetune.Lesson`)."""
+
+    network: nn.Module
+    """A `nets.classifier.Network`."""
+    dataset: Dataset[Any]
+    identity: Any
+    store: PreparedStore
+    weights: Tensor
+    """Of each class, so that all count the same."""
+    held_out: tuple[int, ...]
+    """Rows of the store."""
+    held_out_numbers: tuple[int, ...]
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy, every class counting the same."""
+        images, numbers = batch
+        logits = self.network(images).float()
+        return nn.functional.cross_entropy(logits, numbers, weight=self.weights.to(logits.device))
+
+    def score(self) -> float | None:
+        """Mean log likelihood of the held-out cases: it means something for a handful, where an AUC hardly does."""
+        if not self.held_out:
+            return None
+        likely = self.likely(self.held_out)[np.arange(len(self.held_out)), list(self.held_out_numbers)]
+        return float(np.log(np.maximum(likely, 1e-12)).mean())
+
+    def likely(self, rows: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+        """Probabilities of cases."""
+        assert isinstance(self.network, EncoderClassifier | ResNet50)  # noqa: S101
+        device = next(self.network.parameters()).device
+        table = classifiers.probabilities(self.network, self.store, rows, device=device, progress=progress)
+        return table.features.astype(np.float64)
+
+
+def finetune(
+    encoder: Encoder,
+    store: PreparedStore,
+    folder: Path,
+    config: ClassifyConfig | None = None,
+    *,
+    weights: Path | None = None,
+    resnet: Path | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    workers: int = 0,
+    progress: Tell | None = None,
+    say: Say = lambda _: None,
+) -> dict[str, Any] | None:
+    """Learn and test every part that is not finished.
+
+    Args:
+        encoder: Where every part starts; it is not changed. Of a ResNet its `preparation` alone counts.
+        store: Labelled cases on the encoder's grid.
+        folder: Of the study.
+        config: How.
+        weights: Whence the encoder comes, for the card and for what pretraining saw; None for new random weights.
+        resnet: Weights file that a ResNet starts from.
+        device: Where to compute; the GPU where there is one.
+        workers: Processes that read crops ahead.
+        progress: Hears of each step.
+        say: Hears a line for each part.
+
+    Returns:
+        The study's `result.json`; None when a signal stopped it.
+
+    Raises:
+        DagmanError: `E-GRID`, `E-LABEL`, `E-PATIENT`, `E-LEAK`, `E-FOLDS`; `E-RESUME` (exit code 4) for a part that was
+            learnt with other settings; and as `finetune.fit`.
+
+    Reference:
+        Section 4.3: fine-tuning of all layers.
+    """
+    config = config or ClassifyConfig()
+    check_grid(store, encoder.preparation)
+    table = cohorts.stored(store)
+    options: dict[str, Any] = {"positive": config.positive, "unlabelled": config.unlabelled, "hold_out": True}
+    study = _Study(
+        encoder=encoder,
+        store=store,
+        cohort=cohorts.cohort(table, config.protocol, **options),
+        folder=folder,
+        config=config,
+        weights=weights,
+        resnet=resnet,
+    )
+    found: list[Predictions] = []
+    results: list[dict[str, Any]] = []
+    for part in study.cohort.parts:
+        lesson, place = study.lesson(part), folder / f"fold-{part.number}"
+        result = finished(place, lesson.identity)
+        if result is None:
+            say(
+                f"fold {part.number}: {len(part.train)} cases to learn from, {len(part.held_out)} to choose the best "
+                f"step on, {len(part.test)} to test"
+            )
+            started = time.monotonic()
+            fitted = fit(lesson, config.finetune, place, device=device, workers=workers, progress=progress)
+            if not fitted.finished:
+                return None
+            result = study.conclude(part, lesson, fitted, time.monotonic() - started)
+        results.append(result)
+        found.append(predicted(study.cohort, part, np.array(result["probabilities"]), result["threshold"]))
+        say(f"fold {part.number}: best step {result['best_step']}, AUC {found[-1].auc().value or float('nan'):.3f}")
+    return study.summarise(predictions.together(found), results)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Study:
+    """What the parts of a study share."""
+
+    encoder: Encoder
+    store: PreparedStore
+    cohort: Cohort
+    folder: Path
+    config: ClassifyConfig
+    weights: Path | None
+    resnet: Path | None
+
+    def rows(self, cases: Sequence[int]) -> tuple[int, ...]:
+        """Of the cohort's cases, their rows of the store."""
+        row_of = {str(row["case_id"]): number for number, row in enumerate(self.store.rows)}
+        return tuple(row_of[name] for name in cohorts.names(self.cohort.table, cases))
+
+    def network(self, part: Part) -> Network:
+        """A fresh network on the same start."""
+        num_classes = len(self.cohort.classes.names)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_seed(self.config.finetune.seed, "classifier", part.number))
+            if self.config.network == "encoder":
+                return EncoderClassifier(copy.deepcopy(self.encoder), num_classes, self.config.which)
+            network = ResNet50(num_classes, self.encoder.preparation)
+        if self.resnet:
+            network.load(self.resnet)
+        return network
+
+    def lesson(self, part: Part) -> ClassifyLesson:
+        """What a part learns, and what decides all it will compute."""
+        cohort, network = self.cohort, self.network(part)
+        numbers = cohort.numbers[list(part.train)]
+        counts = np.bincount(numbers, minlength=len(cohort.classes.names))
+        identity = {
+            "store": self.store.store_id,
+            "weights": weights_digest(network),
+            "preparation": configs.to_dict(network.preparation),
+            "classes": list(cohort.classes.names),
+            "settings": configs.to_dict(self.config),
+            **{word: cohorts.names(cohort.table, getattr(part, word)) for word in ("train", "held_out", "test")},
+            "labels": cohort.numbers[[*part.train, *part.held_out]].tolist(),
+        }
+        seed = self.config.finetune.seed
+        return ClassifyLesson(
+            network=network,
+            dataset=CaseCrops(self.store, self.rows(part.train), numbers.tolist(), network.preparation, seed),
+            identity=json.loads(json.dumps(identity)),
+            store=self.store,
+            weights=torch.tensor(len(numbers) / (len(counts) * counts), dtype=torch.float32),
+            held_out=self.rows(part.held_out),
+            held_out_numbers=tuple(cohort.numbers[list(part.held_out)].tolist()),
+        )
+
+    def conclude(self, part: Part, lesson: ClassifyLesson, fitted: Fitted, seconds: float) -> dict[str, Any]:
+        """Predict a part's test cases, write its classifier, and its result last."""
+        place, names = self.folder / f"fold-{part.number}", self.cohort.classes.names
+        cut = self._threshold(lesson)
+        card = {
+            "task": "classification",
+            "dagman": package_version("dagman"),
+            "source": str(self.weights or "new random weights"),
+            "store": self.store.store_id,
+            "fold": part.number,
+            "cases_learnt_from": len(part.train),
+            "best_step": fitted.best_step,
+            "finetune": configs.to_dict(self.config.finetune),
+        }
+        likely = lesson.likely(self.rows(part.test))
+        network = lesson.network.cpu()
+        assert isinstance(network, EncoderClassifier | ResNet50)  # noqa: S101
+        made = Classifier(network=network, names=names, threshold=cut, card=card)
+        classifiers.save(made, place, self.weights)
+        result = {
+            **card,
+            "held_out_log_likelihood": fitted.best_score,
+            "threshold": cut,
+            "seconds": round(seconds, 1),
+            "probabilities": likely.tolist(),
+            "identity": lesson.identity,
+        }
+        files.write_json(place / "result.json", result)
+        files.remove_folder(place / "checkpoints")
+        return result
+
+    def _threshold(self, lesson: ClassifyLesson) -> float:
+        """Chosen on the held-out cases of the training part; one half where they lack a class."""
+        positive = np.array(lesson.held_out_numbers) == 1
+        if len(self.cohort.classes.names) > 2 or not positive.any() or positive.all():
+            return 0.5
+        return threshold(lesson.likely(lesson.held_out)[:, 1], positive)
+
+    def summarise(self, found: Predictions, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The study over its parts: `predictions.csv`, `result.json`, `roc.png`."""
+        config = self.config
+        more = {
+            "method": f"fine-tuned {'head' if config.finetune.frozen else 'network'}, {config.network}",
+            "source": results[0]["source"],
+            "protocol": config.protocol.words,
+            "best_steps": [result["best_step"] for result in results],
+            "minutes": round(sum(result["seconds"] for result in results) / 60, 1),
+            "pretraining_overlap": leakage.report(leakage.seen(self.store, self.weights), found.case_ids),
+            "settings": configs.to_dict(config),
+        }
+        predictions.write(found, self.folder, more)
+        files.write_bytes(self.folder / "roc.png", roc.png({f"{self.folder.name}: {found.auc()}": found}))
+        return predictions.summary(found) | more

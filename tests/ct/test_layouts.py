@@ -1,0 +1,261 @@
+"""Data sets as they lie: nnU-Net, the Decathlon, MONAI datalists; each read, each broken in every way, and prepared."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from dagman.cli import run
+from dagman.ct.index import index
+from dagman.ct.store import PreparedStore
+
+sys.path.append(str(Path(__file__).parents[1] / "corpus"))
+from make_corpus import AFFINE, PHANTOM_HU
+
+LABELS = (PHANTOM_HU > -500).astype(np.uint8) + 2 * (PHANTOM_HU > 300).astype(np.uint8)
+NNUNET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
+
+
+def image(path: Path, array: np.ndarray = PHANTOM_HU) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, AFFINE), path)
+
+
+def nnunet(folder: Path, content: dict[str, Any] = NNUNET) -> Path:
+    """Two training cases, one test case."""
+    for number, name in enumerate(("lung_001", "lung_002")):
+        image(folder / "imagesTr" / f"{name}_0000.nii.gz", PHANTOM_HU + np.int16(number))
+        image(folder / "labelsTr" / f"{name}.nii.gz", LABELS)
+    image(folder / "imagesTs" / "lung_003_0000.nii.gz", PHANTOM_HU + np.int16(5))
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def msd(folder: Path, *, suffix: str = "", **changes: Any) -> Path:
+    nnunet(folder)
+    for path in folder.glob("images*/*"):
+        path.rename(path.with_name(path.name.replace("_0000", suffix)))
+    pairs = [
+        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+        for name in ("lung_001", "lung_002")
+    ]
+    content = {"modality": {"0": "CT"}, "training": pairs, "test": ["./imagesTs/lung_003.nii.gz"], **changes}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def datalist(folder: Path, **lists: Any) -> Path:
+    for name in ("a", "b", "c"):
+        image(folder / "ct" / f"{name}.nii.gz")
+        image(folder / "seg" / f"{name}.nii.gz", LABELS)
+    path = folder / "list.json"
+    path.write_text(json.dumps(lists))
+    return path
+
+
+def rows(*sources: Path) -> list[tuple[Any, ...]]:
+    scans, problems = index(sources)
+    assert [str(problem) for problem in problems if not problem.ignored] == []
+    return [(scan.case_id, scan.files[0].name, scan.mask and scan.mask.name, scan.split, scan.label) for scan in scans]
+
+
+def lost(*sources: Path) -> tuple[list[str], list[str]]:
+    """Cases that are used, and what is said of the others."""
+    scans, problems = index(sources)
+    return [scan.case_id for scan in scans], [str(problem) for problem in problems if not problem.ignored]
+
+
+def test_nnunet_folder(tmp_path: Path) -> None:
+    assert rows(nnunet(tmp_path / "Dataset007_Lung")) == [
+        ("lung_001", "lung_001_0000.nii.gz", "lung_001.nii.gz", "train", None),
+        ("lung_002", "lung_002_0000.nii.gz", "lung_002.nii.gz", "train", None),
+        ("lung_003", "lung_003_0000.nii.gz", None, "test", None),
+    ]
+
+
+def test_nnunet_test_labels_are_masks_where_they_are_given(tmp_path: Path) -> None:
+    image(nnunet(tmp_path) / "labelsTs" / "lung_003.nii.gz", LABELS)
+    assert rows(tmp_path)[2] == ("lung_003", "lung_003_0000.nii.gz", "lung_003.nii.gz", "test", None)
+
+
+def test_decathlon_folder(tmp_path: Path) -> None:
+    assert rows(msd(tmp_path / "Task06_Lung")) == [
+        ("lung_001", "lung_001.nii.gz", "lung_001.nii.gz", "train", None),
+        ("lung_002", "lung_002.nii.gz", "lung_002.nii.gz", "train", None),
+        ("lung_003", "lung_003.nii.gz", None, "test", None),
+    ]
+
+
+def test_old_nnunet_task_lists_cases_without_their_channel(tmp_path: Path) -> None:
+    found = rows(msd(tmp_path / "Task506_Lung", suffix="_0000"))
+    assert [row[:3] for row in found[:1]] == [("lung_001", "lung_001_0000.nii.gz", "lung_001.nii.gz")]
+    assert len(found) == 3
+
+
+def test_a_folder_of_data_sets_beside_loose_scans(tmp_path: Path) -> None:
+    nnunet(tmp_path / "Dataset001_A")
+    msd(tmp_path / "Dataset002_B")
+    image(tmp_path / "loose.nii.gz", PHANTOM_HU + np.int16(9))
+    found = rows(tmp_path)
+    assert len(found) == 7
+    assert len({row[0] for row in found}) == 7
+    assert sum(row[2] is not None for row in found) == 4
+
+
+def test_the_json_itself_is_the_same_source(tmp_path: Path) -> None:
+    assert rows(nnunet(tmp_path) / "dataset.json") == rows(tmp_path)
+
+
+def test_datalist_with_masks_classes_words_and_folds(tmp_path: Path) -> None:
+    source = datalist(
+        tmp_path,
+        training=[
+            {"image": "ct/a.nii.gz", "label": "seg/a.nii.gz", "fold": 3, "patient": 12},
+            {"image": ["ct/b.nii.gz"], "label": 1.0},
+        ],
+        validation=[{"image": "ct/c.nii.gz", "label": "benign"}],
+    )
+    assert rows(source) == [
+        ("a", "a.nii.gz", "a.nii.gz", "fold-3", None),
+        ("b", "b.nii.gz", None, "train", "1"),
+        ("c", "c.nii.gz", None, "validation", "benign"),
+    ]
+    assert [scan.patient for scan in index([source])[0]] == ["12", None, None]
+
+
+def test_one_image_with_two_masks_is_two_cases_and_equal_stems_stay_apart(tmp_path: Path) -> None:
+    image(tmp_path / "other" / "a.nii.gz", PHANTOM_HU + np.int16(1))
+    names = [("ct/a.nii.gz", "seg/a.nii.gz"), ("ct/a.nii.gz", "seg/b.nii.gz"), ("other/a.nii.gz", "seg/c.nii.gz")]
+    found = rows(datalist(tmp_path, training=[{"image": one, "label": mask} for one, mask in names]))
+    assert len({row[0] for row in found}) == 3
+    assert all(row[0].startswith("a-") for row in found)
+    assert sorted(row[2] for row in found) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+
+
+def test_a_datalist_may_lead_out_of_its_folder_as_a_table_may(tmp_path: Path) -> None:
+    datalist(tmp_path)
+    (tmp_path / "lists").mkdir()
+    source = tmp_path / "lists" / "x.json"
+    source.write_text(json.dumps({"training": [{"image": "../ct/a.nii.gz"}, {"image": str(tmp_path / "ct/b.nii.gz")}]}))
+    assert [row[0] for row in rows(source)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("path", ["../secret.nii.gz", "imagesTr/../../secret.nii.gz", "{}/secret.nii.gz"])
+def test_a_downloaded_list_may_not(tmp_path: Path, path: str) -> None:
+    image(tmp_path / "secret.nii.gz")
+    pair = {"image": path.format(tmp_path)}
+    cases, problems = lost(msd(tmp_path / "set", training=[pair]))
+    assert cases == ["lung_003"]
+    assert len(problems) == 1
+    assert "E-LAYOUT" in problems[0]
+    assert "leads out" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (7, "is no item"),
+        ({}, "names no image"),
+        ({"image": ["ct/a.nii.gz", "ct/b.nii.gz"]}, "has 2 images"),
+        ({"image": "ct/none.nii.gz"}, "does not exist"),
+        ({"image": "ct/a.nii.gz", "label": "seg/none.nii.gz"}, "does not exist"),
+        ({"image": "ct/a.nii.gz", "label": "seg/"}, "is no file"),
+        ({"image": "ct/a.nii.gz", "label": [1, 0]}, "neither a number nor a word"),
+        ({"image": "ct/a.nii.gz", "label": True}, "neither a number nor a word"),
+        ({"image": "ct/a.nii.gz", "fold": {}}, "fold"),
+        ({"image": "x" * 5000 + ".nii.gz"}, "cannot be looked at"),
+        ({"image": "seg"}, "holds 3 scans"),
+        ({"image": "ct/b.nii.gz"}, "the same as in training[0] of list.json"),
+    ],
+)
+def test_a_bad_item_is_named_and_the_others_are_used(tmp_path: Path, item: Any, words: str) -> None:
+    cases, problems = lost(datalist(tmp_path, training=[{"image": "ct/b.nii.gz"}, item]))
+    assert [case.partition("-")[0] for case in cases] == ["b"]
+    assert len(problems) == 1
+    assert "list.json:training[1]" in problems[0]
+    assert words in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[" * 10**6, "cannot be read as JSON"),
+        ("[1]", "is no JSON object"),
+        ('{"a": 1}', "none of the keys"),
+        ('{"training": {}, "test": []}', "no list under training"),
+    ],
+)
+def test_a_damaged_list_is_one_problem(tmp_path: Path, text: str, words: str) -> None:
+    source = datalist(tmp_path)
+    source.write_text(text)
+    cases, problems = lost(source, tmp_path / "ct")
+    assert len(cases) == 3
+    assert len(problems) == 1
+    assert words in problems[0]
+
+
+def test_more_than_one_channel_is_refused_by_name(tmp_path: Path) -> None:
+    content = {**NNUNET, "channel_names": {"0": "CT", "1": "PET"}}
+    assert lost(nnunet(tmp_path, content))[0] == []
+    assert "declares 2 channels (CT, PET)" in lost(tmp_path)[1][0]
+
+
+def test_a_case_with_an_undeclared_channel_is_left_out_alone(tmp_path: Path) -> None:
+    image(nnunet(tmp_path) / "imagesTr" / "lung_002_0001.nii.gz")
+    cases, problems = lost(tmp_path)
+    assert cases == ["lung_001", "lung_003"]
+    assert len(problems) == 1
+    assert "imagesTr/lung_002" in problems[0]
+
+
+def test_other_modalities_and_endings_are_refused(tmp_path: Path) -> None:
+    assert "E-MODALITY" in lost(msd(tmp_path / "heart", modality={"0": "MRI"}))[1][0]
+    assert ".png" in lost(nnunet(tmp_path / "png", {**NNUNET, "file_ending": ".png"}))[1][0]
+
+
+def test_a_dataset_json_of_another_kind_stands_among_the_files(tmp_path: Path) -> None:
+    image(tmp_path / "a.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"name": "mine"}')
+    assert [row[0] for row in rows(tmp_path)] == ["a"]
+
+
+def test_a_missing_label_map_is_a_problem_of_its_case(tmp_path: Path) -> None:
+    (nnunet(tmp_path) / "labelsTr" / "lung_001.nii.gz").unlink()
+    cases, problems = lost(tmp_path)
+    assert cases == ["lung_002", "lung_003"]
+    assert "labelsTr/lung_001.nii.gz does not exist" in problems[0]
+
+
+def test_a_pipe_is_no_mask(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    cases, problems = lost(datalist(tmp_path, training=[{"image": "ct/a.nii.gz", "label": "pipe.nii.gz"}]))
+    assert cases == []
+    assert "is no file" in problems[0]
+
+
+@pytest.mark.parametrize("make", [nnunet, msd])
+def test_prepare_keeps_label_maps_and_splits(tmp_path: Path, make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make(tmp_path / "Dataset001_Lung")
+    assert run(["check", str(source)]) == 0
+    assert "3 scans can be used; 0 problems" in capsys.readouterr().err
+    assert run(["prepare", "-i", str(source), "-o", str(tmp_path / "store"), "--workers", "1"]) == 0
+    store = PreparedStore(tmp_path / "store")
+    assert [row["split"] for row in store.rows] == ["train", "train", "test"]
+    assert [sorted(row["mask"]["voxels"]) if row["mask"] else None for row in store.rows] == [["1", "3"]] * 2 + [None]
+
+
+def test_prepare_takes_a_datalist_and_says_what_is_wrong(tmp_path: Path) -> None:
+    source = datalist(
+        tmp_path, training=[{"image": "ct/a.nii.gz", "label": 0}], validation=[{"image": "ct/none.nii.gz", "label": 1}]
+    )
+    output = tmp_path / "store"
+    assert run(["prepare", "-i", str(source), "-o", str(output), "--workers", "1"]) == 3
+    assert [(row["case_id"], row["label"], row["split"]) for row in PreparedStore(output).rows] == [("a", "0", "train")]
+    assert '"code": "LAYOUT"' in (output / "rejected.jsonl").read_text()
