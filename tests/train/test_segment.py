@@ -14,8 +14,9 @@ import small_study
 from dagman import load_encoder
 from dagman.cli import run
 from dagman.errors import DagmanError
+from dagman.nets.encoder import new
 from dagman.nets.weights import save_encoder
-from dagman.tasks import segment, segmenter
+from dagman.tasks import leakage, segment, segmenter
 from dagman.train import segment as training
 from dagman.train.finetune import FinetuneConfig
 from dagman.train.segment import SegmentConfig
@@ -73,6 +74,16 @@ def test_a_saved_segmenter_gives_what_was_scored_and_its_encoder_is_one(short, s
         ours = likely.argmax(axis=0) == 1
         dice = 2 * (ours & (mask == 1)).sum() / max(1, ours.sum() + (mask == 1).sum())
         assert row["scores"]["dice"] == pytest.approx(dice, abs=1e-6)
+
+
+def test_test_cases_that_pretraining_saw_are_listed(short, store, tmp_path):
+    folder, result = short
+    assert result["pretraining_overlap"]["same_voxels"] == {"count": 0, "cases": []}
+    leakage.record(store, [1, 4], tmp_path)
+    found = training.train(small_study.encoder(), store, folder, SHORT, weights=tmp_path)
+    assert found["pretraining_overlap"]["same_voxels"] == {"count": 2, "cases": ["c1", "c4"]}
+    unknown = training.train(small_study.encoder(), store, folder, SHORT, weights=tmp_path / "elsewhere" / "a" / "b")
+    assert not unknown["pretraining_overlap"]["known"]
 
 
 def test_files_of_two_segmenters_are_not_mixed(short, tmp_path):
@@ -151,11 +162,23 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
     assert run(["attention", "--weights", str(fold), "-i", str(tmp_path / "raw" / "c0.nii.gz"), "-o", str(study)]) == 0
 
 
-def test_from_scratch_and_a_plain_swinunetr(store, tmp_path):
+def test_from_scratch_a_plain_swinunetr_and_test_masks_that_nobody_opens_before_the_end(store, tmp_path, monkeypatch):
+    opened, fit, mask = set(), training.fit, type(store).mask
+
+    def watched(lesson, *given, **more):
+        monkeypatch.setattr(type(store), "mask", lambda self, row, *rest: opened.add(row) or mask(self, row, *rest))
+        ended = fit(lesson, *given, **more)
+        monkeypatch.setattr(type(store), "mask", mask)
+        return ended
+
+    monkeypatch.setattr(training, "fit", watched)
     plain = new(replace(small_study.SMALL, attention=None), small_study.PREPARATION, 0)
     result = training.train(plain, store, tmp_path, SHORT, only=[0])
     assert result["source"] == ["new random weights"]
     assert not any("semantic" in name for name in load_encoder(tmp_path / "fold-0").state_dict())
+    tested = json.loads((tmp_path / "fold-0" / "result.json").read_text())["identity"]["test"]
+    assert opened
+    assert not {store.rows[row]["case_id"] for row in opened} & set(tested)
 
 
 def test_a_crop_of_one_final_token_is_refused_before_work(store, tmp_path):

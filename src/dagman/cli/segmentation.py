@@ -19,6 +19,8 @@ segment = App(
     help_format="plaintext",
 )
 Data = Annotated[Path, Parameter(name=["--input", "-i"])]
+MOST_LINES = 10
+"""Of cases that were not scored."""
 
 
 @segment.command
@@ -43,6 +45,7 @@ def train(
     group_by: Literal["patient", "case"] = "patient",
     seed: int = 0,
     device: Literal["cpu", "cuda"] | None = None,
+    precision: Literal["bf16", "float32"] = "float32",
     workers: int = 0,
 ) -> int:
     """Learn to segment in folds by patient, and test each fold on patients it never saw; run again, it continues.
@@ -67,6 +70,7 @@ def train(
         group_by: `case` where patients are unknown; the result is stamped.
         seed: Of folds, crops and the decoder's first weights.
         device: Where to compute; by default the GPU where there is one.
+        precision: `bf16` takes half the time on GPUs and on processors with AMX.
         workers: Processes that read crops ahead.
     """
     from dagman.ct.store import PreparedStore
@@ -84,6 +88,7 @@ def train(
             layer_decay=decay,
             check_every=check_every,
             frozen=frozen,
+            precision=precision,
             seed=seed,
         ),
         crop=crop,
@@ -104,6 +109,7 @@ def train(
             config,
             source=source,
             only=None if fold is None else [fold],
+            weights=None if weights == "none" else Path(weights),
             device=device,
             workers=workers,
             progress=tell,
@@ -129,8 +135,12 @@ def _start(weights: str, recipe: str, seed: int) -> tuple["Encoder", str]:
 
 
 def _warn(result: dict[str, Any]) -> None:
+    from dagman.tasks import leakage
+
     if result["warning"]:
         say(f"Note: {result['warning']}")
+    if "pretraining_overlap" in result:
+        say(f"Note: {leakage.line(result['pretraining_overlap'])}")
     for case, note in result["notes"].items():
         say(f"Note: {case}: {note}")
 
@@ -214,8 +224,10 @@ def score(
     }
     segmentation_scores.write(rows, result, output)
     picture = matching.draw(found, output)
-    for error in found.rejected:
+    for error in found.rejected[:MOST_LINES]:
         say(str(error))
+    if len(found.rejected) > MOST_LINES:
+        say(f"... and {len(found.rejected) - MOST_LINES} more in {output / 'result.json'}")
     if found.unmatched:
         say(f"{len(found.unmatched)} predictions have no reference, such as {found.unmatched[0].name}")
     for line in segmentation_scores.lines(result):

@@ -72,13 +72,14 @@ def progress(title: str) -> Iterator[Tell]:
 def _lines(title: str, every_seconds: float = 10.0) -> Tell:
     from dagman.train.cost import duration
 
-    started, first, last = time.monotonic(), -1, 0.0
+    started, first, last, before = time.monotonic(), -1, 0.0, -1
 
     def tell(done: int, total: int, note: str = "", /) -> None:
-        nonlocal started, first, last
+        nonlocal started, first, last, before
         now = time.monotonic()
-        if first < 0:
+        if done < before or first < 0:  # another piece of work has begun
             first, started = done, now
+        before = done
         if now - last < every_seconds and done < total:
             return
         last = now

@@ -28,7 +28,7 @@ from dagman.nets.encoder import Encoder
 from dagman.nets.unetr import SegmentationNetwork
 from dagman.randomness import torch_seed
 from dagman.run import package_version
-from dagman.tasks import segment, segmentation_scores, segmenter
+from dagman.tasks import leakage, segment, segmentation_scores, segmenter
 from dagman.tasks.classes import Classes
 from dagman.tasks.embed import check_grid
 from dagman.tasks.folds import Part
@@ -89,6 +89,8 @@ class SegmentLesson:
     classes: Classes
     held_out: tuple[int, ...]
     """Rows that choose the best step."""
+    precision: segment.Precision = "float32"
+    """Of what is predicted, as of what is learnt."""
 
     def loss(self, batch: LabelledCrop) -> Tensor:
         """Dice and cross-entropy, equally (MONAI's DiceCE)."""
@@ -107,7 +109,7 @@ class SegmentLesson:
         """Scores of one case on the store's grid, and the probabilities they come from."""
         assert isinstance(self.network, SegmentationNetwork)  # noqa: S101
         device = next(self.network.parameters()).device
-        found = segment.probabilities(self.network, self.store.hu(row), device=device)
+        found = segment.probabilities(self.network, self.store.hu(row), device=device, precision=self.precision)
         said, side = self.store.rows[row], float(self.store.settings["spacing_mm"])
         rows = segmentation_scores.compare(
             found.argmax(axis=0).astype(np.uint8),
@@ -134,6 +136,7 @@ def train(
     *,
     source: str = "new random weights",
     only: Sequence[int] | None = None,
+    weights: Path | None = None,
     device: Literal["cpu", "cuda"] | None = None,
     workers: int = 0,
     progress: Tell | None = None,
@@ -148,6 +151,8 @@ def train(
         config: How.
         source: Where the encoder's weights come from, for the card.
         only: Folds to do now; all without.
+        weights: The file or run folder that the encoder was loaded from, so that the result says which test cases
+            pretraining has seen; None for new random weights.
         device: Where to compute; the GPU where there is one.
         workers: Processes that read crops ahead.
         progress: Hears of each step.
@@ -171,6 +176,7 @@ def train(
         folder=folder,
         config=config,
         source=source,
+        weights=weights,
     )
     done: dict[int, dict[str, Any]] = {}
     for part in work.parts:
@@ -222,6 +228,7 @@ class _Work:
     folder: Path
     config: SegmentConfig
     source: str
+    weights: Path | None
 
     def place(self, part: Part) -> Path:
         """The folder of a fold."""
@@ -249,6 +256,7 @@ class _Work:
             store=self.store,
             classes=classes,
             held_out=part.held_out,
+            precision=self.config.finetune.precision,
         )
 
     def _names(self, rows: Sequence[int]) -> list[str]:
@@ -281,6 +289,8 @@ class _Work:
         network = lesson.network.cpu()
         assert isinstance(network, SegmentationNetwork)  # noqa: S101
         segmenter.save(Segmenter(network=network, classes=lesson.classes, card=card), place)
+        if self.weights and (cases := leakage.cases_file(self.weights)):
+            files.write_text(place / leakage.CASES, cases.read_text())
         result = {
             **card,
             "held_out_dice": fitted.best_score,
@@ -327,6 +337,9 @@ class _Work:
             "source": sorted({result["source"] for result in done.values()}),
             "grid": f"scores on the store's voxels of {self.store.settings['spacing_mm']:g} mm",
             "left_out": self.plan.left_out,
+            "pretraining_overlap": leakage.report(
+                leakage.seen(self.store, self.weights), dict.fromkeys(row.case_id for row in rows)
+            ),
             "best_steps": [done[number]["best_step"] for number in sorted(done)],
             "settings": configs.to_dict(config),
         }
