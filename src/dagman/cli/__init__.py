@@ -8,7 +8,7 @@ from pathlib import Path
 from cyclopts import App
 
 from dagman import __version__
-from dagman.cli import encoder, scans, training
+from dagman.cli import encoder, looking, scans, training
 from dagman.errors import DagmanError, ExitCode
 
 app = App(
@@ -26,6 +26,7 @@ app.command(encoder.embed)
 app.command(classify)
 classify.command(encoder.probe)
 app.command(encoder.attention)
+app.command(looking.diversity)
 app.command(encoder.export)
 app.command(encoder.info)
 app.command(training.demo)

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from cyclopts import Parameter
 
@@ -16,6 +16,7 @@ Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Switch = Annotated[bool, Parameter(negative=())]
 
 
+@runtime_checkable
 class Tell(Protocol):
     """Hears how far a piece of work is."""
 

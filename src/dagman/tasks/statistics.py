@@ -3,8 +3,9 @@
 One vectorised function per score takes a matrix of weights, one row per resample; all ones give the score itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -75,6 +76,12 @@ def share(
     return _ratio(weights @ (hits & among).astype(float), weights @ among.astype(float))
 
 
+def mean(values: Float[np.ndarray, " cases"], weights: Weights) -> Float[np.ndarray, " resamples"]:
+    """Weighted mean of the cases that have a value; those without one are NaN, and so is the mean of none."""
+    known = np.isfinite(values)
+    return _ratio(weights @ np.where(known, values, 0.0), weights @ known.astype(float))
+
+
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     quotient: np.ndarray = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
     return quotient
@@ -83,7 +90,7 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def estimate(
     statistic: Statistic,
     groups: Shaped[np.ndarray, " cases"],
-    positive: Bool[np.ndarray, " cases"],
+    positive: Bool[np.ndarray, " cases"] | None = None,
     *,
     seed: int,
     resamples: int = RESAMPLES,
@@ -96,22 +103,23 @@ def estimate(
     Args:
         statistic: Case weights (resamples, cases) to one value per resample.
         groups: Patient of each case.
-        positive: Class of each case: below 2 patients in either class there is no interval.
+        positive: Class of each case: below 2 patients in either class there is no interval. None for a score that
+            knows no classes: 2 patients are needed.
         seed: Of the resampling.
         resamples: Number of draws.
 
     Reference:
         Efron, Better bootstrap confidence intervals, JASA 1987.
     """
-    if len(positive) == 0:
+    if len(groups) == 0:
         return Estimate(value=None, why="no cases")
     names, patient = np.unique(groups, return_inverse=True)
     value = float(_values(statistic, np.ones((1, len(names))), patient)[0])
     if np.isnan(value):
-        return Estimate(value=None, why="a class is absent")
-    per_class = [len(np.unique(patient[positive])), len(np.unique(patient[~positive]))]
-    if min(per_class) < 2:
-        return Estimate(value=value, why=f"{per_class[0]} patients are positive and {per_class[1]} negative, 2 needed")
+        return Estimate(value=None, why="no case has a value" if positive is None else "a class is absent")
+    few = _too_few(patient, positive)
+    if few:
+        return Estimate(value=value, why=few)
     draws = randomness.generator(seed, "bootstrap").multinomial(
         len(names), np.full(len(names), 1 / len(names)), size=resamples
     )
@@ -124,6 +132,29 @@ def estimate(
     without_one = _values(statistic, 1 - np.eye(len(names)), patient)
     low, high = _accelerated(value, replicates, without_one[~np.isnan(without_one)])
     return Estimate(value=value, low=low, high=high)
+
+
+def mean_over_patients(values: Float[np.ndarray, " cases"], patients: Sequence[str | None], *, seed: int) -> Estimate:
+    """Mean of the cases that have a value, with its interval where every one of them has a known patient.
+
+    Args:
+        values: One for each case, NaN where there is none.
+        patients: Of each case.
+        seed: Of the resampling; values that are compared share it.
+    """
+    known = np.isfinite(values)
+    if any(patient is None for patient, has in zip(patients, known, strict=True) if has):
+        return Estimate(value=float(values[known].mean()), why="patients unknown")
+    groups = np.array([str(patient) for patient in patients])[known]
+    return estimate(partial(mean, values[known]), groups, seed=seed)
+
+
+def _too_few(patient: np.ndarray, positive: np.ndarray | None) -> str:
+    """Why there are too few patients for an interval; nothing where there are enough."""
+    if positive is None:
+        return "" if len(np.unique(patient)) > 1 else "1 patient, 2 needed"
+    per_class = [len(np.unique(patient[positive])), len(np.unique(patient[~positive]))]
+    return "" if min(per_class) > 1 else f"{per_class[0]} patients are positive and {per_class[1]} negative, 2 needed"
 
 
 def _values(statistic: Statistic, draws: np.ndarray, patient: np.ndarray) -> np.ndarray:
