@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -14,6 +14,72 @@ if TYPE_CHECKING:
 
 Weights = Annotated[list[Path], Parameter(consume_multiple=True, negative=())]
 Store = Annotated[Path, Parameter(name=["--input", "-i"])]
+
+
+def cluster(
+    *,
+    weights: Weights,
+    data: Store,
+    output: Output,
+    of: Literal["structures", "cases"] = "structures",
+    names: Path | None = None,
+    smallest_mm3: float = 1000.0,
+    crops_each: int = 4,
+    which: Literal["pooled", "cells", "cls", "all"] = "pooled",
+    group_by: Literal["patient", "case"] = "patient",
+    seed: int = 0,
+    device: str = "cpu",
+) -> int:
+    """Do features of one organ lie together? A UMAP of labelled crops, cluster distances, silhouette, k-NN accuracy.
+
+    Beside the weights stand an untrained encoder like the first one, and raw voxels.
+
+    Args:
+        weights: Run folders or .safetensors files, shown side by side; the first is compared with the others.
+        data: A prepared store with label maps, or with labels for whole cases.
+        output: Folder for embeddings-NAME.csv, crops.csv, result.json and clusters.png.
+        of: `structures`: crops around every connected structure of the label maps; `cases`: whole cases by their label.
+        names: Names of the label map's numbers: CSV label,name or JSON; labels without a name are left out.
+        smallest_mm3: Smaller structures are left out.
+        crops_each: Crops in each structure, the first in its middle.
+        which: Features, as in `dagman embed`.
+        group_by: `case` where patients are unknown; the result is stamped.
+        seed: Of the crops, the map and the bootstrap.
+        device: `cpu` or `cuda`.
+    """
+    from dagman.ct.store import PreparedStore
+    from dagman.tasks import cluster as clusters
+    from dagman.tasks import statistics, structures
+
+    clusters.require_umap()
+    encoders, store, found, places = _loaded(weights), PreparedStore(data), {}, None
+    if of == "structures":
+        named = structures.read_names(names) if names else None
+        crops = structures.structures(store, named, smallest_mm3=smallest_mm3, crops_each=crops_each, seed=seed)
+        say(str(crops))
+        places = crops.places
+        found = {
+            "structures": crops.structures,
+            "smallest_mm3": smallest_mm3,
+            "crops_each": crops_each,
+            "too_small": dict(crops.too_small),
+            "labels_without_name": list(crops.unnamed),
+            "cases_without_map": list(crops.without_map),
+        }
+    with progress("Clustering") as tell:
+        runs = clusters.compare(
+            encoders, store, places, which=which, group_by=group_by, seed=seed, device=device, progress=tell
+        )
+    result = clusters.summary(runs, group_by=group_by)
+    say(f"{result['crops']} crops, {len(result['classes'])} classes, {result[group_by + 's']} {group_by}s")
+    for row in result["rows"]:
+        print(f"{row['features']}:")
+        for value, meaning in clusters.MEANINGS.items():
+            print(f"  {meaning:48s} {statistics.Estimate(**row[value])}")
+    if result["warning"]:
+        say(f"Note: {result['warning']}")
+    say(f"wrote {', '.join(map(str, clusters.write(runs, output, group_by=group_by, found=found)))}")
+    return ExitCode.OK
 
 
 def diversity(

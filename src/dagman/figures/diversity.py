@@ -68,7 +68,7 @@ def png(runs: Mapping[str, Mapping[str, Boxes]]) -> bytes:
     return stream.getvalue()
 
 
-def _boxes(axes: Axes, values: list[Float[np.ndarray, " values"]], number: int, runs: int) -> None:
+def _boxes(axes: Axes, values: list[np.ndarray], number: int, runs: int) -> None:
     width = _GROUP / runs
     middles = [place + (number - (runs - 1) / 2) * width for place in range(len(values))]
     drawn = axes.boxplot(

@@ -62,7 +62,7 @@ def embed(
     check_grid(store, encoder.preparation)
 
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
-        return _chosen(encode(encoder, images, device=device, precision=precision), which)
+        return chosen(encode(encoder, images, device=device, precision=precision), which)
 
     return _mean_per_case(
         store, encoder.preparation, features, batch_size or crops_at_once(encoder.preparation), progress
@@ -105,7 +105,8 @@ def encode(
     return features
 
 
-def _chosen(features: Features, which: Which) -> Tensor:
+def chosen(features: Features, which: Which) -> Tensor:
+    """The features that are asked for, side by side, as float32 on the CPU."""
     parts = {"pooled": features.pooled, "cells": features.tokens.mean(dim=1), "cls": features.cls}
     chosen = [part for name, part in parts.items() if which in (name, "all") and part is not None]
     return torch.cat([part.float().cpu() for part in chosen], dim=1)
