@@ -11,9 +11,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.weights import load_encoder
-from dagman.tasks import cluster, structures
+from dagman.tasks import cluster, separation, structures
 from dagman.tasks.table import Table
 
+REQUIRE = cluster.require_umap
 needs_umap = pytest.mark.skipif(importlib.util.find_spec("umap") is None, reason="umap-learn is not installed")
 SQUARE = np.array([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 2.0]])
 LABELS = np.array(["a", "a", "b", "b"])
@@ -47,7 +48,7 @@ def blobs(classes=3, patients=6, width=5, spread=0.5, seed=0):
 
 
 def test_distances_within_and_between_on_a_rectangle():
-    values = cluster.measured(cluster.between(SQUARE), LABELS)
+    values = separation.measured(separation.between(SQUARE), LABELS)
     assert values["intra"] == pytest.approx([2, 2, 2, 2])
     assert values["inter"] == pytest.approx([(10 + np.hypot(10, 2)) / 2] * 4)
     assert values["silhouette"] == pytest.approx(1 - 2 / values["inter"])
@@ -58,14 +59,14 @@ def test_distances_within_and_between_on_a_rectangle():
 def test_silhouettes_are_those_of_scikit_learn(seed, classes):
     made = blobs(classes, 4, seed=seed, spread=3)
     labels = np.array(made.labels)
-    values = cluster.measured(cluster.between(made.features.astype(float)), labels)
+    values = separation.measured(separation.between(made.features.astype(float)), labels)
     assert values["silhouette"].mean() == pytest.approx(silhouette_score(made.features.astype(float), labels), abs=1e-9)
 
 
 def test_votes_are_those_of_scikit_learn_on_the_other_patients():
     made = blobs(3, 8, spread=3)
     labels, groups = np.array(made.labels), np.array(made.patients)
-    right = cluster.votes(cluster.between(made.features), labels, groups, 1)
+    right = separation.votes(separation.between(made.features), labels, groups, 1)
     for crop in range(len(labels)):
         others = groups != groups[crop]
         model = KNeighborsClassifier(1).fit(made.features[others], labels[others])
@@ -77,15 +78,15 @@ def test_a_neighbour_is_never_of_the_same_patient():
     middles = np.array([0.0, 1.0, 10.0, 11.0])
     labels = np.array(["a", "a", "b", "b", "a", "a", "b", "b"])
     groups = np.repeat(["p0", "p1", "p2", "p3"], 2)
-    distances = cluster.between(np.repeat(middles, 2)[:, None])
-    assert cluster.votes(distances, labels, groups, 1) == pytest.approx([0] * 8)
-    assert cluster.votes(distances, labels, np.arange(8), 1) == pytest.approx([1] * 8)
+    distances = separation.between(np.repeat(middles, 2)[:, None])
+    assert separation.votes(distances, labels, groups, 1) == pytest.approx([0] * 8)
+    assert separation.votes(distances, labels, np.arange(8), 1) == pytest.approx([1] * 8)
 
 
 def test_a_tie_goes_to_the_nearest_and_a_class_of_one_patient_is_not_asked():
-    points = np.array([[0.0], [1.0], [2.0], [9.0]])
+    points = np.array([[0.0], [1.2], [2.0], [9.0]])
     labels, groups = np.array(["a", "a", "b", "c"]), np.array(["p", "q", "r", "s"])
-    right = cluster.votes(cluster.between(points), labels, groups, 2)
+    right = separation.votes(separation.between(points), labels, groups, 2)
     assert right[:2] == pytest.approx([1, 0])
     assert np.isnan(right[2:]).all()
 
@@ -192,11 +193,9 @@ def test_encoders_stand_beside_the_untrained_one_and_voxels(organ_store, two_run
     whole = cluster.compare(encoders, organ_store, group_by="case")
     assert sorted(set(whole["first"].table.labels)) == ["even", "odd"]
     assert len(set(whole["first"].groups)) == 5
-    with pytest.raises(DagmanError, match="E-UMAP"), pytest.MonkeyPatch.context() as without:
-        without.undo()
-        without.setattr(cluster.importlib.util, "find_spec", lambda name: None)
-        without.setattr(cluster, "require_umap", REQUIRE)
-        cluster.compare(encoders, organ_store, found.places)
 
 
-REQUIRE = cluster.require_umap
+def test_without_umap_the_way_to_it_is_named(monkeypatch):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DagmanError, match="run pip install umap-learn"):
+        REQUIRE()

@@ -1,19 +1,79 @@
 """The verbs that look into encoders, one or several side by side: attention, cluster, diversity."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, progress, require, say
-from dagman.errors import ExitCode
+from dagman.cli.watching import Output, Sources, Switch, progress, require, say
+from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
     from dagman.nets.encoder import Encoder
 
 Weights = Annotated[list[Path], Parameter(consume_multiple=True, negative=())]
 Store = Annotated[Path, Parameter(name=["--input", "-i"])]
+
+
+def attention(
+    *,
+    weights: Weights,
+    sources: Sources,
+    output: Output,
+    mask: Path | None = None,
+    heads: Switch = False,
+    device: str = "cpu",
+) -> int:
+    """Show where encoders look: semantic attention on the scan's own grid as NIfTI, pictures, and how well it points.
+
+    Args:
+        weights: Run folders or .safetensors files, shown side by side; the others are compared with the first.
+        sources: A CT file, DICOM folder, or CSV with masks; patients in the CSV give the gain an interval.
+        output: Folder for CASE_attention.nii.gz and CASE_attention.png of each case, attention.csv and result.json.
+        mask: Label map of a single CT, outlined in the picture.
+        heads: Also draw every head by itself, in CASE_heads.png.
+        device: `cpu` or `cuda`.
+    """
+    from dagman.ct.index import index
+    from dagman.tasks import pointing, statistics
+    from dagman.tasks.attention import explain
+
+    encoders = _loaded(weights)
+    scans, problems = index(sources)
+    if mask:
+        require(
+            len(scans) == 1, "--mask", f"was given with {len(scans)} scans", "give one CT, or a CSV with a mask column"
+        )
+        scans = [replace(scans[0], mask=mask)]
+    failed = [problem for problem in problems if not problem.ignored]
+    for problem in failed:
+        say(str(problem))
+    looks, done = [], 0
+    for scan in scans:
+        try:
+            with progress(f"Attention of {scan.case_id}") as tell:
+                found = explain(encoders, scan, output, heads=heads, device=device, progress=tell)
+        except DagmanError as error:
+            if error.exit_code == ExitCode.RESOURCES or error.code == "NOATTENTION":
+                raise
+            say(str(error))
+            continue
+        done += 1
+        looks += [look.pointing for look in found.looks.values()]
+        for name, (nifti, look) in found.looks.items():
+            points = f", {look.shares.gain:.2f} times the body's mean inside the mask" if look.shares else ""
+            say(f"{scan.case_id}, {name}: {look.lowest:.2f} to {look.highest:.2f} times uniform over the body{points}")
+            say(f"wrote {nifti}")
+        say(f"wrote {', '.join(str(path) for path in (found.picture, found.heads) if path)}")
+    if not done:
+        return ExitCode.NOTHING_USABLE
+    for row in pointing.summary(looks)["rows"]:
+        if row["cases_with_gain"]:
+            print(f"{row['weights']}, {row['cases_with_gain']} masks: gain {statistics.Estimate(**row['gain'])}")
+    say(f"wrote {', '.join(map(str, pointing.write(looks, output)))}")
+    return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
 
 
 def cluster(

@@ -30,11 +30,11 @@ from dagman.tasks import embed as embedding
 from dagman.tasks import labels as label_rules
 from dagman.tasks import statistics
 from dagman.tasks.embed import Progress, Which
+from dagman.tasks.separation import NEIGHBOURS, between, measured, standardised, usual, votes
 from dagman.tasks.statistics import Estimate
 from dagman.tasks.structures import Place, embed_places, voxels_of_places
 from dagman.tasks.table import Table, write_csv, write_rows
 
-NEIGHBOURS = 5
 MAP_NEIGHBOURS = 15
 """UMAP's default."""
 MEANINGS = {
@@ -155,9 +155,7 @@ def require_umap() -> None:
         DagmanError: `E-UMAP`.
     """
     if importlib.util.find_spec("umap") is None:
-        raise DagmanError(
-            "UMAP", "cluster", "needs the package umap-learn", "install it: pip install 'dagman[cluster]'"
-        )
+        raise DagmanError("UMAP", "cluster", "needs the package umap-learn", "run pip install umap-learn")
 
 
 def cluster(
@@ -192,7 +190,7 @@ def cluster(
         drawn = lay_out(features, seed=seed)
         distances = between(features)
         values = {
-            **measured(distances / _usual(distances), labels),
+            **measured(distances / usual(distances), labels),
             "knn": votes(distances, labels, people, neighbours),
             **{f"map_{name}": each for name, each in measured(between(drawn), labels).items()},
         }
@@ -245,14 +243,6 @@ def _unusable(features: np.ndarray) -> str:
     return "" if np.ptp(features, axis=0).any() else "the features are the same for all crops"
 
 
-def standardised(features: Float[np.ndarray, "crops width"]) -> Float[np.ndarray, "crops width"]:
-    """Columns with mean 0 and standard deviation 1; constant columns are 0."""
-    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
-    spread = centred.std(axis=0)
-    moving = spread > 1e-9 * np.abs(features).max(axis=0)
-    return np.where(moving, centred / np.where(moving, spread, 1.0), 0.0)
-
-
 def lay_out(features: Float[np.ndarray, "crops width"], *, seed: int) -> Float[np.ndarray, "crops 2"]:
     """UMAP in two dimensions with the settings of its authors; the same seed gives the same map.
 
@@ -270,60 +260,6 @@ def lay_out(features: Float[np.ndarray, "crops width"], *, seed: int) -> Float[n
         )
         drawn: np.ndarray = layout.fit_transform(features.astype(np.float32))
     return drawn.astype(np.float64)
-
-
-def between(points: Float[np.ndarray, "crops width"]) -> Float[np.ndarray, "crops crops"]:
-    """Euclidean distances of all pairs."""
-    from scipy.spatial.distance import pdist, squareform
-
-    distances: np.ndarray = squareform(pdist(points))
-    return distances
-
-
-def _usual(distances: np.ndarray) -> float:
-    """Root mean square distance of two different crops."""
-    count = len(distances)
-    return float(np.sqrt((distances**2).sum() / (count * (count - 1))))
-
-
-def measured(
-    distances: Float[np.ndarray, "crops crops"], labels: Shaped[np.ndarray, " crops"]
-) -> dict[str, Float[np.ndarray, " crops"]]:
-    """Of each crop the mean distance to others of its class, to those of other classes, and its silhouette.
-
-    Args:
-        distances: Of all pairs.
-        labels: Classes, at least two, with at least two crops each.
-    """
-    from sklearn.metrics import silhouette_samples
-
-    same = labels[:, None] == labels
-    return {
-        "intra": (distances * same).sum(axis=1) / (same.sum(axis=1) - 1),
-        "inter": (distances * ~same).sum(axis=1) / (~same).sum(axis=1),
-        "silhouette": silhouette_samples(distances, labels, metric="precomputed"),
-    }
-
-
-def votes(
-    distances: Float[np.ndarray, "crops crops"],
-    labels: Shaped[np.ndarray, " crops"],
-    groups: Shaped[np.ndarray, " crops"],
-    neighbours: int = NEIGHBOURS,
-) -> Float[np.ndarray, " crops"]:
-    """1 where the nearest crops of other patients vote for a crop's class, 0 where not; a tie goes to the nearest.
-
-    NaN where no other patient has the class: no vote could be right.
-    """
-    right = np.full(len(labels), np.nan)
-    for crop, (label, group) in enumerate(zip(labels, groups, strict=True)):
-        others = np.flatnonzero(groups != group)
-        if label not in labels[others]:
-            continue
-        nearest = labels[others[np.argsort(distances[crop, others], kind="stable")[:neighbours]]]
-        counts = Counter(nearest.tolist())  # keeps the order of the first vote, and most_common is stable
-        right[crop] = counts.most_common(1)[0][0] == label
-    return right
 
 
 def summary(runs: Mapping[str, Clusters], *, group_by: str) -> dict[str, Any]:
