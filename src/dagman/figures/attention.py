@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
 
 from dagman import files
-from dagman.types import Volume
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,33 +76,28 @@ def write_png(scene: Scene, path: Path) -> None:
         sheet.name_row(row, name)
         for column, plane in enumerate(PLANES):
             axes = sheet.axes(row, column, sides[column][1])
-            _draw(axes, plane, scene, values)
+            _draw(axes, plane, scene, None if values is None else shown(values, plane, scene.centre))
             _mark(axes, plane, scene)
     sheet.write(path)
 
 
-def write_heads_png(
-    scene: Scene, heads: Mapping[str, tuple[Volume, Float[np.ndarray, "heads x y z"]]], path: Path
-) -> None:
+def write_heads_png(scene: Scene, heads: Mapping[str, np.ndarray], path: Path) -> None:
     """Write the axial plane of every head, a row for each encoder.
 
     Args:
         scene: Of the same scan.
-        heads: Of each encoder, the CT it sees and its heads' attention there (heads, x, y, z), times uniform.
+        heads: Of each encoder, its heads' attention in the scene's axial plane (heads, x, y, 1), times uniform.
         path: The file.
     """
-    plane, most = PLANES[0], max(len(maps) for _, maps in heads.values())
+    plane, most = PLANES[0], max(map(len, heads.values()))
     across, down = scene.sides_mm(plane)
     note = "axial plane; the mean over a row's heads is its semantic attention"
     sheet = _Sheet([across] * most, down, len(heads), f"{scene.title}: attention of each head", note)
-    where = (np.array(scene.centre) + 0.5) / scene.hu.shape
-    for row, (name, (volume, maps)) in enumerate(heads.items()):
+    for row, (name, maps) in enumerate(heads.items()):
         sheet.name_row(row, name)
-        x, y, z = (int(at) for at in where * volume.hu.shape)
-        seen = replace(scene, hu=volume.hu, mask=None, spacing_mm=volume.spacing_mm, centre=(x, y, z))
         for column, values in enumerate(maps):
             axes = sheet.axes(row, column, down)
-            _draw(axes, plane, seen, values)
+            _draw(axes, plane, scene, shown(values, plane, (0, 0, 0)))
             axes.set(xticks=[], yticks=[])
             _write(axes, 0.03, 0.97, f"head {column + 1}", ha="left", va="top", fontsize=9)
     sheet.write(path)
@@ -142,7 +136,8 @@ class _Sheet:
         """The encoder's name, upright at the left edge."""
         up = (self._bottom(row) + self.tall / 2) / self.height
         right = 0.5 * _LEFT_INCHES / self.width
-        self.figure.text(right, up, name, color="white", fontsize=11, rotation=90, ha="center", va="center")
+        points = min(11.0, 72 * self.tall / (0.62 * len(name)))
+        self.figure.text(right, up, name, color="white", fontsize=points, rotation=90, ha="center", va="center")
 
     def write(self, path: Path) -> None:
         """Put the page on disk."""
@@ -168,14 +163,14 @@ def shown(volume: Shaped[np.ndarray, "x y z"], plane: Plane, centre: Triple) -> 
     return cut
 
 
-def _draw(axes: "Axes", plane: Plane, scene: Scene, values: Float[np.ndarray, "x y z"] | None) -> None:
+def _draw(axes: "Axes", plane: Plane, scene: Scene, cut: np.ndarray | None) -> None:
     across, down = scene.sides_mm(plane)
     box = (0.0, across, 0.0, down)
     low, high = scene.window_hu
     grey = shown(scene.hu, plane, scene.centre)
     axes.imshow(grey, cmap="gray", vmin=low, vmax=high, interpolation="bilinear", extent=box, aspect="auto")
-    if values is not None:
-        cut, limit = shown(values, plane, scene.centre), np.log2(COLOUR_RANGE)
+    if cut is not None:
+        limit = np.log2(COLOUR_RANGE)
         octaves = np.where(cut > 0, np.log2(np.maximum(cut, 1e-6)), 0)
         style = {"cmap": colours(), "vmin": -limit, "vmax": limit, "interpolation": "bilinear"}
         axes.imshow(octaves, extent=box, aspect="auto", **style)

@@ -8,6 +8,7 @@ smooth picture does not pretend to edges that are only those of the cells' grid.
 
 import gzip
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -88,8 +89,9 @@ def explain(
     mask = read_mask(scan.mask, volume).hu > 0 if scan.mask else None
     body, own = body_of(volume), volume.own_grid or Grid(_triple(volume.hu.shape), volume.affine)
     maps, looks = {}, {}
-    for name, encoder in encoders.items():
-        maps[name] = values = attention_map(encoder, volume, device=device, progress=progress)
+    for number, (name, encoder) in enumerate(encoders.items()):
+        tell = progress and partial(_tell, progress, number, len(encoders))
+        maps[name] = values = attention_map(encoder, volume, device=device, progress=tell)
         nifti = folder / f"{scan.case_id}_{f'{name}_' if len(encoders) > 1 else ''}attention.nii.gz"
         write_nifti(values, volume.affine, own, nifti)
         seen, (found, why) = values[body & (values > 0)], shares(values, mask, body)
@@ -110,9 +112,17 @@ def explain(
     if not heads:
         return Outputs(looks, picture)
     sheet = folder / f"{scan.case_id}_heads.png"
-    by_head = {name: head_maps(encoder, volume, device=device) for name, encoder in encoders.items()}
+    level = np.eye(4)
+    level[2, 3] = scene.centre[2]
+    x, y, _ = volume.hu.shape
+    plane = Grid((x, y, 1), volume.affine @ level)
+    by_head = {name: head_maps(encoder, volume, plane, device=device) for name, encoder in encoders.items()}
     figure.write_heads_png(scene, by_head, sheet)
     return Outputs(looks, picture, sheet)
+
+
+def _tell(progress: Progress, number: int, encoders: int, done: int, total: int) -> None:
+    progress(number * total + done, encoders * total)
 
 
 def attention_map(
@@ -146,18 +156,26 @@ def attention_map(
         assert found is not None  # noqa: S101
         return found[:, None]
 
-    prepared, blended = _blended(encoder, volume, rows, overlap_ratio, progress)
-    return onto(blended[0], prepared.affine, Grid(_triple(volume.hu.shape), volume.affine))
+    affine, blended = _blended(encoder, volume, rows, overlap_ratio, progress)
+    return onto(blended[0], affine, Grid(_triple(volume.hu.shape), volume.affine))
 
 
 def head_maps(
-    encoder: Encoder, volume: Volume, *, device: torch.device | str = "cpu", overlap_ratio: float = 0.5
-) -> tuple[Volume, Float32[np.ndarray, "heads x y z"]]:
-    """Semantic attention of every head, times uniform, on the grid that the encoder sees, which is returned with it.
+    encoder: Encoder,
+    volume: Volume,
+    grid: Grid | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    overlap_ratio: float = 0.5,
+) -> Float32[np.ndarray, "heads x y z"]:
+    """Semantic attention of every head, times uniform, on a grid along the volume's axes; the volume's own where None.
 
     The mean over heads is `attention_map`; a head that looks at [CLS] itself lies below the others everywhere.
     """
-    return _blended(encoder, volume, lambda images: head_rows(encoder, images, device=device), overlap_ratio, None)
+    target = grid or Grid(_triple(volume.hu.shape), volume.affine)
+    rows_of = partial(head_rows, encoder, device=device)
+    affine, blended = _blended(encoder, volume, rows_of, overlap_ratio, None)
+    return np.stack([onto(values, affine, target) for values in blended])
 
 
 @torch.inference_mode()
@@ -185,8 +203,8 @@ def _blended(
     rows_of: Callable[[Tensor], Tensor],
     overlap_ratio: float,
     progress: Progress | None,
-) -> tuple[Volume, Float32[np.ndarray, "maps x y z"]]:
-    """Rows (batch, maps, cells) of overlapping crops as maps of the prepared volume, which is returned with them."""
+) -> tuple[Float[np.ndarray, "4 4"], Float32[np.ndarray, "maps x y z"]]:
+    """Rows (batch, maps, cells) of overlapping crops as maps on the prepared volume's grid, after its affine."""
     if not encoder.config.has_cls:
         raise DagmanError(
             "NOATTENTION", "encoder", "has no semantic attention", "give weights of a recipe with semantic attention"
@@ -216,7 +234,7 @@ def _blended(
     blended: np.ndarray = total / weight
     if not np.isfinite(blended).all():
         raise DagmanError("FEATURES", "attention", "is not finite", "check the weights")
-    return Volume(hu=prepared.hu, affine=prepared.affine), blended
+    return prepared.affine, blended
 
 
 def _triple(shape: tuple[int, ...]) -> Triple:
