@@ -36,6 +36,7 @@ from dagman.run import Run, describe_environment
 from dagman.tasks import diversity
 from dagman.tasks.embed import encode
 from dagman.train.pretrain import pretrain
+from dagman.train.settings import PretrainConfig
 from dagman.types import Preparation
 
 METRICS = [
@@ -225,6 +226,21 @@ def gather(arguments: argparse.Namespace, side: int) -> tuple[PreparedStore, dic
     return store, {name: asked._replace(hu=asked.middle(side)) for name, asked in questions.items()}
 
 
+def about(arguments: argparse.Namespace, settings: Mapping[str, str], chosen: PretrainConfig) -> dict[str, Any]:
+    """What was run, when and where."""
+    return {
+        "name": arguments.name,
+        "corpus": arguments.corpus,
+        "seed": arguments.seed,
+        "settings": settings,
+        "altered": arguments.alter,
+        "config": config.to_dict(chosen),
+        "steps": arguments.steps,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_environment()["versions"],
+    }
+
+
 def main() -> None:
     """Train, probe, write."""
     arguments, settings = parse()
@@ -250,17 +266,8 @@ def main() -> None:
         "untrained": ask(see(untrained), questions),
         "voxels": ask({name: voxels(asked.hu, chosen.data.window_hu) for name, asked in questions.items()}, questions),
     }
-    result: dict[str, Any] = {
-        "name": arguments.name,
-        "corpus": arguments.corpus,
-        "seed": arguments.seed,
-        "settings": settings,
-        "altered": arguments.alter,
-        "config": config.to_dict(chosen),
-        "steps": arguments.steps,
+    result = about(arguments, settings, chosen) | {
         "volumes": len(store),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_environment()["versions"],
         "crops": {question: len(asked.words) for question, asked in questions.items()},
         "baselines": {name: table(asked, {}) for name, asked in baselines.items()},
         "untrained_attention": attention_on_truth(untrained, store, arguments.device),

@@ -20,7 +20,7 @@ from dagman.tasks import classify
 from dagman.tasks.attention import explain
 from dagman.tasks.embed import embed, untrained, voxels
 from dagman.train.cost import duration
-from dagman.train.pretrain import Listener, pretrain
+from dagman.train.pretrain import Listener, Result, pretrain
 
 NUM_PHANTOMS = 48
 STEPS = 200
@@ -85,15 +85,7 @@ def run(
     say("2/4 Pretraining dagman-tiny")
     recipe = recipes.with_length(recipes.get("dagman-tiny"), steps or STEPS, None)
     with progress("Pretraining") as tell:
-        result = pretrain(recipe, store, folder / "run", listeners=[listener(tell)])
-    if result.status == "stopped":
-        raise DagmanError(
-            "STOPPED",
-            folder,
-            f"stopped at step {result.step}",
-            "run the same command to continue",
-            exit_code=ExitCode.STOPPED,
-        )
+        _require_finished(pretrain(recipe, store, folder / "run", listeners=[listener(tell)]))
     encoder = load_encoder(folder / "run")
     say("3/4 Probing what its features know")
     found = {
@@ -106,6 +98,17 @@ def run(
     pictures = _pictures(encoder, source, folder / "attention", say)
     files.write_json(folder / "summary.json", found)
     _report(found, folder, pictures, say)
+
+
+def _require_finished(result: Result) -> None:
+    if result.status == "stopped":
+        raise DagmanError(
+            "STOPPED",
+            result.folder,
+            f"stopped at step {result.step}",
+            "run the same command to continue",
+            exit_code=ExitCode.STOPPED,
+        )
 
 
 def _claim(folder: Path, data: Path | None) -> None:

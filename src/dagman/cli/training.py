@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -11,6 +11,7 @@ from dagman.cli.watching import Output, Switch, Watcher, next_step, progress, sa
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
+    from dagman.ct.store import PreparedStore
     from dagman.train.settings import PretrainConfig
 
 
@@ -51,36 +52,23 @@ def pretrain(
         fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
         dry_run: Say what would be done and what it would cost, and stop.
     """
-    import torch
-
-    from dagman import config as configs
     from dagman.ct.store import PreparedStore
     from dagman.train import pretrain as training
-    from dagman.train.job import split_rows
 
-    chosen = _chosen(recipe, settings, steps=steps, epochs=epochs, config=config)
-    if seed is not None:
-        chosen = configs.override(chosen, {"optimisation.seed": seed})
+    seeded = [] if seed is None else ["--optimisation.seed", str(seed)]
+    chosen = _chosen(recipe, [*settings, *seeded], steps=steps, epochs=epochs, config=config)
     store = PreparedStore(data)
     if dry_run:
-        print(configs.to_yaml(chosen), end="")
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        for line in _forecast(chosen, len(split_rows(store)[0]), devices, place):
-            say(line)
+        _forecast(chosen, store, devices, device)
         return ExitCode.OK
     if fresh and output.exists():
         _move_aside(output)
+    watch = PreparedStore(labelled) if labelled else None
+    where: dict[str, Any] = {"devices": devices, "device": device, "workers": workers}
     with progress("Pretraining") as tell:
+        shown = [Watcher(tell)]
         result = training.pretrain(
-            chosen,
-            store,
-            output,
-            devices=devices,
-            device=device,
-            workers=workers,
-            checkpoint_every=checkpoint_every,
-            listeners=[Watcher(tell)],
-            labelled=PreparedStore(labelled) if labelled else None,
+            chosen, store, output, **where, checkpoint_every=checkpoint_every, listeners=shown, labelled=watch
         )
     if result.status == "stopped":
         return ExitCode.STOPPED
@@ -112,18 +100,22 @@ def _move_aside(output: Path) -> None:
     say(f"moved the earlier run to {aside}")
 
 
-def _forecast(config: "PretrainConfig", num_volumes: int, devices: int, device: str) -> list[str]:
-    """What a run would be and take, measured on noise."""
+def _forecast(config: "PretrainConfig", store: "PreparedStore", devices: int, device: str | None) -> None:
+    """Say what a run would be and take, measured on noise."""
+    import torch
+
+    from dagman import config as configs
     from dagman.pretext.codistill import CoDistillation
     from dagman.train import cost
+    from dagman.train.job import split_rows
 
-    module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop).to(device).train()
+    print(configs.to_yaml(config), end="")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop).to(place).train()
+    num_volumes = len(split_rows(store)[0])
     steps = config.optimisation.total_steps(num_volumes, devices)
-    pair = cost.measure(module, config)
-    return [
-        f"{num_volumes} volumes, {steps} steps; {cost.size_line(module)}",
-        cost.time_line(config, pair, steps, num_volumes, devices),
-    ]
+    say(f"{num_volumes} volumes, {steps} steps; {cost.size_line(module)}")
+    say(cost.time_line(config, cost.measure(module, config), steps, num_volumes, devices))
 
 
 def dotted(tokens: Sequence[str]) -> dict[str, str]:

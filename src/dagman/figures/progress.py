@@ -26,78 +26,77 @@ class Panel:
     logarithmic: bool = False
 
 
-def panels() -> tuple[Panel, ...]:
-    """The sixteen plots."""
-    heads = {"ampd": "cells", "aitd": "[CLS]", "gitd": "pooled"}
-    even = {"uniform = 1": 1.0}
-    return (
-        Panel(title="Image term", curves={"amip": "AMIP", "validation_amip": "AMIP, validation cases"}),
-        Panel(
-            title="Image error / error of the visible mean",
-            curves={"image_error_ratio": "ratio"},
-            lines={"visible mean = 1": 1.0},
-        ),
-        Panel(
-            title="Distillation losses / ln K",
-            curves={f"{term}_loss_ratio": name for term, name in heads.items()},
-            lines={"nothing learned = 1": 1.0},
-        ),
-        Panel(
-            title="Entropy / ln K: teacher (full), student (dashed)",
-            curves={f"{term}_teacher_entropy": name for term, name in heads.items()}
-            | {f"{term}_student_entropy": "" for term in heads},
-            lines=even,
-        ),
-        Panel(
-            title="What the teacher's targets tell, nats",
-            curves={f"{term}_image_nats": f"{name}: image" for term, name in heads.items()}
-            | {"ampd_position_nats": "cells: place alone"},
-        ),
-        Panel(
-            title="Spread of the features",
-            curves={"pooled_spread": "pooled", "tokens_spread": "cells", "cls_spread": "[CLS]"},
-            lines={"random directions = 1": 1.0},
-        ),
-        Panel(
-            title="Effective rank of the teacher's features by level",
-            curves={f"level{level}_effective_rank": f"level {level}" for level in range(5)},
-            logarithmic=True,
-        ),
-        Panel(
-            title="Attention: entropy / ln N",
-            curves={"attention_entropy": "guides hiding", "clean_attention_entropy": "teacher without noise"},
-            lines=even,
-        ),
-        Panel(
-            title="Attention: largest / mean",
-            curves={"attention_peak": "guides hiding", "clean_attention_peak": "teacher without noise"},
-            lines=even,
-        ),
-        Panel(title="Share of the guiding attention on hidden cells", curves={"attention_hidden_ratio": "share"}),
-        Panel(
-            title="Hidden cells that the teacher had dropped / chance",
-            curves={"hidden_dropped_excess": "share / share of all cells"},
-            lines={"unrelated = 1": 1.0},
-        ),
-        Panel(
-            title="Head center / mean teacher logits",
-            curves={f"{term}_center_size": name for term, name in heads.items()},
-            lines={"alarm = 10": 10.0},
-            logarithmic=True,
-        ),
-        Panel(title="Teacher's distance from the student / its length", curves={"teacher_distance": "distance"}),
-        Panel(
-            title="Linear probe on labelled cases, AUC",
-            curves={"probe_auc": "AUC", "probe_low": "95 % from", "probe_high": "95 % to"},
-            lines={"chance = .5": 0.5},
-        ),
-        Panel(title="Gradient norm before clipping", curves={"grad_norm": "norm"}, logarithmic=True),
-        Panel(
-            title="Schedules",
-            curves={"learning_rate": "learning rate", "momentum": "teacher momentum", "weight_decay": "weight decay"},
-            logarithmic=True,
-        ),
-    )
+_HEADS = {"ampd": "cells", "aitd": "[CLS]", "gitd": "pooled"}
+_EVEN = {"uniform = 1": 1.0}
+PANELS = (
+    Panel(title="Image term", curves={"amip": "AMIP", "validation_amip": "AMIP, validation cases"}),
+    Panel(
+        title="Image error / error of the visible mean",
+        curves={"image_error_ratio": "ratio"},
+        lines={"visible mean = 1": 1.0},
+    ),
+    Panel(
+        title="Distillation losses / ln K",
+        curves={f"{term}_loss_ratio": name for term, name in _HEADS.items()},
+        lines={"nothing learned = 1": 1.0},
+    ),
+    Panel(
+        title="Entropy / ln K: teacher (full), student (dashed)",
+        curves={f"{term}_teacher_entropy": name for term, name in _HEADS.items()}
+        | {f"{term}_student_entropy": "" for term in _HEADS},
+        lines=_EVEN,
+    ),
+    Panel(
+        title="What the teacher's targets tell, nats",
+        curves={f"{term}_image_nats": f"{name}: image" for term, name in _HEADS.items()}
+        | {"ampd_position_nats": "cells: place alone"},
+    ),
+    Panel(
+        title="Spread of the features",
+        curves={"pooled_spread": "pooled", "tokens_spread": "cells", "cls_spread": "[CLS]"},
+        lines={"random directions = 1": 1.0},
+    ),
+    Panel(
+        title="Effective rank of the teacher's features by level",
+        curves={f"level{level}_effective_rank": f"level {level}" for level in range(5)},
+        logarithmic=True,
+    ),
+    Panel(
+        title="Attention: entropy / ln N",
+        curves={"attention_entropy": "guides hiding", "clean_attention_entropy": "teacher without noise"},
+        lines=_EVEN,
+    ),
+    Panel(
+        title="Attention: largest / mean",
+        curves={"attention_peak": "guides hiding", "clean_attention_peak": "teacher without noise"},
+        lines=_EVEN,
+    ),
+    Panel(title="Share of the guiding attention on hidden cells", curves={"attention_hidden_ratio": "share"}),
+    Panel(
+        title="Hidden cells that the teacher had dropped / chance",
+        curves={"hidden_dropped_excess": "share / share of all cells"},
+        lines={"unrelated = 1": 1.0},
+    ),
+    Panel(
+        title="Head center / mean teacher logits",
+        curves={f"{term}_center_size": name for term, name in _HEADS.items()},
+        lines={"alarm = 10": 10.0},
+        logarithmic=True,
+    ),
+    Panel(title="Teacher's distance from the student / its length", curves={"teacher_distance": "distance"}),
+    Panel(
+        title="Linear probe on labelled cases, AUC",
+        curves={"probe_auc": "AUC", "probe_low": "95 % from", "probe_high": "95 % to"},
+        lines={"chance = .5": 0.5},
+    ),
+    Panel(title="Gradient norm before clipping", curves={"grad_norm": "norm"}, logarithmic=True),
+    Panel(
+        title="Schedules",
+        curves={"learning_rate": "learning rate", "momentum": "teacher momentum", "weight_decay": "weight decay"},
+        logarithmic=True,
+    ),
+)
+"""The sixteen plots."""
 
 
 def png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
@@ -114,7 +113,7 @@ def png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     figure.subplots_adjust(left=0.04, right=0.99, bottom=0.04, top=0.93, wspace=0.2, hspace=0.36)
     figure.suptitle(title, fontsize=13)
     step = np.array([row["step"] for row in rows], dtype=float)
-    for axes, panel in zip(figure.subplots(4, 4).flat, panels(), strict=True):
+    for axes, panel in zip(figure.subplots(4, 4).flat, PANELS, strict=True):
         _draw(axes, panel, step, rows)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")

@@ -101,25 +101,41 @@ def pretrain(
             pair = cost.measure(job.module, config)
             time_line = cost.time_line(config, pair, job.total - start, len(job.train_rows), job.devices)
             job.say(f"{describe(job)}; {time_line}")
-        with Recorder(job, start) as recorder:
-            source = batches(job, start, workers)
-            for step in range(start, job.total):
-                row = _step(job, step, source, stop)
-                done, due = step + 1, (step + 1) % checkpoint_every == 0 or step + 1 == job.total
-                if due and job.validation_rows:
-                    row["validation_amip"] = _validate(job, step)
-                if fabric.is_global_zero and (done % EXAMINE_EVERY == 0 or done in (1, job.total)):
-                    row |= _examine(job, step) | ({} if labelled is None else _probe(job, labelled))
-                recorder.add(row, durable=due or stop.agreed or job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW)
-                if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
-                    raise _unhealthy(job, step)
-                if due or stop.agreed:
-                    _checkpoint(job, done)
-                if stop.agreed and done < job.total:
-                    job.say(f"stopped after {done} of {job.total} steps; the same command continues")
-                    return Result(status="stopped", step=done, total_steps=job.total, folder=folder)
+        done = _loop(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
+        if done < job.total:
+            job.say(f"stopped after {done} of {job.total} steps; the same command continues")
+            return Result(status="stopped", step=done, total_steps=job.total, folder=folder)
         job.say(f"finished {job.total} steps")
         return Result(status="finished", step=job.total, total_steps=job.total, folder=folder)
+
+
+def _loop(
+    job: Job,
+    start: int,
+    stop: engine.StopRequest,
+    labelled: PreparedStore | None,
+    *,
+    workers: int,
+    checkpoint_every: int,
+) -> int:
+    """The steps from `start` on; the number of steps done, fewer than all where a stop was asked for."""
+    with Recorder(job, start) as recorder:
+        source = batches(job, start, workers)
+        for step in range(start, job.total):
+            row = _step(job, step, source, stop)
+            done, due = step + 1, (step + 1) % checkpoint_every == 0 or step + 1 == job.total
+            if due and job.validation_rows:
+                row["validation_amip"] = _validate(job, step)
+            if job.fabric.is_global_zero and (done % EXAMINE_EVERY == 0 or done in (1, job.total)):
+                row |= _examine(job, step) | ({} if labelled is None else _probe(job, labelled))
+            recorder.add(row, durable=due or stop.agreed or job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW)
+            if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
+                raise _unhealthy(job, step)
+            if due or stop.agreed:
+                _checkpoint(job, done)
+            if stop.agreed:
+                return done
+    return job.total
 
 
 def _step(job: Job, step: int, source: Iterator[Views], stop: engine.StopRequest) -> dict[str, Any]:
