@@ -11,10 +11,14 @@ from dagman.ct import phantom
 from dagman.ct.index import index
 from dagman.tasks import pointing
 from dagman.tasks.attention import explain
+from dagman.types import Preparation
 
 output = Path(sys.argv[1])
 table = phantom.write(output / "phantoms", 1)
-encoder = load_encoder(sys.argv[2]) if len(sys.argv) > 2 else SwinEncoder(recipes.get("dagman-tiny").encoder).eval()
+recipe = recipes.get("dagman-tiny")
+encoder = load_encoder(sys.argv[2]) if len(sys.argv) > 2 else SwinEncoder(recipe.encoder).eval()
+if not encoder.report:
+    encoder.preparation = Preparation(crop=recipe.data.crop, window_hu=recipe.data.window_hu)
 scans, _ = index([table])
 found = [explain({"encoder": encoder}, scan, output / "attention", heads=True) for scan in scans]
 rows = [look.pointing for one in found for look in one.looks.values()]

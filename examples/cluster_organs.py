@@ -12,11 +12,12 @@ import numpy as np
 from dagman import PreparedStore, SwinEncoder, load_encoder, prepare, recipes
 from dagman.ct import phantom
 from dagman.tasks import cluster, structures
+from dagman.types import Preparation
 
 output = Path(sys.argv[1])
 lines = ["case_id,image,mask,patient"]
 (output / "scans").mkdir(parents=True, exist_ok=True)
-for case in range(4):
+for case in range(3):
     made = phantom.make(0, case)
     for kind, array in (("ct", made.volume.hu), ("organs", made.organs.astype(np.uint8))):
         nibabel.save(nibabel.Nifti1Image(array, made.volume.affine), output / "scans" / f"{kind}{case}.nii.gz")
@@ -25,7 +26,10 @@ for case in range(4):
 prepare([output / "scans" / "cases.csv"], output / "prepared", workers=1)
 
 store = PreparedStore(output / "prepared")
-encoder = load_encoder(sys.argv[2]) if len(sys.argv) > 2 else SwinEncoder(recipes.get("dagman-tiny").encoder).eval()
+recipe = recipes.get("dagman-tiny")
+encoder = load_encoder(sys.argv[2]) if len(sys.argv) > 2 else SwinEncoder(recipe.encoder).eval()
+if not encoder.report:
+    encoder.preparation = Preparation(crop=recipe.data.crop, window_hu=recipe.data.window_hu)
 organs = {label: name for label, name in phantom.NAMES.items() if name != "body"}
 found = structures.structures(store, organs, crops_each=2)
 print(found)

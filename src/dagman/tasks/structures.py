@@ -145,8 +145,8 @@ def _connected(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             continue
         parts, count = ndimage.label(labels[box] == label, structure=np.ones((3, 3, 3)))
         first = np.array([side.start for side in box])
-        for part in range(1, count + 1):
-            yield label, np.argwhere(parts == part) + first
+        for part, around in enumerate(ndimage.find_objects(parts, count), 1):
+            yield label, np.argwhere(parts[around] == part) + [side.start for side in around] + first
 
 
 def _middles(voxels: np.ndarray, count: int, draws: np.random.Generator) -> list[Triple]:
