@@ -1,4 +1,4 @@
-"""Where does an encoder look? Semantic attention of a built-in phantom, each head, and how well it points at the nodule.
+"""Where does an encoder look? Semantic attention of a built-in phantom, each head, and its gain on the nodule.
 
 python examples/attention_maps.py OUTPUT [RUN]      without a run, a small untrained encoder
 """
