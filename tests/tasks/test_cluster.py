@@ -112,6 +112,14 @@ def test_blobs_have_figures_with_intervals_and_noise_has_none_of_their_order():
     assert 0 < gained.low < gained.value < gained.high
 
 
+def test_every_class_counts_alike():
+    """Ten crops of `a` that find each other and two of `b` among them: right is one class of two, not ten of twelve."""
+    points = [[float(number), 0.0] for number in range(10)] + [[2.5, 0.0], [6.5, 0.0]]
+    one = cluster.cluster(table(points, ["a"] * 10 + ["b"] * 2, [f"p{number}" for number in range(12)]))
+    assert one.values["knn"][:10] == pytest.approx([1] * 10)
+    assert one.estimate("knn").value == 0.5
+
+
 def test_any_two_crops_are_one_apart_on_average():
     one = cluster.cluster(blobs(2, 40, width=30, spread=1000.0))
     assert one.estimate("inter").value == pytest.approx(1, abs=0.03)

@@ -1,10 +1,11 @@
 """Do features of one organ lie together? Labelled crops in feature space and in a UMAP of it.
 
-Every figure is a mean over crops of one value a crop: its mean distance to the other crops of its class (intra), to
-those of other classes (inter), its silhouette, and whether its nearest neighbours among other patients' crops say its
-class. Features are standardised column by column; their distances are told over the root mean square of all of them,
-so that 1 is the distance of any two crops and neither the width nor the scale of the features plays a part. The map's
-distances are in the map's own units, as in the paper, and as the ratio intra / inter, which has none.
+Every figure is a mean over classes of the mean over their crops of one value a crop: its mean distance to the other
+crops of its class (intra), to those of other classes (inter), its silhouette, and whether its nearest neighbours among
+other patients' crops say its class. A class with many structures counts no more than one with few. Features are
+standardised column by column; their distances are told over the root mean square of all of them, so that 1 is the
+distance of any two crops and neither the width nor the scale of the features plays a part. The map's distances are in
+the map's own units, as in the paper, and as the ratio intra / inter, which has none.
 
 Reference: paper, task 4, figures 7, 9 and 10: intra- and inter-cluster Euclidean distance in a UMAP.
 """
@@ -93,7 +94,13 @@ class Clusters:
             start = name.removesuffix("ratio")
             quotient: np.ndarray = self._mean(f"{start}intra", weights) / self._mean(f"{start}inter", weights)
             return quotient
-        return statistics.mean(self.values[name], weights)
+        labels, values = np.array(self.table.labels), self.values[name]
+        classes = [labels == label for label in np.unique(labels)]
+        means = np.stack([statistics.mean(values[one], weights[:, one]) for one in classes], axis=1)
+        known = np.isfinite(means)  # a resample may leave a class without crops
+        count = np.where(known.any(axis=1), known.sum(axis=1), np.nan)
+        balanced: np.ndarray = np.where(known, means, 0.0).sum(axis=1) / count
+        return balanced
 
 
 def compare(
