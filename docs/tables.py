@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "learning.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "learning.md", ROOT / "docs" / "uses.md")
 READINGS = {
     "image_error_ratio": "image error / that of predicting each view's visible mean",
     "pooled_spread": "spread of the pooled features",
@@ -101,6 +101,7 @@ def tour() -> str:
     return f"```\n{(RESULTS / 'tour.txt').read_text()}```"
 
 
+NOT_RUN = "No run has finished yet."
 LAST_ROWS = 2
 """Points of a thinned curve that stand for its end: about the last sixth of the steps."""
 QUESTIONS = {
@@ -346,6 +347,64 @@ def _mean(values: list[float]) -> str:
     return number(sum(values) / len(values)) if values else ""
 
 
+def used(part: str) -> dict[str, Any] | None:
+    """A result of `benchmarks/uses_look.py`."""
+    path = RESULTS / "uses" / f"look-{part}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def uses_cluster() -> str:
+    """Organs in clusters."""
+    result, body, told = used("cluster"), [], []
+    if result is None:
+        return NOT_RUN
+    names = ("map_intra", "map_inter", "map_ratio", "ratio", "silhouette", "knn")
+    for corpus, found in result["corpora"].items():
+        body += [[corpus, row["features"], *(interval(row[name]) or "n/a" for name in names)] for row in found["rows"]]
+        told.append(
+            f"{corpus}: {found['crops']} crops of {found['structures']} structures, {len(found['classes'])} classes, "
+            f"patients: {found['patients']}"
+        )
+    header = ["crops of", "features", "map: intra", "inter", "intra / inter", "features: intra / inter", "silhouette"]
+    return rows([*header, "5-NN accuracy"], body) + f"\n\n{'; '.join(told)}. {machine(result)}."
+
+
+def uses_attention() -> str:
+    """Attention on masks."""
+    result = used("attention")
+    if result is None:
+        return NOT_RUN
+    body = [
+        [
+            question,
+            row["weights"],
+            str(row["cases_with_gain"]),
+            interval(row["gain"]) or "n/a",
+            interval(row.get("gain_above_first")),
+        ]
+        for question, found in result["questions"].items()
+        for row in found["rows"]
+    ]
+    refused = [case for found in result["questions"].values() for case in found["refused"]]
+    note = f" Refused: {', '.join(refused)}." if refused else ""
+    header = ["masks", "weights", "cases", "gain", "above the first weights"]
+    return rows(header, body) + f"\n\n{machine(result)}.{note}"
+
+
+def uses_diversity() -> str:
+    """Heads by stage."""
+    result = used("diversity")
+    if result is None:
+        return NOT_RUN
+    names = ("distance_mm", "distance_entropy_ratio", "row_entropy")
+    body = [
+        [row["weights"], row["place"], str(row["heads"]), *(interval(row[name]) or "n/a" for name in names)]
+        for row in result["rows"]
+    ]
+    header = ["weights", "place", "heads", "distance, mm", "entropy of distances / ln heads", "entropy of rows / most"]
+    return rows(header, body) + f"\n\n{result['crops']} crops. {machine(result)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "learning-factors": learning_factors,
@@ -358,6 +417,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-training": demo_training,
     "store": store,
     "tour": tour,
+    "uses-attention": uses_attention,
+    "uses-cluster": uses_cluster,
+    "uses-diversity": uses_diversity,
 }
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dagman.run import Run
     from dagman.tasks.attention import attention_map
     from dagman.tasks.classify import probe
+    from dagman.tasks.cluster import cluster
+    from dagman.tasks.diversity import head_diversity
     from dagman.tasks.embed import embed
     from dagman.train.pretrain import PretrainConfig, pretrain
 
@@ -33,8 +35,10 @@ _HOMES = {
     "ViTConfig": "dagman.nets.vit",
     "ViTEncoder": "dagman.nets.vit",
     "attention_map": "dagman.tasks.attention",
+    "cluster": "dagman.tasks.cluster",
     "embed": "dagman.tasks.embed",
     "export_monai": "dagman.nets.weights",
+    "head_diversity": "dagman.tasks.diversity",
     "load_encoder": "dagman.nets.weights",
     "prepare": "dagman.ct.prepare",
     "pretrain": "dagman.train.pretrain",
@@ -52,8 +56,10 @@ __all__ = [
     "ViTConfig",
     "ViTEncoder",
     "attention_map",
+    "cluster",
     "embed",
     "export_monai",
+    "head_diversity",
     "load_encoder",
     "prepare",
     "pretrain",

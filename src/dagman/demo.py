@@ -180,7 +180,7 @@ def _pictures(encoder: Encoder, source: Path, folder: Path, say: Say) -> list[Pa
     pictures = []
     for scan in chosen[:NUM_PICTURES]:
         try:
-            pictures.append(explain(encoder, scan, folder).picture)
+            pictures.append(explain({"pretrained": encoder}, scan, folder).picture)
         except DagmanError as error:
             if error.exit_code == ExitCode.RESOURCES:
                 raise

@@ -19,6 +19,7 @@ from dagman.ct.read import read
 from dagman.errors import DagmanError
 from dagman.figures import attention as figure
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
+from dagman.nets.vit import ViTConfig, ViTEncoder
 from dagman.tasks import attention
 from dagman.types import Features, Preparation, Volume
 
@@ -115,7 +116,7 @@ def test_a_bright_block_lights_up_at_its_place_in_the_world_and_on_the_inputs_gr
     path = tmp_path / "scan.nii.gz"
     nibabel.save(nibabel.Nifti1Image(hu, affine), path)
     (scan,), _ = index([path])
-    found = attention.explain(make(Brightness), scan, tmp_path)
+    (found,) = attention.explain({"bright": make(Brightness)}, scan, tmp_path).looks.values()
     source, written = nibabel.load(path), nibabel.load(found.nifti)
     assert written.shape == source.shape
     np.testing.assert_array_equal(written.affine, source.affine)
@@ -123,7 +124,7 @@ def test_a_bright_block_lights_up_at_its_place_in_the_world_and_on_the_inputs_gr
     values = written.get_fdata()
     shift_mm = written.affine[:3, :3] @ (centre_of_mass(values, values.max() / 2) - block)
     assert np.linalg.norm(shift_mm) < 2.5
-    assert values.max() == pytest.approx(found.highest, rel=1e-4)
+    assert values.max() == pytest.approx(found.pointing.highest, rel=1e-4)
     assert values.max() > 4
     ours, theirs = (SimpleITK.ReadImage(str(file)) for file in (found.nifti, path))
     for what in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
@@ -192,20 +193,37 @@ def test_onto_a_grid_in_another_order_is_the_transposed_and_flipped_array(order,
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["swin", "vit"])
+def test_the_mean_of_the_heads_is_the_attention_of_the_features(kind):
+    torch.manual_seed(0)
+    encoder = make() if kind == "swin" else ViTEncoder(ViTConfig(width=24, depth=2, num_heads=4)).eval()
+    images = torch.rand(2, 1, 32, 32, 64)
+    rows = attention.head_rows(encoder, images)
+    with torch.inference_mode():
+        wanted = encoder(images).attention
+    assert rows.shape == (2, 4, wanted.shape[1])
+    torch.testing.assert_close(rows.mean(dim=1), wanted, rtol=1e-5, atol=1e-8)
+    assert (rows.std(dim=1) > 0).any(), "heads differ"
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
+
+
+def test_maps_of_the_heads_have_the_map_as_their_mean():
+    encoder = make()
+    hu = np.random.default_rng(1).integers(-100, 200, (40, 36, 32)).astype(np.int16)
+    volume = Volume(hu=hu, affine=np.diag([2.0, 2.0, 2.0, 1.0]))
+    maps = attention.head_maps(encoder, volume)
+    assert maps.shape == (4, *hu.shape)
+    np.testing.assert_allclose(maps.mean(axis=0), attention.attention_map(encoder, volume), rtol=1e-4, atol=1e-5)
+    level = np.diag([2.0, 2.0, 2.0, 1.0])
+    level[2, 3] = 2.0 * 11
+    plane = attention.head_maps(encoder, volume, attention.Grid((40, 36, 1), level))
+    np.testing.assert_allclose(plane[..., 0], maps[..., 11], atol=1e-5)
+
+
 def test_an_encoder_without_semantic_attention_is_refused():
     plain = SwinEncoder(SwinConfig(embed_dim=12, num_heads=(2, 2, 4, 4), depths=(2, 2, 2, 2), attention=None)).eval()
     with pytest.raises(DagmanError, match="E-NOATTENTION"):
         attention.attention_map(plain, Volume(hu=np.zeros((40, 40, 40), np.int16), affine=np.eye(4)))
-
-
-def test_pointing_gain_is_the_share_of_attention_over_the_share_of_the_body():
-    values, inside, mask = np.ones((10, 10, 10), np.float32), np.ones((10, 10, 10), bool), np.zeros((10, 10, 10), bool)
-    mask[:5, 0, 0] = True
-    assert attention.pointing_gain(values, mask, inside) == 1
-    values[mask] = 3
-    share = values[mask].sum() / values.sum()
-    assert attention.pointing_gain(values, mask, inside) == pytest.approx(share / (5 / 1000))
-    assert attention.pointing_gain(values, ~inside, inside) is None
 
 
 def test_planes_go_through_the_mask_or_the_most_attended_voxel_of_the_body():
@@ -220,7 +238,8 @@ def test_planes_go_through_the_mask_or_the_most_attended_voxel_of_the_body():
 def test_a_dicom_series_gets_its_map_on_its_own_rows_and_columns(tmp_path, real_data):
     folder = real_data / "dicom_series" / "lung_dx_A0002_B40f"
     (scan,), _ = index([folder])
-    found = attention.explain(make(Brightness, (128, 128, 128), stage=3), scan, tmp_path)
+    encoders = {"bright": make(Brightness, (128, 128, 128), stage=3)}
+    (found,) = attention.explain(encoders, scan, tmp_path).looks.values()
     series = SimpleITK.ReadImage(SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
     written = SimpleITK.ReadImage(str(found.nifti))
     for what in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
@@ -238,7 +257,7 @@ def test_a_metaimage_gets_its_map_on_its_own_grid(tmp_path):
     image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, -1))
     SimpleITK.WriteImage(image, str(tmp_path / "scan.mha"))
     (scan,), _ = index([tmp_path / "scan.mha"])
-    found = attention.explain(make(), scan, tmp_path)
+    (found,) = attention.explain({"made": make()}, scan, tmp_path).looks.values()
     written = SimpleITK.ReadImage(str(found.nifti))
     for what in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
         np.testing.assert_allclose(getattr(written, what)(), getattr(image, what)(), atol=1e-3)
@@ -286,7 +305,7 @@ def scene(values, shape=(60, 40, 50), **changes):
         **{
             "title": "case",
             "hu": hu,
-            "attention": np.full(shape, values, np.float32),
+            "attention": {"run": np.full(shape, values, np.float32)},
             "spacing_mm": (2.0, 2.0, 3.0),
             "centre": (30, 20, 25),
             "window_hu": (-175.0, 250.0),
@@ -299,14 +318,16 @@ def test_colours_are_red_above_uniform_blue_below_and_none_at_it(tmp_path):
     for values, wanted in ((1.0, "grey"), (4.0, "red"), (0.25, "blue")):
         path = tmp_path / f"{wanted}.png"
         figure.write_png(scene(values), path)
-        red, _, blue = np.median(imread(path)[100:300, 200:350, :3].reshape(-1, 3), axis=0)
+        picture = imread(path)  # the CT, and below it the attention over it
+        part = picture[len(picture) - 330 : len(picture) - 240, 120:250, :3]
+        red, _, blue = np.median(part.reshape(-1, 3), axis=0)
         assert {"grey": abs(red - blue) < 0.02, "red": red > blue + 0.2, "blue": blue > red + 0.1}[wanted]
 
 
 def test_a_voxel_that_was_not_measured_has_no_colour(tmp_path):
     for values in (0.0, 1.0):
         figure.write_png(scene(values), tmp_path / f"{values}.png")
-    nothing, uniform = (imread(tmp_path / f"{values}.png")[60:400] for values in (0.0, 1.0))
+    nothing, uniform = (imread(tmp_path / f"{values}.png")[60:-60] for values in (0.0, 1.0))
     np.testing.assert_allclose(nothing, uniform, atol=1e-6)
 
 

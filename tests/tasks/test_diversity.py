@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from dagman.errors import DagmanError
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
 from dagman.nets.vit import ViTConfig, ViTEncoder
+from dagman.nets.weights import load_encoder
 from dagman.tasks import diversity
 from dagman.types import Preparation
 
@@ -47,6 +49,30 @@ def test_uniform_attention_reaches_the_mean_distance_and_the_largest_entropy(uni
     assert found["stage 4"].distance_entropy == pytest.approx(math.log(8), abs=1e-6)
 
 
+def test_in_shifted_windows_a_row_counts_only_the_pairs_that_may_attend(uniform: SwinEncoder) -> None:
+    """8 tokens a side, windows of 4 shifted by 2: along an axis 2-5 attend to each other, and so do 6-7 and 0-1."""
+    groups = np.array([0, 0, 1, 1, 1, 1, 2, 2])
+    places = np.array(list(itertools.product(range(8), repeat=3)))
+    allowed = (groups[places][:, None] == groups[places][None]).all(axis=-1)
+    far = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    wanted = ((far * allowed).sum(axis=1) / allowed.sum(axis=1)).mean()
+    one = next(one for one in diversity.heads(uniform, torch.rand(1, 1, 64, 64, 64)) if one.place == "stage 3")
+    assert one.distance_mm[4:] == pytest.approx(2.0 * 8 * wanted, rel=1e-5), "the second block is the shifted one"
+    assert one.head_entropy[4:] == pytest.approx(1, abs=1e-5), "uniform over what is allowed is the largest entropy"
+
+
+def test_entropies_of_distances_on_hand_made_heads() -> None:
+    def of(*distances: float) -> diversity.Heads:
+        far = np.array(distances, np.float32)
+        return diversity.Heads("stage 1", far, np.ones_like(far))
+
+    assert of(3, 3, 3, 3).distance_entropy == pytest.approx(math.log(4))
+    assert of(1, 3).distance_entropy == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+    assert of(0, 5).distance_entropy == 0
+    assert math.isnan(of(0, 0).distance_entropy), "nobody looks away: no entropy, and none is made up"
+    assert math.isnan(diversity.READINGS["distance_entropy_ratio"](of(4))), "one head has nothing to differ from"
+
+
 def test_a_vit_is_told_block_by_block() -> None:
     torch.manual_seed(0)
     encoder = ViTEncoder(ViTConfig(width=24, depth=3, num_heads=4)).eval()
@@ -71,6 +97,7 @@ def test_a_head_that_looks_at_its_own_token_reaches_nowhere(uniform: SwinEncoder
     assert one.distance_mm[0] == pytest.approx(0, abs=1e-6)
     assert one.distance_mm[1] > 5
     assert one.row_entropy == pytest.approx(0.75, abs=1e-4), "one of four heads has no entropy"
+    assert one.head_entropy == pytest.approx([0, 1, 1, 1], abs=1e-4)
 
 
 def test_the_heads_are_those_of_training_too() -> None:
@@ -79,3 +106,47 @@ def test_the_heads_are_those_of_training_too() -> None:
     found = diversity.heads(encoder, torch.rand(2, 1, 32, 32, 64))
     assert all(0 < one.row_entropy < 1 for one in found)
     assert not any(module._forward_pre_hooks for module in encoder.modules())
+
+
+def test_crops_are_keyed_by_the_seed_and_every_case_has_its_turn(organ_store, two_runs) -> None:
+    first, second = (load_encoder(run) for run in two_runs)
+    looks = diversity.head_diversity(first, organ_store, num_crops=6, seed=1)
+    assert {look.case_id for look in looks[:5]} == {f"case{case}" for case in range(5)}
+    again = diversity.head_diversity(first, organ_store, num_crops=3, seed=1)
+    for one, other in zip(looks, again, strict=False):
+        np.testing.assert_array_equal(one.heads[0].distance_mm, other.heads[0].distance_mm)
+    elsewhere = diversity.head_diversity(first, organ_store, num_crops=6, seed=2)
+    assert any(
+        (one.heads[0].distance_mm != other.heads[0].distance_mm).any()
+        for one, other in zip(looks, elsewhere, strict=True)
+    )
+    others = diversity.head_diversity(second, organ_store, num_crops=6, seed=1)
+    assert [look.case_id for look in others] == [look.case_id for look in looks]
+
+
+def test_a_stage_is_the_mean_over_its_crops_and_runs_are_compared_crop_by_crop(organ_store, two_runs) -> None:
+    runs = {run.name: diversity.head_diversity(load_encoder(run), organ_store, num_crops=5, seed=0) for run in two_runs}
+    rows = diversity.summary(runs)
+    assert [row["place"] for row in rows[:5]] == ["stage 1", "stage 2", "semantic attention", "stage 3", "stage 4"]
+    of_first, of_second = ([look.heads[1].distance_mm.mean() for look in looks] for looks in runs.values())
+    assert rows[1]["distance_mm"]["value"] == pytest.approx(np.mean(of_first), rel=1e-6)
+    assert rows[1]["distance_mm"]["low"] < rows[1]["distance_mm"]["value"] < rows[1]["distance_mm"]["high"]
+    above = rows[6]["distance_mm_above_first"]
+    assert above["value"] == pytest.approx(np.mean(of_second) - np.mean(of_first), abs=1e-4)
+    assert above["low"] <= above["value"] <= above["high"]
+
+
+def test_one_patient_or_unknown_patients_give_no_interval() -> None:
+    heads = (diversity.Heads("stage 1", np.array([1.0, 2.0]), np.array([0.5, 0.6])),)
+    for patients, why in ((("p", "p"), "1 patient"), ((None, "p"), "patients unknown")):
+        looks = [diversity.Look(case_id="c", patient=patient, heads=heads) for patient in patients]
+        (row,) = diversity.summary({"run": looks})
+        assert row["distance_mm"]["value"] == 1.5
+        assert row["distance_mm"]["low"] is None
+        assert why in row["distance_mm"]["why"]
+
+
+@pytest.mark.parametrize("num_crops", [0, -1])
+def test_no_crops_are_refused(organ_store, two_runs, num_crops: int) -> None:
+    with pytest.raises(DagmanError, match="E-CONFIG"):
+        diversity.head_diversity(load_encoder(two_runs[0]), organ_store, num_crops=num_crops)

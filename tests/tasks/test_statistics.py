@@ -111,3 +111,31 @@ def test_intervals_cover_the_truth_in_93_to_97_percent_of_simulated_studies():
         found = estimate_auc(np.sqrt(2) * norm.ppf(truth) * positive + noise, positive, patient)
         hits += found.low <= truth <= found.high
     assert 0.93 <= hits / studies <= 0.97
+
+
+def test_a_mean_leaves_out_what_has_no_value_and_counts_weights():
+    values = np.array([1.0, np.nan, 4.0])
+    assert statistics.mean(values, np.array([[1.0, 5.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 0.0]])) == pytest.approx(
+        [2.5, 2.0, np.nan], nan_ok=True
+    )
+
+
+def test_the_interval_of_a_mean_holds_the_truth_and_draws_patients():
+    rng = np.random.default_rng(0)
+    held = 0
+    for study in range(200):
+        patients = [f"p{number // 2}" for number in range(60)]
+        values = np.repeat(rng.normal(1.0, 1.0, 30), 2) + 0.1 * rng.normal(size=60)
+        found = statistics.mean_over_patients(values, patients, seed=study)
+        held += found.low <= 1.0 <= found.high
+    assert 0.9 < held / 200 < 0.985, "cases in place of patients would hold it in about 83 %"
+
+
+@pytest.mark.parametrize(
+    ("patients", "why"), [(["p", "p"], "1 patient, 2 needed"), (["p", None], "patients unknown"), ([], "no cases")]
+)
+def test_a_mean_without_enough_patients_has_no_interval(patients, why):
+    found = statistics.mean_over_patients(np.ones(len(patients)), patients, seed=0)
+    assert (found.value, found.low, found.why) == (1.0 if patients else None, None, why)
+    nothing = statistics.mean_over_patients(np.full(len(patients), np.nan), patients, seed=0)
+    assert (nothing.value, nothing.why) == (None, "no cases")

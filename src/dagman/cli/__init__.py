@@ -8,7 +8,7 @@ from pathlib import Path
 from cyclopts import App
 
 from dagman import __version__
-from dagman.cli import classification, encoder, scans, segmentation, training
+from dagman.cli import classification, encoder, looking, scans, segmentation, training
 from dagman.errors import DagmanError, ExitCode
 
 app = App(
@@ -26,7 +26,9 @@ app.command(encoder.embed)
 app.command(classification.classify)
 app.command(classification.compare)
 app.command(segmentation.segment)
-app.command(encoder.attention)
+app.command(looking.attention)
+app.command(looking.cluster)
+app.command(looking.diversity)
 app.command(encoder.export)
 app.command(encoder.info)
 app.command(training.demo)

@@ -1,14 +1,13 @@
 """The verbs that use an encoder: embed, attention, export, info."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, Sources, next_step, progress, require, say
-from dagman.errors import DagmanError, ExitCode
+from dagman.cli.watching import Output, next_step, progress, say
+from dagman.errors import ExitCode
 
 
 def embed(
@@ -48,56 +47,6 @@ def embed(
     say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
     next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe")
     return ExitCode.OK
-
-
-def attention(
-    *,
-    weights: Path,
-    sources: Sources,
-    output: Output,
-    mask: Path | None = None,
-    device: str = "cpu",
-) -> int:
-    """Show where an encoder looks: semantic attention on the scan's own grid as NIfTI, and a picture.
-
-    Args:
-        weights: A run folder or a .safetensors file.
-        sources: A CT file, DICOM folder, or CSV with masks.
-        output: Folder for CASE_attention.nii.gz and CASE_attention.png.
-        mask: Label map of a single CT, outlined in the picture.
-        device: `cpu` or `cuda`.
-    """
-    from dagman.ct.index import index
-    from dagman.nets.weights import load_encoder
-    from dagman.tasks.attention import explain
-
-    encoder = load_encoder(weights)
-    scans, problems = index(sources)
-    if mask:
-        require(
-            len(scans) == 1, "--mask", f"was given with {len(scans)} scans", "give one CT, or a CSV with a mask column"
-        )
-        scans = [replace(scans[0], mask=mask)]
-    failed = [problem for problem in problems if not problem.ignored]
-    for problem in failed:
-        say(str(problem))
-    done = 0
-    for scan in scans:
-        try:
-            with progress(f"Attention of {scan.case_id}") as tell:
-                found = explain(encoder, scan, output, device=device, progress=tell)
-        except DagmanError as error:
-            if error.exit_code == ExitCode.RESOURCES or error.code == "NOATTENTION":
-                raise
-            say(str(error))
-            continue
-        done += 1
-        gain = "" if found.gain is None else f", {found.gain:.2f} times the body's mean inside the mask"
-        say(f"{scan.case_id}: {found.lowest:.2f} to {found.highest:.2f} times uniform over the body{gain}")
-        say(f"wrote {found.nifti} and {found.picture}")
-    if not done:
-        return ExitCode.NOTHING_USABLE
-    return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
 
 
 def export(*, weights: Path, output: Output, to: Literal["monai"] = "monai") -> int:

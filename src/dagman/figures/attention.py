@@ -1,6 +1,7 @@
-"""Three planes of a CT with semantic attention over them, in radiological convention and true proportions."""
+"""Planes of a CT and the semantic attention of encoders over them, in radiological convention and true proportions."""
 
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 Triple = tuple[int, int, int]
 COLOUR_RANGE = 4.0
 """Colours run from 1/4 to 4 times uniform, on a logarithmic scale, the same in every picture."""
-_WIDTH_INCHES, _TALLEST_INCHES, _GAP_INCHES = 13.0, 8.0, 0.12
-_TOP_INCHES, _BOTTOM_INCHES, _BAR_INCHES = 0.5, 0.45, 1.35
+_WIDTH_INCHES, _TALLEST_INCHES, _ROW_INCHES, _GAP_INCHES = 13.0, 8.5, 2.6, 0.12
+_TOP_INCHES, _BOTTOM_INCHES, _LEFT_INCHES, _BAR_INCHES = 0.5, 0.45, 0.4, 1.35
 _NARROWEST_INCHES = 7.0
 _DOTS_PER_INCH = 110
 
@@ -46,8 +47,8 @@ class Scene:
 
     title: str
     hu: Num[np.ndarray, "x y z"]
-    attention: Float[np.ndarray, "x y z"]
-    """Times uniform; 0 where nothing was measured."""
+    attention: Mapping[str, Float[np.ndarray, "x y z"]]
+    """Of each encoder, times uniform; 0 where nothing was measured."""
     mask: Bool[np.ndarray, "x y z"] | None = None
     """Outlined."""
     spacing_mm: tuple[float, float, float]
@@ -63,38 +64,93 @@ class Scene:
 
 
 def write_png(scene: Scene, path: Path) -> None:
-    """Write the picture; all planes are on one scale in mm.
+    """Write the picture: the CT in three planes, below it each encoder's attention; all planes are on one scale in mm.
 
     Reference:
         Figure 5.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     sides = [scene.sides_mm(plane) for plane in PLANES]
-    wide, tall = sum(width for width, _ in sides), max(height for _, height in sides)
-    margin = _BAR_INCHES + (len(PLANES) + 1) * _GAP_INCHES
-    inches_per_mm = min((_WIDTH_INCHES - margin) / wide, _TALLEST_INCHES / tall)
-    width = max(wide * inches_per_mm + margin, _NARROWEST_INCHES)
-    height = tall * inches_per_mm + _TOP_INCHES + _BOTTOM_INCHES
-    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, facecolor="black")
-    FigureCanvasAgg(figure)
-    left = _GAP_INCHES
-    for plane, (across, down) in zip(PLANES, sides, strict=True):
-        bottom = _BOTTOM_INCHES + (tall - down) / 2 * inches_per_mm
-        place = (left / width, bottom / height, across * inches_per_mm / width, down * inches_per_mm / height)
-        axes = figure.add_axes(place)
-        _draw(axes, plane, scene)
-        _mark(axes, plane, scene)
-        left += across * inches_per_mm + _GAP_INCHES
-    middle = _BOTTOM_INCHES + tall * inches_per_mm / 2
-    bar = min(tall * inches_per_mm * 0.75, 3.0)
-    _draw_bar(figure.add_axes(((left + 0.15) / width, (middle - bar / 2) / height, 0.18 / width, bar / height)))
-    figure.text(0.01, 1 - 0.12 / height, scene.title, color="white", fontsize=13, va="top")
-    figure.text(0.01, 0.12 / height, _caption(scene), color="0.75", fontsize=8.5, va="bottom")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", facecolor="black", metadata={"Software": None})
-    files.write_bytes(path, picture.getvalue())
+    tall = max(height for _, height in sides)
+    sheet = _Sheet([width for width, _ in sides], tall, 1 + len(scene.attention), scene.title, _caption(scene))
+    for row, (name, values) in enumerate([("CT", None), *scene.attention.items()]):
+        sheet.name_row(row, name)
+        for column, plane in enumerate(PLANES):
+            axes = sheet.axes(row, column, sides[column][1])
+            _draw(axes, plane, scene, None if values is None else shown(values, plane, scene.centre))
+            _mark(axes, plane, scene)
+    sheet.write(path)
+
+
+def write_heads_png(scene: Scene, heads: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write the axial plane of every head, a row for each encoder.
+
+    Args:
+        scene: Of the same scan.
+        heads: Of each encoder, its heads' attention in the scene's axial plane (heads, x, y, 1), times uniform.
+        path: The file.
+    """
+    plane, most = PLANES[0], max(map(len, heads.values()))
+    across, down = scene.sides_mm(plane)
+    note = "axial plane; the mean over a row's heads is its semantic attention"
+    sheet = _Sheet([across] * most, down, len(heads), f"{scene.title}: attention of each head", note)
+    for row, (name, maps) in enumerate(heads.items()):
+        sheet.name_row(row, name)
+        for column, values in enumerate(maps):
+            axes = sheet.axes(row, column, down)
+            _draw(axes, plane, scene, shown(values, plane, (0, 0, 0)))
+            axes.set(xticks=[], yticks=[])
+            _write(axes, 0.03, 0.97, f"head {column + 1}", ha="left", va="top", fontsize=9)
+    sheet.write(path)
+
+
+class _Sheet:
+    """A black page with a row for each encoder, columns of given widths on one scale in mm, and the colour bar."""
+
+    def __init__(self, widths_mm: Sequence[float], tall_mm: float, rows: int, title: str, note: str) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        margin = _LEFT_INCHES + _BAR_INCHES + len(widths_mm) * _GAP_INCHES
+        tallest = max(_TALLEST_INCHES, _ROW_INCHES * rows) / rows
+        self.scale = min((_WIDTH_INCHES - margin) / sum(widths_mm), tallest / tall_mm)
+        """Inches a mm."""
+        self.widths = [width * self.scale for width in widths_mm]
+        self.tall, self.rows = tall_mm * self.scale, rows
+        self.width = max(sum(self.widths) + margin, _NARROWEST_INCHES)
+        self.height = rows * (self.tall + _GAP_INCHES) + _TOP_INCHES + _BOTTOM_INCHES
+        self.figure = Figure(figsize=(self.width, self.height), dpi=_DOTS_PER_INCH, facecolor="black")
+        FigureCanvasAgg(self.figure)
+        middle, bar = self.height / 2, min(self.tall * 0.75, 3.0)
+        left = _LEFT_INCHES + sum(self.widths) + len(self.widths) * _GAP_INCHES
+        _draw_bar(self._place(left + 0.15, middle - bar / 2, 0.18, bar))
+        self.figure.text(0.01, 1 - 0.12 / self.height, title, color="white", fontsize=13, va="top")
+        self.figure.text(0.01, 0.12 / self.height, note, color="0.75", fontsize=8.5, va="bottom")
+
+    def axes(self, row: int, column: int, high_mm: float) -> "Axes":
+        """An empty picture, in the middle of its row."""
+        left = _LEFT_INCHES + sum(self.widths[:column]) + column * _GAP_INCHES
+        high = high_mm * self.scale
+        return self._place(left, self._bottom(row) + (self.tall - high) / 2, self.widths[column], high)
+
+    def name_row(self, row: int, name: str) -> None:
+        """The encoder's name, upright at the left edge."""
+        up = (self._bottom(row) + self.tall / 2) / self.height
+        right = 0.5 * _LEFT_INCHES / self.width
+        points = min(11.0, 72 * self.tall / (0.62 * len(name)))
+        self.figure.text(right, up, name, color="white", fontsize=points, rotation=90, ha="center", va="center")
+
+    def write(self, path: Path) -> None:
+        """Put the page on disk."""
+        picture = io.BytesIO()
+        self.figure.savefig(picture, format="png", facecolor="black", metadata={"Software": None})
+        files.write_bytes(path, picture.getvalue())
+
+    def _bottom(self, row: int) -> float:
+        return _BOTTOM_INCHES + (self.rows - 1 - row) * (self.tall + _GAP_INCHES)
+
+    def _place(self, left: float, bottom: float, width: float, height: float) -> "Axes":
+        box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box)
 
 
 def shown(volume: Shaped[np.ndarray, "x y z"], plane: Plane, centre: Triple) -> Shaped[np.ndarray, "rows columns"]:
@@ -107,16 +163,17 @@ def shown(volume: Shaped[np.ndarray, "x y z"], plane: Plane, centre: Triple) -> 
     return cut
 
 
-def _draw(axes: "Axes", plane: Plane, scene: Scene) -> None:
+def _draw(axes: "Axes", plane: Plane, scene: Scene, cut: np.ndarray | None) -> None:
     across, down = scene.sides_mm(plane)
     box = (0.0, across, 0.0, down)
     low, high = scene.window_hu
     grey = shown(scene.hu, plane, scene.centre)
     axes.imshow(grey, cmap="gray", vmin=low, vmax=high, interpolation="bilinear", extent=box, aspect="auto")
-    cut = shown(scene.attention, plane, scene.centre)
-    octaves = np.where(cut > 0, np.log2(np.maximum(cut, 1e-6)), 0)
-    limit = np.log2(COLOUR_RANGE)
-    axes.imshow(octaves, cmap=colours(), vmin=-limit, vmax=limit, interpolation="bilinear", extent=box, aspect="auto")
+    if cut is not None:
+        limit = np.log2(COLOUR_RANGE)
+        octaves = np.where(cut > 0, np.log2(np.maximum(cut, 1e-6)), 0)
+        style = {"cmap": colours(), "vmin": -limit, "vmax": limit, "interpolation": "bilinear"}
+        axes.imshow(octaves, extent=box, aspect="auto", **style)
     if scene.mask is not None and (outline := shown(scene.mask, plane, scene.centre)).any():
         rows, columns = outline.shape
         x, y = (np.arange(columns) + 0.5) * across / columns, (rows - np.arange(rows) - 0.5) * down / rows
@@ -172,10 +229,11 @@ def _draw_bar(axes: "Axes") -> None:
 
 
 def _caption(scene: Scene) -> str:
-    seen = scene.attention[scene.attention > 0]
-    lowest, highest = (seen.min(), seen.max()) if seen.size else (0.0, 0.0)
+    seen = [values[values > 0] for values in scene.attention.values()]
+    lowest, highest = (min(map(np.min, seen)), max(map(np.max, seen))) if all(map(len, seen)) else (0.0, 0.0)
     low, high = scene.window_hu
+    outlined = "; the mask is outlined" if scene.mask is not None else ""
     return (
         f"semantic attention from {lowest:.2f} to {highest:.2f} times uniform; "
-        f"CT window {low:g} to {high:g} HU; thin lines show the other planes"
+        f"CT window {low:g} to {high:g} HU; thin lines show the other planes{outlined}"
     )

@@ -127,8 +127,16 @@ def attention_of_first(
 
     Reference: equation 1; only this one row of the attention matrix is ever computed.
     """
-    # products and a sum, not a matrix product, so that autocast leaves them in float32
-    logits = (query[:, :, :1].float() * key.float()).sum(dim=-1) * query.shape[-1] ** -0.5
-    row = logits.softmax(dim=-1).mean(dim=1)[:, 1:]
+    row = rows_of_first(query, key).mean(dim=1)[:, 1:]
     renormalised: Tensor = row / row.sum(dim=-1, keepdim=True)
     return renormalised
+
+
+def rows_of_first(
+    query: Float[Tensor, "batch heads tokens head_width"], key: Float[Tensor, "batch heads tokens head_width"]
+) -> Float[Tensor, "batch heads tokens"]:
+    """How the first token attends to all tokens in each head, in float32."""
+    # products and a sum, not a matrix product, so that autocast leaves them in float32
+    logits = (query[:, :, :1].float() * key.float()).sum(dim=-1) * query.shape[-1] ** -0.5
+    rows: Tensor = logits.softmax(dim=-1)
+    return rows

@@ -7,9 +7,10 @@ smooth picture does not pretend to edges that are only those of the cells' grid.
 """
 
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,10 @@ from dagman.ct.store import AIR_HU, padded_crop
 from dagman.errors import DagmanError
 from dagman.figures import attention as figure
 from dagman.nets.encoder import Encoder
-from dagman.tasks.embed import crops_at_once, encode
+from dagman.nets.transformer import GlobalBlock, rows_of_first
+from dagman.nets.vit import ViTEncoder
+from dagman.tasks.embed import Progress, crops_at_once, encode
+from dagman.tasks.pointing import Pointing, shares
 from dagman.types import Grid, Scan, Volume
 
 Triple = tuple[int, int, int]
@@ -36,36 +40,44 @@ BODY_GRID_MM = 4.0
 """Fine enough to tell the body from the table, coarse enough to take no time."""
 
 
+class Look(NamedTuple):
+    """What one encoder saw in a scan."""
+
+    nifti: Path
+    pointing: Pointing
+
+
 class Outputs(NamedTuple):
     """What `explain` wrote and found."""
 
-    nifti: Path
+    looks: dict[str, Look]
+    """Of each encoder."""
     picture: Path
-    lowest: float
-    highest: float
-    """Range of the map over the body, times uniform."""
-    gain: float | None
-    """Mean attention in the mask over that in the body; None without a mask."""
+    heads: Path | None = None
+    """The picture of the heads, where it was asked for."""
 
 
 def explain(
-    encoder: Encoder,
+    encoders: Mapping[str, Encoder],
     scan: Scan,
     folder: Path,
     *,
+    heads: bool = False,
     device: torch.device | str = "cpu",
-    precision: Literal["float32", "bf16"] = "float32",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Outputs:
-    """Write `CASE_attention.nii.gz`, which lies over the scan in any viewer, and `CASE_attention.png`.
+    """Show where encoders look at one scan.
+
+    Writes `CASE_attention.nii.gz`, which lies over the scan in any viewer (`CASE_NAME_attention.nii.gz` of several
+    encoders), `CASE_attention.png` and, where asked for, `CASE_heads.png`.
 
     Args:
-        encoder: A Swin with semantic attention, or a ViT.
+        encoders: Name to Swin with semantic attention, or ViT; the first one's window shows the CT.
         scan: Its mask, where it has one, is outlined and the planes go through its centre.
         folder: Where the files go.
+        heads: Also draw every head by itself.
         device: Where to compute.
-        precision: `bf16` computes under autocast.
-        progress: Hears of each finished crop.
+        progress: Hears of each finished crop of an encoder.
 
     Raises:
         DagmanError: As `ct.read.read`; `E-NOATTENTION` for an encoder without semantic attention.
@@ -76,23 +88,42 @@ def explain(
     volume = read(scan)
     labels = read_mask_of(scan, volume)
     mask = labels.hu > 0 if labels else None
-    values = attention_map(encoder, volume, device=device, precision=precision, progress=progress)
-    body = body_of(volume)
-    nifti, picture = (folder / f"{scan.case_id}_attention{suffix}" for suffix in (".nii.gz", ".png"))
-    write_nifti(values, volume.affine, volume.own_grid or Grid(_triple(volume.hu.shape), volume.affine), nifti)
+    body, own = body_of(volume), volume.own_grid or Grid(_triple(volume.hu.shape), volume.affine)
+    maps, looks = {}, {}
+    for number, (name, encoder) in enumerate(encoders.items()):
+        tell = progress and partial(_tell, progress, number, len(encoders))
+        maps[name] = values = attention_map(encoder, volume, device=device, progress=tell)
+        nifti = folder / f"{scan.case_id}_{f'{name}_' if len(encoders) > 1 else ''}attention.nii.gz"
+        write_nifti(values, volume.affine, own, nifti)
+        seen, (found, why) = values[body & (values > 0)], shares(values, mask, body)
+        ends = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)
+        looks[name] = Look(nifti, Pointing(scan.case_id, scan.patient, name, *ends, found, why))
+    first = next(iter(encoders))
     scene = figure.Scene(
         title=scan.case_id,
         hu=volume.hu,
-        attention=values,
+        attention=maps,
         mask=mask,
         spacing_mm=volume.spacing_mm,
-        centre=centre(values, body, mask),
-        window_hu=encoder.preparation.window_hu,
+        centre=centre(maps[first], body, mask),
+        window_hu=encoders[first].preparation.window_hu,
     )
+    picture = folder / f"{scan.case_id}_attention.png"
     figure.write_png(scene, picture)
-    seen = values[body & (values > 0)]
-    gain = None if mask is None else pointing_gain(values, mask, body)
-    return Outputs(nifti, picture, float(seen.min()), float(seen.max()), gain)
+    if not heads:
+        return Outputs(looks, picture)
+    sheet = folder / f"{scan.case_id}_heads.png"
+    level = np.eye(4)
+    level[2, 3] = scene.centre[2]
+    x, y, _ = volume.hu.shape
+    plane = Grid((x, y, 1), volume.affine @ level)
+    by_head = {name: head_maps(encoder, volume, plane, device=device) for name, encoder in encoders.items()}
+    figure.write_heads_png(scene, by_head, sheet)
+    return Outputs(looks, picture, sheet)
+
+
+def _tell(progress: Progress, number: int, encoders: int, done: int, total: int) -> None:
+    progress(number * total + done, encoders * total)
 
 
 def attention_map(
@@ -102,7 +133,7 @@ def attention_map(
     device: torch.device | str = "cpu",
     precision: Literal["float32", "bf16"] = "float32",
     overlap_ratio: float = 0.5,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Float32[np.ndarray, "x y z"]:
     """Semantic attention of a CT, times uniform, on the volume's grid; 0 where no crop looked (far from the body).
 
@@ -120,6 +151,61 @@ def attention_map(
     Reference:
         Equation 1, over overlapping crops.
     """
+
+    def rows(images: Tensor) -> Tensor:
+        found = encode(encoder, images, device=device, precision=precision).attention
+        assert found is not None  # noqa: S101
+        return found[:, None]
+
+    affine, blended = _blended(encoder, volume, rows, overlap_ratio, progress)
+    return onto(blended[0], affine, Grid(_triple(volume.hu.shape), volume.affine))
+
+
+def head_maps(
+    encoder: Encoder,
+    volume: Volume,
+    grid: Grid | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    overlap_ratio: float = 0.5,
+) -> Float32[np.ndarray, "heads x y z"]:
+    """Semantic attention of every head, times uniform, on a grid along the volume's axes; the volume's own where None.
+
+    The mean over heads is `attention_map`; a head that looks at [CLS] itself lies below the others everywhere.
+    """
+    target = grid or Grid(_triple(volume.hu.shape), volume.affine)
+    rows_of = partial(head_rows, encoder, device=device)
+    affine, blended = _blended(encoder, volume, rows_of, overlap_ratio, None)
+    return np.stack([onto(values, affine, target) for values in blended])
+
+
+@torch.inference_mode()
+def head_rows(
+    encoder: Encoder, images: Float[Tensor, "batch 1 x y z"], *, device: torch.device | str = "cpu"
+) -> Float[Tensor, "batch heads cells"]:
+    """The rows of [CLS] in each head of the last block, on one scale: their mean over heads is `Features.attention`."""
+    blocks = encoder.blocks if isinstance(encoder, ViTEncoder) else encoder.semantic_attention.blocks
+    block = blocks[-1]
+    assert isinstance(block, GlobalBlock)  # noqa: S101
+    given: list[tuple[Any, ...]] = []
+    hook = block.register_forward_pre_hook(lambda _, arguments: given.append(arguments))
+    try:
+        encode(encoder, images, device=device, precision="float32")
+    finally:
+        hook.remove()
+    query, key, _ = block.heads_of(*given[0])
+    rows = rows_of_first(query, key)[:, :, 1:]
+    return rows / rows.sum(dim=-1).mean(dim=1)[:, None, None]
+
+
+def _blended(
+    encoder: Encoder,
+    volume: Volume,
+    rows_of: Callable[[Tensor], Tensor],
+    overlap_ratio: float,
+    progress: Progress | None,
+) -> tuple[Float[np.ndarray, "4 4"], Float32[np.ndarray, "maps x y z"]]:
+    """Rows (batch, maps, cells) of overlapping crops as maps on the prepared volume's grid, after its affine."""
     if not encoder.config.has_cls:
         raise DagmanError(
             "NOATTENTION", "encoder", "has no semantic attention", "give weights of a recipe with semantic attention"
@@ -128,24 +214,28 @@ def attention_map(
     prepared = prepare_volume(
         volume, PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
     )
-    corners = crops.sliding(_triple(prepared.hu.shape), preparation.crop, overlap_ratio)
-    blend = _blending_weights(preparation.crop)
-    total, weight = (np.zeros(prepared.hu.shape, np.float32) for _ in range(2))
+    shape = _triple(prepared.hu.shape)
+    corners = crops.sliding(shape, preparation.crop, overlap_ratio)
+    blend, weight = _blending_weights(preparation.crop), np.zeros(shape, np.float32)
     grid, together = encoder.config.grid(preparation.crop), crops_at_once(preparation)
+    total = np.zeros((1, *shape), np.float32)
     for start in range(0, len(corners), together):
         part = corners[start : start + together]
         hu = np.stack([padded_crop(prepared.hu, corner, preparation.crop, AIR_HU) for corner in part])
-        images = torch.from_numpy(crops.window(hu, preparation.window_hu))[:, None]
-        rows = encode(encoder, images, device=device, precision=precision).attention
-        assert rows is not None  # noqa: S101
-        for corner, row in zip(part, rows, strict=True):
-            inside, source = _overlap(prepared.hu.shape, corner, preparation.crop)
-            total[inside] += (blend * _times_uniform(row, grid, preparation.crop))[source]
+        found = rows_of(torch.from_numpy(crops.window(hu, preparation.window_hu))[:, None])
+        if len(total) < found.shape[1]:
+            total = np.zeros((found.shape[1], *shape), np.float32)
+        for corner, rows in zip(part, found, strict=True):
+            inside, source = _overlap(shape, corner, preparation.crop)
+            for number, row in enumerate(rows):
+                total[number][inside] += (blend * _times_uniform(row, grid, preparation.crop))[source]
             weight[inside] += blend[source]
         if progress:
             progress(start + len(part), len(corners))
     blended: np.ndarray = total / weight
-    return onto(blended, prepared.affine, Grid(_triple(volume.hu.shape), volume.affine))
+    if not np.isfinite(blended).all():
+        raise DagmanError("FEATURES", "attention", "is not finite", "check the weights")
+    return prepared.affine, blended
 
 
 def _triple(shape: tuple[int, ...]) -> Triple:
@@ -243,16 +333,3 @@ def centre(
         return x, y, z
     inside = np.where(body, values, 0)
     return _triple(tuple(int(index) for index in np.unravel_index(inside.argmax(), inside.shape)))
-
-
-def pointing_gain(
-    values: Float32[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z"], body: Bool[np.ndarray, "x y z"]
-) -> float | None:
-    """The mask's share of the body's attention over its share of the body: 1 is what uniform attention gets.
-
-    None for an empty mask, or one outside the body.
-    """
-    inside = mask & body
-    if not inside.any() or values[body].sum() <= 0:
-        return None
-    return float(values[inside].mean(dtype=np.float64) / values[body].mean(dtype=np.float64))

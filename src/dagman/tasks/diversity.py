@@ -1,11 +1,16 @@
 """How far attention heads look, and how differently: attention-weighted distances in mm, and entropies.
 
+Every figure of a stage is a mean over crops, one value a crop; patients are drawn again for its interval.
+
 Reference: paper, section 4.5 and figure 4a: per head the attention-weighted mean distance, per stage the
 entropy of those distances across heads, and the mean entropy of the rows.
 """
 
 import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +18,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dagman import files
+from dagman.ct import crops
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError
+from dagman.figures import diversity as figure
 from dagman.nets.encoder import Encoder
 from dagman.nets.swin import PATCH_SIDE
 from dagman.nets.transformer import GlobalBlock
 from dagman.nets.vit import ViTEncoder
 from dagman.nets.window import WindowAttention, effective_window, partition, window_layout
+from dagman.randomness import generator
+from dagman.tasks import statistics
+from dagman.tasks.embed import check_grid
+from dagman.tasks.table import write_rows
 
+NUM_CROPS = 16
+BODY_RATIO = 0.25
+"""Share of a drawn crop that is body, at least, as in training."""
 ROWS_AT_ONCE = 512
 """Rows of attention among all cells that are held at a time: 32,768 cells have 10^9 pairs a head."""
 
@@ -30,14 +47,180 @@ class Heads(NamedTuple):
     """`stage 1` to `stage 4`, `semantic attention`, or `block 1` and so on."""
     distance_mm: Float[np.ndarray, " heads"]
     """Attention-weighted mean distance of each head, blocks one after the other."""
-    row_entropy: float
-    """Mean entropy of the attention rows over the largest that a row can have."""
+    head_entropy: Float[np.ndarray, " heads"]
+    """Mean entropy of each head's attention rows over the largest that a row can have."""
+
+    @property
+    def row_entropy(self) -> float:
+        """Mean of the heads' entropies."""
+        return float(self.head_entropy.mean(dtype=np.float64))
 
     @property
     def distance_entropy(self) -> float:
-        """Entropy in nats of the heads' distances, each as its share of their sum."""
-        share = self.distance_mm / self.distance_mm.sum()
-        return float(-(share * np.log(share)).sum())
+        """Entropy in nats of the heads' distances, each as its share of their sum; NaN where no head looks away."""
+        total = self.distance_mm.sum()
+        share = self.distance_mm[self.distance_mm > 0] / total
+        return float(-(share * np.log(share)).sum()) if total > 0 else math.nan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Look:
+    """How the heads of an encoder looked at one crop."""
+
+    case_id: str
+    patient: str | None
+    heads: tuple[Heads, ...]
+    """Of each place."""
+
+    def at(self, place: str) -> Heads | None:
+        """The heads of one place; None where the encoder has none there."""
+        return next((one for one in self.heads if one.place == place), None)
+
+
+READINGS: dict[str, Callable[[Heads], float]] = {
+    "distance_mm": lambda one: float(one.distance_mm.mean(dtype=np.float64)),
+    "distance_entropy": lambda one: one.distance_entropy,
+    "distance_entropy_ratio": lambda one: one.distance_entropy / (math.log(len(one.distance_mm)) or math.nan),
+    "row_entropy": lambda one: one.row_entropy,
+}
+"""What is read off a place for each crop: the heads' mean distance; the entropy of their distances in nats, and over
+its largest value, the logarithm of their number; the mean entropy of their rows over its largest value."""
+
+
+def head_diversity(
+    encoder: Encoder,
+    store: PreparedStore,
+    *,
+    num_crops: int = NUM_CROPS,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Look]:
+    """Look at crops drawn from a store; the same seed draws from the same volumes for every encoder.
+
+    Args:
+        encoder: In eval mode; its `preparation` says how crops are cut and windowed.
+        store: Cases on the grid that the encoder was trained on; all have their turn before one comes twice.
+        num_crops: How many.
+        seed: Of the draws.
+        device: Where to compute.
+        progress: Hears of each finished crop.
+
+    Raises:
+        DagmanError: `E-GRID` for a store of another spacing; `E-CONFIG` for no crop; `E-STORE` for an empty store.
+
+    Reference:
+        Section 4.5, figure 4a.
+    """
+    check_grid(store, encoder.preparation)
+    if num_crops < 1:
+        raise DagmanError("CONFIG", "number of crops", f"cannot be {num_crops}", "look at 1 or more")
+    if not len(store):
+        raise DagmanError("STORE", store.folder, "holds no case", "prepare scans into it")
+    encoder.to(device)
+    order = generator(seed, "diversity.order").permutation(len(store)).tolist()
+    looks = []
+    for number in range(num_crops):
+        row = order[number % len(order)]
+        image = torch.from_numpy(_drawn(encoder, store, row, seed, number))[None, None].to(device)
+        told = store.rows[row]
+        looks.append(
+            Look(case_id=str(told["case_id"]), patient=told.get("patient"), heads=tuple(heads(encoder, image)))
+        )
+        if progress:
+            progress(number + 1, num_crops)
+    return looks
+
+
+def _drawn(encoder: Encoder, store: PreparedStore, row: int, seed: int, number: int) -> np.ndarray:
+    """A crop with enough body, as the network sees it; two views that overlap wholly are one crop."""
+    pair = crops.two_views(
+        store,
+        row,
+        encoder.preparation.crop,
+        overlap_ratio=1.0,
+        body_ratio=BODY_RATIO,
+        generator=generator(seed, "diversity.crop", number),
+    )
+    return crops.window(pair.u, encoder.preparation.window_hu)
+
+
+def summary(runs: Mapping[str, Sequence[Look]], *, seed: int = 0) -> list[dict[str, Any]]:
+    """One row for each run and place: every reading with its interval, and how far it lies above the first run's.
+
+    Args:
+        runs: Name to what `head_diversity` returned, all with one seed and number of crops.
+        seed: Of the bootstrap over patients.
+    """
+    first = next(iter(runs.values()))
+    rows = []
+    for name, looks in runs.items():
+        patients = [look.patient for look in looks]
+        for place in dict.fromkeys(one.place for look in looks for one in look.heads):
+            row: dict[str, Any] = {"weights": name, "place": place, "crops": len(looks)}
+            row["heads"] = next(len(one.distance_mm) for one in looks[0].heads if one.place == place)
+            for reading in READINGS:
+                values = _read(looks, place, reading)
+                row[reading] = vars(statistics.mean_over_patients(values, patients, seed=seed))
+                if looks is not first:
+                    above = values - _read(first, place, reading)
+                    row[f"{reading}_above_first"] = vars(statistics.mean_over_patients(above, patients, seed=seed))
+            rows.append(row)
+    return rows
+
+
+def _read(looks: Sequence[Look], place: str, reading: str) -> np.ndarray:
+    found = [look.at(place) for look in looks]
+    return np.array([READINGS[reading](one) if one else np.nan for one in found])
+
+
+def write(runs: Mapping[str, Sequence[Look]], folder: Path, *, seed: int = 0) -> list[Path]:
+    """Write `heads.csv`, `crops.csv`, `result.json` and `diversity.png`; returns their paths."""
+    paths = [folder / name for name in ("heads.csv", "crops.csv", "result.json", "diversity.png")]
+    drawn = {name: {one.place: _over_crops(looks, one.place) for one in looks[0].heads} for name, looks in runs.items()}
+    write_rows(
+        paths[0],
+        ("weights", "place", "head", "distance_mm", "row_entropy"),
+        (
+            (name, place, number, *values)
+            for name, places in drawn.items()
+            for place, box in places.items()
+            for number, values in enumerate(zip(box.distance_mm, box.row_entropy, strict=True), 1)
+        ),
+    )
+    write_rows(
+        paths[1],
+        ("weights", "crop", "case_id", "patient", "place", *READINGS),
+        (
+            (name, number, look.case_id, look.patient or "", one.place, *(read(one) for read in READINGS.values()))
+            for name, looks in runs.items()
+            for number, look in enumerate(looks, 1)
+            for one in look.heads
+        ),
+    )
+    some = next(iter(runs.values()))
+    files.write_json(
+        paths[2],
+        {
+            "crops": len(some),
+            "cases": len({look.case_id for look in some}),
+            "patients": len({look.patient for look in some} - {None}),
+            "seed": seed,
+            "interval": "95 %, bias-corrected and accelerated bootstrap over patients",
+            "rows": summary(runs, seed=seed),
+        },
+    )
+    files.write_bytes(paths[3], figure.png(drawn))
+    return paths
+
+
+def _over_crops(looks: Sequence[Look], place: str) -> figure.Boxes:
+    found = [one for look in looks if (one := look.at(place))]
+    return figure.Boxes(
+        distance_mm=np.stack([one.distance_mm for one in found]).mean(axis=0, dtype=np.float64),
+        row_entropy=np.stack([one.head_entropy for one in found]).mean(axis=0, dtype=np.float64),
+        distance_entropy=np.array([READINGS["distance_entropy_ratio"](one) for one in found]),
+    )
 
 
 @torch.inference_mode()
@@ -57,13 +240,13 @@ def heads(encoder: Encoder, images: Float[Tensor, "batch 1 x y z"]) -> list[Head
         for hook in hooks:
             hook.remove()
     grid = encoder.config.grid((images.shape[2], images.shape[3], images.shape[4]))
-    found: dict[str, list[tuple[Tensor, float]]] = {}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for module, given in seen:
         place, step_mm = places[module]
         measure = _in_windows if isinstance(module, WindowAttention) else _among_cells
         found.setdefault(place, []).append(measure(module, *given, grid=grid, step_mm=step_mm))
     return [
-        Heads(place, torch.cat([far for far, _ in parts]).cpu().numpy(), float(np.mean([share for _, share in parts])))
+        Heads(place, *(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
         for place, parts in found.items()
     ]
 
@@ -84,7 +267,7 @@ def _places(encoder: Encoder) -> dict[nn.Module, tuple[str, float]]:
 
 def _in_windows(
     module: WindowAttention, x: Tensor, *, grid: tuple[int, int, int], step_mm: float
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     del grid
     here = (x.shape[1], x.shape[2], x.shape[3])
     layout = window_layout(x.shape[0], here, module.window, module.shift, x.device)
@@ -107,12 +290,12 @@ def _among_cells(
     *,
     grid: tuple[int, int, int],
     step_mm: float,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """Cells among each other, without [CLS], which has no place."""
     query, key, _ = (part[:, :, 1:] for part in module.heads_of(x, position))
     cells = query.shape[2]
     most = torch.full((1, 1, 1), math.log(cells), device=x.device)
-    far, share = 0.0, 0.0
+    far, share = (torch.zeros(module.num_heads, device=x.device) for _ in range(2))
     for image in range(len(x)):
         for start in range(0, cells, ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
@@ -121,7 +304,7 @@ def _among_cells(
             found, entropy = _measured(attention, _distances(grid, step_mm, rows).to(x.device), most)
             weight = attention.shape[2] / cells / len(x)
             far, share = far + weight * found, share + weight * entropy
-    return torch.as_tensor(far), share
+    return far, share
 
 
 def _distances(sides: tuple[int, int, int], step_mm: float, rows: slice = slice(None)) -> Tensor:
@@ -129,8 +312,8 @@ def _distances(sides: tuple[int, int, int], step_mm: float, rows: slice = slice(
     return step_mm * torch.cdist(places[rows], places)
 
 
-def _measured(attention: Tensor, distance_mm: Tensor, most: Tensor) -> tuple[Tensor, float]:
-    """Mean distance of each head, and mean entropy of the rows over `most`."""
+def _measured(attention: Tensor, distance_mm: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each head the mean distance, and the mean entropy of the rows over `most`."""
     far = (attention * distance_mm).sum(dim=-1).mean(dim=(0, 2))
     rows = -torch.xlogy(attention, attention).sum(dim=-1)
-    return far, float((rows / most.clamp_min(1e-9)).mean())
+    return far, (rows / most.clamp_min(1e-9)).mean(dim=(0, 2))

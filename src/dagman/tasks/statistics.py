@@ -3,8 +3,9 @@
 One vectorised function per score takes a matrix of weights, one row per resample; all ones give the score itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -75,6 +76,12 @@ def share(
     return _ratio(weights @ (hits & among).astype(float), weights @ among.astype(float))
 
 
+def mean(values: Float[np.ndarray, " cases"], weights: Weights) -> Float[np.ndarray, " resamples"]:
+    """Weighted mean of the cases that have a value; those without one are NaN, and so is the mean of none."""
+    known = np.isfinite(values)
+    return _ratio(weights @ np.where(known, values, 0.0), weights @ known.astype(float))
+
+
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     quotient: np.ndarray = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
     return quotient
@@ -141,17 +148,26 @@ def _too_few(patient: np.ndarray, classes: np.ndarray | None) -> str:
     return "" if min(per_class) > 1 else f"{told}, 2 needed"
 
 
-def mean(values: Float[np.ndarray, " cases"], weights: Weights) -> Float[np.ndarray, " resamples"]:
-    """Weighted mean over the cases whose value is a number; NaN where there is none."""
-    counts = np.isfinite(values)
-    return _ratio(weights @ np.where(counts, values, 0), weights @ counts.astype(float))
-
-
 def ratio(
     above: Float[np.ndarray, " cases"], below: Float[np.ndarray, " cases"], weights: Weights
 ) -> Float[np.ndarray, " resamples"]:
     """Weighted sum of one number over that of another (lesions found over lesions); NaN where there is none."""
     return _ratio(weights @ above, weights @ below)
+
+
+def mean_over_patients(values: Float[np.ndarray, " cases"], patients: Sequence[str | None], *, seed: int) -> Estimate:
+    """Mean of the cases that have a value, with its interval where every one of them has a known patient.
+
+    Args:
+        values: One for each case, NaN where there is none.
+        patients: Of each case.
+        seed: Of the resampling; values that are compared share it.
+    """
+    known = np.isfinite(values)
+    if any(patient is None for patient, has in zip(patients, known, strict=True) if has):
+        return Estimate(value=float(values[known].mean()), why="patients unknown")
+    groups = np.array([str(patient) for patient in patients])[known]
+    return estimate(partial(mean, values[known]), groups, seed=seed)
 
 
 def _values(statistic: Statistic, draws: np.ndarray, patient: np.ndarray) -> np.ndarray:

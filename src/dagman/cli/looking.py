@@ -1,0 +1,221 @@
+"""The verbs that look into encoders, one or several side by side: attention, cluster, diversity."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from dagman.cli.watching import Output, Sources, Switch, progress, require, say
+from dagman.errors import DagmanError, ExitCode
+
+if TYPE_CHECKING:
+    from dagman.nets.encoder import Encoder
+
+Weights = Annotated[list[Path], Parameter(consume_multiple=True, negative=())]
+Store = Annotated[Path, Parameter(name=["--input", "-i"])]
+
+
+def attention(
+    *,
+    weights: Weights,
+    sources: Sources,
+    output: Output,
+    mask: Path | None = None,
+    heads: Switch = False,
+    device: str = "cpu",
+) -> int:
+    """Show where encoders look: semantic attention on the scan's own grid as NIfTI, pictures, and how well it points.
+
+    Args:
+        weights: Run folders or .safetensors files, shown side by side; the others are compared with the first.
+        sources: A CT file, DICOM folder, or CSV with masks; patients in the CSV give the gain an interval.
+        output: Folder for CASE_attention.nii.gz and CASE_attention.png of each case, attention.csv and result.json.
+        mask: Label map of a single CT, outlined in the picture.
+        heads: Also draw every head by itself, in CASE_heads.png.
+        device: `cpu` or `cuda`.
+    """
+    from dagman.ct.index import index
+    from dagman.tasks import pointing, statistics
+    from dagman.tasks.attention import explain
+
+    encoders = _loaded(weights)
+    scans, problems = index(sources)
+    if mask:
+        require(
+            len(scans) == 1, "--mask", f"was given with {len(scans)} scans", "give one CT, or a CSV with a mask column"
+        )
+        scans = [replace(scans[0], mask=mask)]
+    failed = [problem for problem in problems if not problem.ignored]
+    for problem in failed:
+        say(str(problem))
+    looks, done = [], 0
+    for scan in scans:
+        try:
+            with progress(f"Attention of {scan.case_id}") as tell:
+                found = explain(encoders, scan, output, heads=heads, device=device, progress=tell)
+        except DagmanError as error:
+            if error.exit_code == ExitCode.RESOURCES or error.code == "NOATTENTION":
+                raise
+            say(str(error))
+            continue
+        done += 1
+        looks += [look.pointing for look in found.looks.values()]
+        for name, (nifti, look) in found.looks.items():
+            points = f", {look.shares.gain:.2f} times the body's mean inside the mask" if look.shares else ""
+            say(f"{scan.case_id}, {name}: {look.lowest:.2f} to {look.highest:.2f} times uniform over the body{points}")
+            say(f"wrote {nifti}")
+        say(f"wrote {', '.join(str(path) for path in (found.picture, found.heads) if path)}")
+    if not done:
+        return ExitCode.NOTHING_USABLE
+    for row in pointing.summary(looks)["rows"]:
+        if row["cases_with_gain"]:
+            print(f"{row['weights']}, {row['cases_with_gain']} masks: gain {statistics.Estimate(**row['gain'])}")
+    say(f"wrote {', '.join(map(str, pointing.write(looks, output)))}")
+    return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
+
+
+def cluster(
+    *,
+    weights: Weights,
+    data: Store,
+    output: Output,
+    of: Literal["structures", "cases"] = "structures",
+    names: Path | None = None,
+    smallest_mm3: float = 1000.0,
+    crops_each: int = 4,
+    which: Literal["pooled", "cells", "cls", "all"] = "pooled",
+    group_by: Literal["patient", "case"] = "patient",
+    seed: int = 0,
+    device: str = "cpu",
+) -> int:
+    """Do features of one organ lie together? A UMAP of labelled crops, cluster distances, silhouette, k-NN accuracy.
+
+    Beside the weights stand an untrained encoder like the first one, and raw voxels.
+
+    Args:
+        weights: Run folders or .safetensors files, shown side by side; the first is compared with the others.
+        data: A prepared store with label maps, or with labels for whole cases.
+        output: Folder for embeddings-NAME.csv, crops.csv, result.json and clusters.png.
+        of: `structures`: crops around every connected structure of the label maps; `cases`: whole cases by their label.
+        names: Names of the label map's numbers: CSV label,name or JSON; labels without a name are left out.
+        smallest_mm3: Smaller structures are left out.
+        crops_each: Crops in each structure, the first in its middle.
+        which: Features, as in `dagman embed`.
+        group_by: `case` where patients are unknown; the result is stamped.
+        seed: Of the crops, the map and the bootstrap.
+        device: `cpu` or `cuda`.
+    """
+    from dagman.ct.store import PreparedStore
+    from dagman.tasks import cluster as clusters
+    from dagman.tasks import statistics, structures
+
+    clusters.require_umap()
+    encoders, store, found, places = _loaded(weights), PreparedStore(data), {}, None
+    if of == "structures":
+        named = structures.read_names(names) if names else None
+        crops = structures.structures(store, named, smallest_mm3=smallest_mm3, crops_each=crops_each, seed=seed)
+        say(str(crops))
+        places = crops.places
+        found = {
+            "structures": crops.structures,
+            "smallest_mm3": smallest_mm3,
+            "crops_each": crops_each,
+            "too_small": dict(crops.too_small),
+            "labels_without_name": list(crops.unnamed),
+            "cases_without_map": list(crops.without_map),
+        }
+    with progress("Clustering") as tell:
+        runs = clusters.compare(
+            encoders, store, places, which=which, group_by=group_by, seed=seed, device=device, progress=tell
+        )
+    result = clusters.summary(runs, group_by=group_by)
+    say(f"{result['crops']} crops, {len(result['classes'])} classes, {result[group_by + 's']} {group_by}s")
+    for row in result["rows"]:
+        print(f"{row['features']}:")
+        for value, meaning in clusters.MEANINGS.items():
+            print(f"  {meaning:48s} {statistics.Estimate(**row[value])}")
+    if result["warning"]:
+        say(f"Note: {result['warning']}")
+    say(f"wrote {', '.join(map(str, clusters.write(runs, output, group_by=group_by, found=found)))}")
+    return ExitCode.OK
+
+
+def diversity(
+    *,
+    weights: Weights,
+    data: Store,
+    output: Output,
+    crops: int = 16,
+    seed: int = 0,
+    device: str = "cpu",
+) -> int:
+    """Compare how far attention heads look, and how differently: distances in mm and entropies by stage.
+
+    Args:
+        weights: Run folders or .safetensors files; the first is what the others are compared with.
+        data: A prepared store.
+        output: Folder for heads.csv, crops.csv, result.json and diversity.png.
+        crops: How many crops are drawn from the store, the same for all weights.
+        seed: Of the crops and the bootstrap.
+        device: `cpu` or `cuda`.
+    """
+    from dagman.ct.store import PreparedStore
+    from dagman.tasks import diversity as heads
+
+    encoders, store = _loaded(weights), PreparedStore(data)
+    runs = {}
+    for name, encoder in encoders.items():
+        with progress(f"Heads of {name}") as tell:
+            runs[name] = heads.head_diversity(encoder, store, num_crops=crops, seed=seed, device=device, progress=tell)
+    cases = {look.case_id for look in next(iter(runs.values()))}
+    say(f"{crops} crops of {len(cases)} cases, seed {seed}")
+    say("mean over crops with 95 % interval: distance in mm; entropy of the heads' distances, and of their rows, over")
+    say("the largest possible")
+    rows = heads.summary(runs, seed=seed)
+    for row in rows:
+        far, apart, spread = (brief(row[name]) for name in ("distance_mm", "distance_entropy_ratio", "row_entropy"))
+        print(f"{row['weights']:24s} {row['place']:18s} {row['heads']:3d} heads: {far:24s} {apart:24s} {spread}")
+    _say_why_no_interval(rows[0]["distance_mm"])
+    say(f"wrote {', '.join(map(str, heads.write(runs, output, seed=seed)))}")
+    return ExitCode.OK
+
+
+def _loaded(weights: list[Path]) -> "dict[str, Encoder]":
+    """Encoders by name: the run folder's or the file's, with what lies above it where two are alike."""
+    from dagman.nets.weights import load_encoder
+
+    found = {}
+    for path, name in zip(weights, names(weights), strict=True):
+        found[name] = load_encoder(path)
+        say(str(found[name].report))
+    return found
+
+
+def names(weights: list[Path]) -> list[str]:
+    """A short name for each path that no other has, which can stand in a file's name.
+
+    Raises:
+        DagmanError: `E-USAGE` for weights that are given twice.
+    """
+    whole = [path.resolve().with_suffix("") if path.suffix == ".safetensors" else path.resolve() for path in weights]
+    twice = [str(path) for path, count in Counter(whole).items() if count > 1]
+    require(not twice, "--weights", f"names {', '.join(twice)} twice", "name all weights once")
+    depth = 1
+    while len({path.parts[-depth:] for path in whole}) < len(whole):
+        depth += 1
+    return ["-".join(path.parts[-depth:]).replace(" ", "_") for path in whole]
+
+
+def brief(estimate: dict[str, Any]) -> str:
+    """An estimate of a result as a table shows it: no words."""
+    if estimate["value"] is None:
+        return "n/a"
+    bounds = "" if estimate["low"] is None else f" ({estimate['low']:.3f} to {estimate['high']:.3f})"
+    return f"{estimate['value']:.3f}{bounds}"
+
+
+def _say_why_no_interval(estimate: dict[str, Any]) -> None:
+    if estimate["low"] is None:
+        say(f"No interval: {estimate['why']}")

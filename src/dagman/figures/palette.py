@@ -1,0 +1,5 @@
+"""Colours that people with any colour vision tell apart, in the order they are used."""
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
+"""Okabe and Ito's, yellow replaced by grey, which is seen on white."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
