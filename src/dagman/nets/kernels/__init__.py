@@ -42,14 +42,21 @@ def chosen(x: Tensor, tokens: int) -> Path:
         x: The map.
         tokens: In a window.
     """
-    if tokens > MOST_TOKENS or computes_in(x) == torch.float64:
+    forced = _forced.get()
+    if forced == "plain" or (forced is None and why_not(x.device) is not None):
         return "plain"
-    return _forced.get() or ("triton" if why_not(x.device) is None else "plain")
+    return "plain" if tokens > MOST_TOKENS or computes_in(x) == torch.float64 else "triton"
 
 
-def fuses(width: int, hidden_width: int) -> bool:
-    """Whether half-blocks of that width run as one kernel each."""
-    return width <= MOST_FUSED_WIDTH and hidden_width <= 4 * MOST_FUSED_WIDTH
+def fuses(x: Tensor, hidden_width: int) -> bool:
+    """Whether half-blocks run as one kernel each; in float32 their tiles are too large for a GPU.
+
+    Args:
+        x: The map.
+        hidden_width: Of the MLP.
+    """
+    fits = max(x.shape[-1], hidden_width // 4) <= MOST_FUSED_WIDTH
+    return fits and (x.device.type == "cpu" or computes_in(x).itemsize == 2)
 
 
 @functools.lru_cache(maxsize=16)
@@ -71,8 +78,8 @@ def computes_in(x: Tensor) -> torch.dtype:
 
 
 def window_attention(
-    qkv: Float[Tensor, "batch x y z 3*width"],
-    zero: Float[Tensor, " 3*width"],
+    qkv: Float[Tensor, "batch x y z channels"],
+    zero: Float[Tensor, " channels"],
     bias: Float[Tensor, "heads tokens tokens"],
     *,
     window: int,

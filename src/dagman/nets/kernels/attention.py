@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dagman.nets.kernels import tiles
-from dagman.nets.kernels.tiles import attention_gradient, attention_weights, bias_tile, places
+from dagman.nets.kernels.tiles import attention_gradient, attention_weights, bias_tile, places, product
 
 
 @triton.jit
@@ -37,13 +37,13 @@ def _forward(
     head, column = tl.program_id(0) % H, tl.arange(0, DP)
     added = bias_tile(bias, head, SX * SY * SZ, N)
     for window in range(tl.program_id(0) // H, count, tl.num_programs(0) // H):
-        row, inside, side, _ = places(window, X, Y, Z, SX, SY, SZ, HX, HY, HZ, N)
-        query = _heads(qkv, pad, row, inside, head, 0, H, D, DP, PADDED)
-        key = _heads(qkv, pad, row, inside, head, 1, H, D, DP, PADDED)
-        value = _heads(qkv, pad, row, inside, head, 2, H, D, DP, PADDED)
+        row, inside, side, _, first = places(window, X, Y, Z, SX, SY, SZ, HX, HY, HZ, N)
+        query = _heads(qkv + first * 3 * H * D, pad, row, inside, head, 0, H, D, DP, PADDED)
+        key = _heads(qkv + first * 3 * H * D, pad, row, inside, head, 1, H, D, DP, PADDED)
+        value = _heads(qkv + first * 3 * H * D, pad, row, inside, head, 2, H, D, DP, PADDED)
         weights = attention_weights(query, key, added, side, SCALE, PRECISION)
-        mixed = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-        at = out + row[:, None] * (H * D) + head * D + column[None, :]
+        mixed = product(weights.to(value.dtype), value, PRECISION)
+        at = out + first * H * D + row[:, None] * (H * D) + head * D + column[None, :]
         tl.store(at, mixed.to(out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
 
 
@@ -62,17 +62,17 @@ def _backward(
     sum_bias = tl.zeros([N, N], dtype=tl.float32)
     sum_key, sum_value = tl.zeros([DP], dtype=tl.float32), tl.zeros([DP], dtype=tl.float32)
     for window in range(tl.program_id(0) // H, count, tl.num_programs(0) // H):
-        row, inside, side, _ = places(window, X, Y, Z, SX, SY, SZ, HX, HY, HZ, N)
-        query = _heads(qkv, pad, row, inside, head, 0, H, D, DP, PADDED)
-        key = _heads(qkv, pad, row, inside, head, 1, H, D, DP, PADDED)
-        value = _heads(qkv, pad, row, inside, head, 2, H, D, DP, PADDED)
+        row, inside, side, _, first = places(window, X, Y, Z, SX, SY, SZ, HX, HY, HZ, N)
+        query = _heads(qkv + first * 3 * H * D, pad, row, inside, head, 0, H, D, DP, PADDED)
+        key = _heads(qkv + first * 3 * H * D, pad, row, inside, head, 1, H, D, DP, PADDED)
+        value = _heads(qkv + first * 3 * H * D, pad, row, inside, head, 2, H, D, DP, PADDED)
         real = inside[:, None] & (column < D)[None, :]
-        at = of_out + row[:, None] * (H * D) + head * D + column[None, :]
+        at = of_out + first * H * D + row[:, None] * (H * D) + head * D + column[None, :]
         mixed = tl.load(at, mask=real, other=0.0)
         weights = attention_weights(query, key, added, side, SCALE, PRECISION)
         of_logits, of_query, of_key, of_value = attention_gradient(query, key, value, weights, mixed, SCALE, PRECISION)
         sum_bias += of_logits
-        at = of_qkv + row[:, None] * (3 * H * D) + head * D + column[None, :]
+        at = of_qkv + first * 3 * H * D + row[:, None] * (3 * H * D) + head * D + column[None, :]
         kind = of_qkv.dtype.element_ty
         tl.store(at, of_query.to(kind), mask=real)
         tl.store(at + H * D, of_key.to(kind), mask=real)
@@ -131,7 +131,7 @@ def _sizes(qkv: Tensor, maps: tiles.Windows, heads: int) -> dict[str, Any]:
         "D": width,
         "DP": tiles.tile(width),
         "SCALE": width**-0.5,
-        "PRECISION": tiles.precision(qkv.dtype),
+        "PRECISION": tiles.precision(qkv),
     }
 
 

@@ -16,6 +16,7 @@ from dagman.nets.kernels.tiles import (
     matrix,
     normalised,
     places,
+    product,
     vector,
 )
 
@@ -37,7 +38,7 @@ def _linear(tokens, weight, bias, part, head, C, D, CP, DP, PRECISION):
     """Queries, keys or values (part 0, 1, 2) of a head."""
     first = part * C + head * D
     rows = matrix(weight, first, first + D, 0, C, DP, CP, C)
-    made = tl.dot(tokens, tl.trans(rows), input_precision=PRECISION) + vector(bias, first, D, DP)[None, :]
+    made = product(tokens, tl.trans(rows), PRECISION) + vector(bias, first, D, DP)[None, :]
     return made.to(tokens.dtype)
 
 
@@ -52,8 +53,8 @@ def _forward(
     """All heads of one window."""
     C: tl.constexpr = H * D
     column = tl.arange(0, CP)
-    row, inside, side, item = places(tl.program_id(0), X, Y, Z, SX, SY, SZ, HX, HY, HZ, N)
-    value, unit = _unit(x, row, inside, C, CP, EPS)
+    row, inside, side, item, first = places(tl.program_id(0), X, Y, Z, SX, SY, SZ, HX, HY, HZ, N)
+    value, unit = _unit(x + first * C, row, inside, C, CP, EPS)
     scaled = unit * vector(gamma, 0, C, CP)[None, :] + vector(beta, 0, C, CP)[None, :]
     kind = qkv.dtype.element_ty
     tokens = tl.where(inside[:, None], scaled, 0.0).to(kind)
@@ -64,12 +65,12 @@ def _forward(
         content = _linear(tokens, qkv, qkv_bias, 2, head, C, D, CP, DP, PRECISION)
         pairs = bias_tile(bias, head, SX * SY * SZ, N)
         weights = attention_weights(query, key, pairs, side, SCALE, PRECISION)
-        mixed = tl.dot(weights.to(kind), content, input_precision=PRECISION).to(kind)
+        mixed = product(weights.to(kind), content, PRECISION).to(kind)
         onto = matrix(proj, 0, C, head * D, head * D + D, CP, DP, C)
-        added += tl.dot(mixed, tl.trans(onto), input_precision=PRECISION)
+        added += product(mixed, tl.trans(onto), PRECISION)
     if DROPS:
         added *= tl.load(kept + item)
-    at = out + row[:, None] * C + column[None, :]
+    at = out + first * C + row[:, None] * C + column[None, :]
     tl.store(at, (value + added).to(out.dtype.element_ty), mask=inside[:, None] & (column < C)[None, :])
 
 
@@ -91,26 +92,26 @@ def _backward(
     pairs = bias_tile(bias, head, TOKENS, N)
     onto = matrix(proj, 0, C, head * D, head * D + D, CP, DP, C)
     scale, offset = vector(gamma, 0, C, CP)[None, :], vector(beta, 0, C, CP)[None, :]
-    over_query, over_key = tl.zeros([DP, CP], dtype=tl.float32), tl.zeros([DP, CP], dtype=tl.float32)
-    over_content, over_proj = tl.zeros([DP, CP], dtype=tl.float32), tl.zeros([DP, CP], dtype=tl.float32)
+    over_query, over_key = tl.zeros([CP, DP], dtype=tl.float32), tl.zeros([CP, DP], dtype=tl.float32)
+    over_content, over_proj = tl.zeros([CP, DP], dtype=tl.float32), tl.zeros([CP, DP], dtype=tl.float32)
     query_bias, key_bias = tl.zeros([DP], dtype=tl.float32), tl.zeros([DP], dtype=tl.float32)
     content_bias, over_pairs = tl.zeros([DP], dtype=tl.float32), tl.zeros([N, N], dtype=tl.float32)
     for window in range(tl.program_id(0) // H, count, tl.num_programs(0) // H):
-        row, inside, side, item = places(window, X, Y, Z, SX, SY, SZ, HX, HY, HZ, N)
-        _, unit = _unit(x, row, inside, C, CP, EPS)
+        row, inside, side, item, first = places(window, X, Y, Z, SX, SY, SZ, HX, HY, HZ, N)
+        _, unit = _unit(x + first * C, row, inside, C, CP, EPS)
         tokens = tl.where(inside[:, None], unit * scale + offset, 0.0).to(kind)
         query = _linear(tokens, qkv, qkv_bias, 0, head, C, D, CP, DP, PRECISION)
         key = _linear(tokens, qkv, qkv_bias, 1, head, C, D, CP, DP, PRECISION)
         content = _linear(tokens, qkv, qkv_bias, 2, head, C, D, CP, DP, PRECISION)
         weights = attention_weights(query, key, pairs, side, SCALE, PRECISION)
-        at = of_out + row[:, None] * C + column[None, :]
+        at = of_out + first * C + row[:, None] * C + column[None, :]
         gradient = tl.load(at, mask=inside[:, None] & (column < C)[None, :], other=0.0).to(tl.float32)
         if DROPS:
             gradient *= tl.load(kept + item)
         gradient = gradient.to(kind)
-        mixed = tl.dot(weights.to(kind), content, input_precision=PRECISION).to(kind)
-        over_proj += tl.dot(tl.trans(mixed), gradient, input_precision=PRECISION)
-        of_mixed = tl.dot(gradient, onto, input_precision=PRECISION).to(kind)
+        mixed = product(weights.to(kind), content, PRECISION).to(kind)
+        over_proj += product(tl.trans(gradient), mixed, PRECISION)
+        of_mixed = product(gradient, onto, PRECISION).to(kind)
         of_logits, of_query, of_key, of_content = attention_gradient(
             query, key, content, weights, of_mixed, SCALE, PRECISION
         )
@@ -120,20 +121,20 @@ def _backward(
         key_bias += tl.sum(tl.where(exists, of_key, 0.0), axis=0)
         content_bias += tl.sum(tl.where(exists, of_content, 0.0), axis=0)
         of_query, of_key, of_content = of_query.to(kind), of_key.to(kind), of_content.to(kind)
-        over_query += tl.dot(tl.trans(of_query), tokens, input_precision=PRECISION)
-        over_key += tl.dot(tl.trans(of_key), tokens, input_precision=PRECISION)
-        over_content += tl.dot(tl.trans(of_content), tokens, input_precision=PRECISION)
-        at = of_qkv + row[:, None] * (3 * C) + head * D + unit_of[None, :]
+        over_query += product(tl.trans(tokens), of_query, PRECISION)
+        over_key += product(tl.trans(tokens), of_key, PRECISION)
+        over_content += product(tl.trans(tokens), of_content, PRECISION)
+        at = of_qkv + first * 3 * C + row[:, None] * (3 * C) + head * D + unit_of[None, :]
         real = inside[:, None] & (unit_of < D)[None, :]
         tl.store(at, of_query, mask=real)
         tl.store(at + C, of_key, mask=real)
         tl.store(at + 2 * C, of_content, mask=real)
-    part, real = tl.program_id(0) // H, (unit_of < D)[:, None] & (column < C)[None, :]
-    at = sum_qkv + part * 3 * C * C + (head * D + unit_of)[:, None] * C + column[None, :]
+    part, real = tl.program_id(0) // H, (column < C)[:, None] & (unit_of < D)[None, :]
+    at = sum_qkv + part * 3 * C * C + (head * D + unit_of)[None, :] * C + column[:, None]
     tl.store(at, over_query, mask=real)
     tl.store(at + C * C, over_key, mask=real)
     tl.store(at + 2 * C * C, over_content, mask=real)
-    tl.store(sum_proj + part * C * C + (head * D + unit_of)[:, None] * C + column[None, :], over_proj, mask=real)
+    tl.store(sum_proj + part * C * C + column[:, None] * C + (head * D + unit_of)[None, :], over_proj, mask=real)
     at = sum_qkv_bias + part * 3 * C + head * D + unit_of
     tl.store(at, query_bias, mask=unit_of < D)
     tl.store(at + C, key_bias, mask=unit_of < D)
@@ -170,6 +171,7 @@ class _AttentionHalf(torch.autograd.Function):
             x.device,
             *(x, gamma, beta, qkv, qkv_bias, bias, proj, proj_bias, x if kept is None else kept, out),
             **_sizes(qkv, kept, ctx.maps, shape),
+            warps=tiles.warps(x.shape[-1]),
         )
         return out
 
@@ -198,7 +200,7 @@ class _AttentionHalf(torch.autograd.Function):
             sum_qkv.sum(dim=0).to(qkv.dtype),
             sum_qkv_bias.sum(dim=0).to(qkv_bias.dtype),
             sum_bias.sum(dim=0),
-            sum_proj.sum(dim=0).T.to(proj.dtype),
+            sum_proj.sum(dim=0).to(proj.dtype),
             of_proj_bias.to(qkv_bias.dtype),
             None,
             None,
@@ -218,7 +220,7 @@ def _sizes(qkv: Tensor, kept: Tensor | None, maps: tiles.Windows, shape: Shape) 
         "DROPS": kept is not None,
         "EPS": shape.eps,
         "SCALE": head_width**-0.5,
-        "PRECISION": tiles.precision(qkv.dtype),
+        "PRECISION": tiles.precision(qkv),
     }
 
 

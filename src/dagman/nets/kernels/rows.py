@@ -8,16 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dagman.nets.kernels import tiles
-from dagman.nets.kernels.tiles import matrix, normalised, vector
+from dagman.nets.kernels.tiles import matrix, normalised, product, vector
 
 
 @triton.jit
 @no_type_check
 def _block(x, first, last, C, M, CP):
     """M rows of a matrix of C columns in float32, with their numbers and which places are real."""
-    row, column = first + tl.arange(0, M), tl.arange(0, CP)
-    real = (row < last)[:, None] & (column < C)[None, :]
-    at = row.to(tl.int64)[:, None] * C + column[None, :]
+    row, column = tl.arange(0, M), tl.arange(0, CP)
+    real = (first + row < last)[:, None] & (column < C)[None, :]
+    at = tl.cast(first, tl.int64) * C + (row[:, None] * C + column[None, :])
     return tl.load(x + at, mask=real, other=0.0).to(tl.float32), at, real
 
 
@@ -51,11 +51,11 @@ def _forward(
     mixed = tl.zeros([M, CP], dtype=tl.float32) + vector(bias2, 0, C, CP)[None, :]
     for start in range(0, HIDDEN, HP):
         inner = matrix(weight1, start, HIDDEN, 0, C, HP, CP, C)
-        before = tl.dot(scaled, tl.trans(inner), input_precision=PRECISION)
+        before = product(scaled, tl.trans(inner), PRECISION)
         before = (before + vector(bias1, start, HIDDEN - start, HP)[None, :]).to(kind).to(tl.float32)
         after = (before * _share(before)).to(kind)
         outer = matrix(weight2, 0, C, start, HIDDEN, CP, HP, HIDDEN)
-        mixed += tl.dot(after, tl.trans(outer), input_precision=PRECISION)
+        mixed += product(after, tl.trans(outer), PRECISION)
     if DROPS:
         row = first + tl.arange(0, M)
         mixed *= tl.load(kept + row // each, mask=row < rows, other=0.0)[:, None]
@@ -89,13 +89,13 @@ def _hidden_backward(
         mixed = gradient.to(kind)
         unit, _ = normalised(value, known, C, EPS)
         scaled = (unit * scale + offset).to(kind)
-        before = (tl.dot(scaled, tl.trans(inner), input_precision=PRECISION) + bias).to(kind).to(tl.float32)
+        before = (product(scaled, tl.trans(inner), PRECISION) + bias).to(kind).to(tl.float32)
         share = _share(before)
-        of_after = tl.dot(mixed, outer, input_precision=PRECISION)
+        of_after = product(mixed, outer, PRECISION)
         of_before = of_after * (share + before * _density(before))
         rounded = of_before.to(kind)
-        sum1 += tl.dot(tl.trans(rounded), scaled, input_precision=PRECISION)
-        sum2 += tl.dot(tl.trans(mixed), (before * share).to(kind), input_precision=PRECISION)
+        sum1 += product(tl.trans(rounded), scaled, PRECISION)
+        sum2 += product(tl.trans(mixed), (before * share).to(kind), PRECISION)
         sum_bias += tl.sum(of_before, axis=0)
         at = row.to(tl.int64)[:, None] * HIDDEN + start + unit_of[None, :]
         tl.store(of_hidden + at, rounded, mask=(row < rows)[:, None] & (start + unit_of < HIDDEN)[None, :])
@@ -129,7 +129,7 @@ def _norm_backward(
             k = start + tl.arange(0, KP)
             there = row.to(tl.int64)[:, None] * K + k[None, :]
             part = tl.load(of_linear + there, mask=(row < rows)[:, None] & (k < K)[None, :], other=0.0)
-            of_scaled += tl.dot(part, matrix(weight, start, K, 0, C, KP, CP, C), input_precision=PRECISION)
+            of_scaled += product(part, matrix(weight, start, K, 0, C, KP, CP, C), PRECISION)
         unit, inverse = normalised(value, known, C, EPS)
         of_unit = of_scaled * scale
         along = tl.sum(of_unit * unit, axis=1) / C
@@ -176,7 +176,8 @@ def norm_backward(
         M=tiles.ROWS,
         DROPS=kept is not None,
         EPS=eps,
-        PRECISION=tiles.precision(weight.dtype),
+        PRECISION=tiles.precision(weight),
+        warps=tiles.warps(width),
     )
     of_gamma, of_beta, of_bias = sums.sum(dim=1)
     return of_x, of_gamma, of_beta, of_bias
@@ -199,6 +200,7 @@ class _MLPHalf(torch.autograd.Function):
             x.device,
             *(x, gamma, beta, weight1, bias1, weight2, bias2, x if kept is None else kept, out, rows, rows // len(x)),
             **_sizes(weight1, kept, eps),
+            warps=tiles.warps(x.shape[-1]),
         )
         return out
 
@@ -239,7 +241,7 @@ def _sizes(weight1: Tensor, kept: Tensor | None, eps: float) -> dict[str, Any]:
         "M": tiles.ROWS,
         "DROPS": kept is not None,
         "EPS": eps,
-        "PRECISION": tiles.precision(weight1.dtype),
+        "PRECISION": tiles.precision(weight1),
     }
 
 

@@ -24,9 +24,10 @@ WAVES = 4
 @triton.jit
 @no_type_check
 def places(window, X, Y, Z, SX, SY, SZ, HX, HY, HZ, N):
-    """For the N tokens of a window: row in the raster of all maps, whether the map has it, the side it came from, item.
+    """For the N tokens of a window: row in the map, whether the map has it, its side; the map, and its first row.
 
-    Where the shift joins far sides of the map, tokens of different sides must not meet.
+    Where the shift joins far sides of the map, tokens of different sides must not meet. Offsets within a map fit 32
+    bits, those of a batch need not.
     """
     nx, ny, nz = tl.cdiv(X, SX), tl.cdiv(Y, SY), tl.cdiv(Z, SZ)
     item = window // (nx * ny * nz)
@@ -39,8 +40,8 @@ def places(window, X, Y, Z, SX, SY, SZ, HX, HY, HZ, N):
     y = tl.where(y >= ny * SY, y - ny * SY, y)
     z = tl.where(z >= nz * SZ, z - nz * SZ, z)
     exists = token < SX * SY * SZ
-    row = ((item * X + x) * Y + y).to(tl.int64) * Z + z
-    return row, exists & (x < X) & (y < Y) & (z < Z), side, item
+    row = (x * Y + y) * Z + z
+    return row, exists & (x < X) & (y < Y) & (z < Z), side, item, item.to(tl.int64) * X * Y * Z
 
 
 @triton.jit
@@ -55,9 +56,20 @@ def bias_tile(bias, head, TOKENS, N):
 
 @triton.jit
 @no_type_check
+def product(left, right, PRECISION):
+    """Matrix product with a sum in float32."""
+    if PRECISION == "upcast":
+        made = tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    else:
+        made = tl.dot(left, right, input_precision=PRECISION)
+    return made
+
+
+@triton.jit
+@no_type_check
 def attention_weights(query, key, bias, side, SCALE, PRECISION):
     """Softmax of the logits in float32; tokens of far sides do not meet."""
-    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * SCALE + bias
+    logits = product(query, tl.trans(key), PRECISION) * SCALE + bias
     logits += tl.where(side[:, None] == side[None, :], 0.0, FAR)
     power = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     return power / tl.sum(power, axis=1)[:, None]
@@ -68,12 +80,12 @@ def attention_weights(query, key, bias, side, SCALE, PRECISION):
 def attention_gradient(query, key, value, weights, mixed, SCALE, PRECISION):
     """Gradients of logits, query, key and value from that of what was mixed."""
     kind = query.dtype
-    of_weights = tl.dot(mixed, tl.trans(value), input_precision=PRECISION)
+    of_weights = product(mixed, tl.trans(value), PRECISION)
     of_logits = weights * (of_weights - tl.sum(weights * of_weights, axis=1)[:, None])
     rounded = of_logits.to(kind)
-    of_query = tl.dot(rounded, key, input_precision=PRECISION) * SCALE
-    of_key = tl.dot(tl.trans(rounded), query, input_precision=PRECISION) * SCALE
-    of_value = tl.dot(tl.trans(weights.to(kind)), mixed, input_precision=PRECISION)
+    of_query = product(rounded, key, PRECISION) * SCALE
+    of_key = product(tl.trans(rounded), query, PRECISION) * SCALE
+    of_value = product(tl.trans(weights.to(kind)), mixed, PRECISION)
     return of_logits, of_query, of_key, of_value
 
 
@@ -139,9 +151,19 @@ def tile(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def precision(dtype: torch.dtype) -> str:
-    """What matrix products of float32 are made of; bfloat16 ones have no choice."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+def warps(width: int) -> int:
+    """Warps of a program that holds whole tokens of that width: as many as its tiles need registers."""
+    return 4 if tile(width) <= 64 else 8
+
+
+def precision(x: torch.Tensor) -> str:
+    """How products of matrices like x are made: three of tensor cores keep float32's digits; bfloat16 has no choice.
+
+    Triton's interpreter has no products of bfloat16; those of the same values in float32 are equal.
+    """
+    if x.device.type == "cpu":
+        return "upcast"
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
 def programs(work: int, device: torch.device, *, beside: int) -> int:
@@ -152,10 +174,12 @@ def programs(work: int, device: torch.device, *, beside: int) -> int:
     return max(1, min(work, WAVES * processors // beside))
 
 
-def launch(kernel: Any, number: int, device: torch.device, *args: Any, warps: int = 4, **options: Any) -> None:
+def launch(
+    kernel: Any, number: int, device: torch.device, *args: Any, warps: int = 4, stages: int = 2, **options: Any
+) -> None:
     """Run so many programs of a kernel on the device of its tensors, whichever is current."""
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[(number,)](*args, **options, num_warps=warps)
+            kernel[(number,)](*args, **options, num_warps=warps, num_stages=stages)
     else:
         kernel[(number,)](*args, **options)
