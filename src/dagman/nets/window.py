@@ -212,8 +212,9 @@ class WindowAttention(nn.Module):
         """Attend within windows; `layout.masks` names the rows of `windows` that need one."""
         count, tokens, width = windows.shape
         bias, head_width = self.bias(tokens), width // self.num_heads
-        trains = torch.is_grad_enabled() and (windows.requires_grad or bias.requires_grad)
-        weight, added = self.qkv.weight, self.qkv.bias
+        weight: Tensor = self.qkv.weight
+        added: Tensor = self.qkv.bias
+        trains = torch.is_grad_enabled() and any(each.requires_grad for each in (windows, weight, added, bias))
         if windows.device.type == "cuda" and not trains:
             weight, added = wide_heads(weight, head_width), wide_heads(added, head_width)
         qkv = functional.linear(windows, weight, added).view(count, tokens, 3, self.num_heads, -1)
