@@ -16,7 +16,8 @@ from dagman.types import Features
 def compile_rest(network: nn.Module) -> list[nn.Module]:
     """Compile in place what no kernel of ours covers: mergings, semantic attention, wide MLPs, heads.
 
-    Weights keep their names; an MLP that a kernel covers is never called, and so never compiled. Where Triton does not run nothing is compiled: on CPUs it does not pay.
+    Weights keep their names; an MLP that a kernel covers is never called, and so never compiled. Where Triton does not
+    run nothing is compiled: on CPUs it does not pay.
 
     Returns:
         The modules that will be compiled when they first run.
