@@ -40,3 +40,29 @@ def test_what_is_compiled(as_on_a_gpu):
     kinds = sorted(type(module).__name__ for module in chosen)
     # semantic attention's own MLPs are compiled with their blocks
     assert kinds == ["GlobalBlock"] * 2 + ["MLP"] * 4 + ["PatchMerging"] * 4
+
+
+def test_a_recorded_encoder_replays_calls_like_the_first_alone(monkeypatch):
+    """All but the recording itself, which only a GPU can make."""
+    replayed = []
+
+    def recorded(module, given, **_):
+        module(*given)
+        return lambda *tensors: (replayed.append(len(tensors)), module(*tensors))[1]
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
+    encoder = SwinEncoder(SMALL).eval()
+    images, hidden = torch.rand(2, 1, 32, 32, 32), torch.rand(2, 64) < 0.5
+    expected, whole = encoder(images, hidden, final_only=True), encoder(images)
+    end = launches.record(encoder, torch.rand_like(images), hidden=~hidden, final_only=True)
+    for one, other in zip(encoder(images, hidden, final_only=True)[:4], expected[:4], strict=True):
+        assert torch.equal(one, other)
+    assert replayed == [2]
+    assert torch.equal(encoder(images).pooled, whole.pooled)
+    assert len(encoder(images, hidden).pyramid) == 5
+    assert encoder(images[:1], hidden[:1], final_only=True).pooled.shape == (1, 192)
+    encoder.train()(images, hidden, final_only=True)
+    assert replayed == [2]
+    end()
+    encoder.eval()(images, hidden, final_only=True)
+    assert replayed == [2]
