@@ -92,10 +92,11 @@ def record(
     device = images.device.type
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None, cache_enabled=False):
         replay: Any = torch.cuda.make_graphed_callables(Pass().train(training), tuple(given), allow_unused_input=True)
+    wanted, masks = final_only, [hidden is not None, dropped is not None]
     present = [each is not None for each in layout[0][:4]]
 
     def forward(
-        images: Tensor, hidden: Tensor | None = None, dropped: Tensor | None = None, *, final_only: bool = final_only
+        images: Tensor, hidden: Tensor | None = None, dropped: Tensor | None = None, *, final_only: bool = False
     ) -> Features:
         alike = images.shape == shape and encoder.training == training and final_only == wanted
         if not alike or [hidden is not None, dropped is not None] != masks:
@@ -105,7 +106,6 @@ def record(
         tokens, cls, attention, pooled = first
         return Features(tokens, cls, attention, pooled, tuple(tensors))  # type: ignore[arg-type]
 
-    wanted, masks = final_only, [hidden is not None, dropped is not None]
     encoder.forward = forward  # type: ignore[method-assign]
 
     def end() -> None:
