@@ -78,7 +78,7 @@ def proofs() -> Iterator[dict[str, Any]]:
     import torch
     from torch import nn
 
-    from dagman.nets import kernels
+    from dagman.nets import gpu
     from dagman.nets.swin import WindowBlock
 
     grids = [(2, 8, 8, 12), (1, 6, 5, 9), (3, 4, 8, 4), (2, 2, 3, 4)]
@@ -101,7 +101,7 @@ def proofs() -> Iterator[dict[str, Any]]:
                 for path in ("plain", "triton"):
                     y = x.to(DEVICE).to(kind).requires_grad_()
                     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=kind == torch.bfloat16)
-                    with kernels.forced(path), autocast:
+                    with gpu.forced(path), autocast:
                         found = block(y)
                     gradients = torch.autograd.grad((found * probe.to(DEVICE)).sum(), [y, *block.parameters()])
                     errors = [distance(*pair) for pair in zip(gradients, wanted, strict=True)]
@@ -120,7 +120,7 @@ def kernel_times(ceiling: dict[str, float]) -> Iterator[dict[str, Any]]:
     """Each half of a block and the attention alone on the maps of two views of 128^3, and their share of the card."""
     import torch
 
-    from dagman.nets import kernels
+    from dagman.nets import gpu
     from dagman.nets.swin import WindowBlock
 
     for width, heads, side in PAPER_STAGES:
@@ -134,21 +134,19 @@ def kernel_times(ceiling: dict[str, float]) -> Iterator[dict[str, Any]]:
         pieces: dict[str, tuple[Callable[[Any], Any], Any, float, float]] = {
             # name: call, input, elements moved a token and width at least, products a token
             "attention": (
-                lambda y, attn=attn, n=n, where=where: kernels.window_attention(
-                    y, attn.qkv.bias, attn.bias(n), **where
-                ),
+                lambda y, attn=attn, n=n, where=where: gpu.window_attention(y, attn.qkv.bias, attn.bias(n), **where),
                 *(qkv, 4, 4 * n * width),
             ),
         }
-        if kernels.fuses(x, 4 * width):
+        if gpu.fuses(x, 4 * width):
             pieces["attention half"] = (
-                lambda y, block=block, attn=attn, n=n, where=where: kernels.attention_half(
+                lambda y, block=block, attn=attn, n=n, where=where: gpu.attention_half(
                     y, block.norm1, attn.qkv, attn.bias(n), attn.proj, kept=None, **where
                 ),
                 *(x, 2, 8 * width**2 + 4 * n * width),
             )
             pieces["MLP half"] = (
-                lambda y, block=block, mlp=mlp: kernels.mlp_half(y, block.norm2, mlp.linear1, mlp.linear2, None),
+                lambda y, block=block, mlp=mlp: gpu.mlp_half(y, block.norm2, mlp.linear1, mlp.linear2, None),
                 *(x, 2, 16 * width**2),
             )
         pieces["block"] = (block, x, 4, 24 * width**2 + 4 * n * width)
@@ -157,7 +155,7 @@ def kernel_times(ceiling: dict[str, float]) -> Iterator[dict[str, Any]]:
             least = max(tokens * moved * width * 2 / ceiling["copy_tbs"], tokens * products / ceiling["matmul_tflops"])
             given = given.clone().requires_grad_()  # noqa: PLW2901
             path = "plain" if "plain" in name else None
-            with torch.autocast(DEVICE, torch.bfloat16), kernels.forced(path):
+            with torch.autocast(DEVICE, torch.bfloat16), gpu.forced(path):
                 with torch.no_grad():
                     forward = milliseconds(lambda: call(given), 0.2)  # noqa: B023
                 probe = torch.randn_like(call(given))
@@ -172,7 +170,7 @@ def tuning() -> Iterator[dict[str, Any]]:
     """Both halves of the fused blocks with other numbers of warps and stages than the kernels are launched with."""
     import torch
 
-    from dagman.nets.kernels import tiles
+    from dagman.nets.gpu import tiles
     from dagman.nets.swin import WindowBlock
 
     launch = tiles.launch
@@ -238,9 +236,9 @@ def step_of(side: int, batch: int, kind: str, variant: str) -> tuple[Callable[[]
 
         around.enter_context(gpu_plain.monai_like())
     elif variant == "plain":
-        from dagman.nets import kernels
+        from dagman.nets import gpu
 
-        around.enter_context(kernels.forced("plain"))
+        around.enter_context(gpu.forced("plain"))
     if "compile" in variant:
         launches.compile_rest(module)
     if "graphs" in variant:

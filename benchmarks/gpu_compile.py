@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dagman.nets.kernels import attention, half, rows, tiles
+from dagman.nets.gpu import attention, half, rows, tiles
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Most shared memory of a block (CUDA C++ Programming Guide, compute capabilities)."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dagman.nets import kernels
+from dagman.nets import gpu
 from dagman.nets.swin import WindowBlock
 from dagman.nets.window import WindowAttention, effective_window, relative_position_index
 
@@ -71,7 +71,7 @@ def monai_like() -> Iterator[None]:
     """Inside, every Swin runs like that, and computes every window."""
     forward = WindowBlock.forward
     with (
-        kernels.forced("plain"),
+        gpu.forced("plain"),
         mock.patch.object(WindowAttention, "forward", attention),
         mock.patch.object(WindowBlock, "forward", lambda self, x, _=None: forward(self, x)),
     ):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dagman.nets import kernels, launches
+from dagman.nets import gpu, launches
 from dagman.nets.swin import SwinConfig, SwinEncoder
 from dagman.nets.window import WindowAttention
 
@@ -17,7 +17,7 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 needs_triton = pytest.mark.skipif(
-    torch.cuda.is_available() and kernels.why_not(CUDA) is not None, reason="Triton does not run on this device"
+    torch.cuda.is_available() and gpu.why_not(CUDA) is not None, reason="Triton does not run on this device"
 )
 
 
@@ -43,7 +43,7 @@ def test_no_teacher_pass_falls_to_the_math_path(head_width, dtype):
     fused = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     with (
         torch.no_grad(),
-        kernels.forced("plain"),
+        gpu.forced("plain"),
         sdpa_kernel(fused),  # raises where none of these can
         torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16),
     ):
@@ -76,7 +76,7 @@ def test_more_windows_than_a_grid_has_rows():
     x = torch.randn(2, 64, 64, 64, 12, device=CUDA)
     with torch.no_grad():
         found = module(x)
-        with kernels.forced("plain"):
+        with gpu.forced("plain"):
             plain = module(x)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 

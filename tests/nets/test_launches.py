@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dagman.nets import kernels, launches
+from dagman.nets import gpu, launches
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
 from dagman.nets.vit import ViTConfig, ViTEncoder
 
@@ -13,7 +13,7 @@ SMALL = SwinConfig(
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The choice of what to compile as it falls on a GPU; nothing is compiled before it runs."""
-    monkeypatch.setattr(kernels, "why_not", lambda _: None)
+    monkeypatch.setattr(gpu, "why_not", lambda _: None)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dagman.nets import kernels
+from dagman.nets import gpu
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder, WindowBlock
 from dagman.nets.window import WindowAttention, effective_window
 
@@ -29,7 +29,7 @@ SHAPES = st.tuples(st.tuples(*[st.integers(1, 6)] * 3), st.integers(2, 4)).filte
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
     """Names of the kernels that ran, in order."""
-    from dagman.nets.kernels import tiles
+    from dagman.nets.gpu import tiles
 
     ran, launch = [], tiles.launch
 
@@ -57,11 +57,11 @@ def check(module: nn.Module, x: Tensor, *, out: float = 1e-6, gradient: float = 
     """Output and all gradients of the Triton path against the plain path in float64."""
     probe = torch.randn(x.shape, dtype=torch.float64)
     exact, y = copy.deepcopy(module).cpu().double(), x.double().requires_grad_()
-    with kernels.forced("plain"):
+    with gpu.forced("plain"):
         expected = exact(y)
     wanted = torch.autograd.grad((expected * probe).sum(), [y, *exact.parameters()])
     x = x.to(DEVICE).requires_grad_()
-    with kernels.forced("triton"):
+    with gpu.forced("triton"):
         found = module(x)
     gradients = torch.autograd.grad((found * probe.to(DEVICE)).sum(), [x, *module.parameters()])
     assert error(found, expected) <= out
@@ -134,7 +134,7 @@ def test_drop_path_leaves_the_same_maps_out(launched):
     for path in ("plain", "triton"):
         torch.manual_seed(1)
         y = x.clone().requires_grad_()
-        with kernels.forced(path):
+        with gpu.forced(path):
             out.append(block(y))
         gradients.append(torch.autograd.grad(out[-1].square().sum(), [y, *block.parameters()]))
     untouched = (out[1] == x).flatten(1).all(dim=1)
@@ -155,7 +155,7 @@ def test_bfloat16_is_no_further_from_float64_than_the_plain_path(fused, monkeypa
     slack = 1.5 if DEVICE.type == "cuda" else 4
     torch.manual_seed(0)
     if not fused:
-        monkeypatch.setattr(kernels, "MOST_FUSED_WIDTH", 0)
+        monkeypatch.setattr(gpu, "MOST_FUSED_WIDTH", 0)
     block = randomised(WindowBlock(24, num_heads=2, window=4, shift=2, mlp_ratio=2.0, drop_path=0.0))
     x, probe = torch.randn(1, 4, 6, 4, 24).bfloat16().float(), torch.randn(1, 4, 6, 4, 24)
     exact, y = copy.deepcopy(block).cpu().double(), x.double().requires_grad_()
@@ -164,7 +164,7 @@ def test_bfloat16_is_no_further_from_float64_than_the_plain_path(fused, monkeypa
     errors = {}
     for path in ("plain", "triton"):
         y = x.to(DEVICE).bfloat16().requires_grad_()
-        with kernels.forced(path), torch.autocast(DEVICE.type, torch.bfloat16):
+        with gpu.forced(path), torch.autocast(DEVICE.type, torch.bfloat16):
             found = block(y)
         assert found.dtype == torch.bfloat16
         gradients = torch.autograd.grad((found * probe.to(DEVICE)).sum(), [y, *block.parameters()])
@@ -178,7 +178,7 @@ def test_bfloat16_is_no_further_from_float64_than_the_plain_path(fused, monkeypa
 
 def test_programs_do_not_matter(monkeypatch):
     """Sums over windows are the same however many programs share them."""
-    from dagman.nets.kernels import tiles
+    from dagman.nets.gpu import tiles
 
     torch.manual_seed(0)
     block = randomised(WindowBlock(12, num_heads=1, window=2, shift=1, mlp_ratio=2.0, drop_path=0.0))
@@ -196,7 +196,7 @@ def test_an_encoder_takes_them_and_gives_the_same_features(launched):
     encoder = SwinEncoder(sizes).eval().to(DEVICE)
     images, hidden = torch.rand(1, 1, 32, 32, 32), torch.rand(1, 64) < 0.5
     exact = copy.deepcopy(encoder).cpu().double()(images.double(), hidden)
-    with torch.no_grad(), kernels.forced("triton"):
+    with torch.no_grad(), gpu.forced("triton"):
         found = encoder(images.to(DEVICE), hidden.to(DEVICE))
     assert launched == ["half._forward", "rows._forward"] * 4
     for ours, plain in zip([*found[:4], *found.pyramid], [*exact[:4], *exact.pyramid], strict=True):
@@ -205,18 +205,18 @@ def test_an_encoder_takes_them_and_gives_the_same_features(launched):
 
 def test_the_path_is_chosen_by_device_type_and_size():
     single, tokens = torch.zeros(1), 64
-    assert kernels.why_not(torch.device("cpu")) == "cpu is no CUDA device"
-    assert kernels.chosen(single, tokens) == "plain"
-    assert kernels.chosen(torch.zeros(1, device="meta"), tokens) == "plain"
-    with kernels.forced("triton"):
-        assert kernels.chosen(single, tokens) == "triton"
-        assert kernels.chosen(single, 125) == "plain"  # a window of 5 is more than a tile
-        assert kernels.chosen(single.double(), tokens) == "plain"
-        with kernels.forced("plain"):
-            assert kernels.chosen(single, tokens) == "plain"
-    assert kernels.fuses(torch.zeros(1, 96), 384)
-    assert not kernels.fuses(torch.zeros(1, 192), 384)
-    assert not kernels.fuses(torch.zeros(1, 96), 768)
+    assert gpu.why_not(torch.device("cpu")) == "cpu is no CUDA device"
+    assert gpu.chosen(single, tokens) == "plain"
+    assert gpu.chosen(torch.zeros(1, device="meta"), tokens) == "plain"
+    with gpu.forced("triton"):
+        assert gpu.chosen(single, tokens) == "triton"
+        assert gpu.chosen(single, 125) == "plain"  # a window of 5 is more than a tile
+        assert gpu.chosen(single.double(), tokens) == "plain"
+        with gpu.forced("plain"):
+            assert gpu.chosen(single, tokens) == "plain"
+    assert gpu.fuses(torch.zeros(1, 96), 384)
+    assert not gpu.fuses(torch.zeros(1, 192), 384)
+    assert not gpu.fuses(torch.zeros(1, 96), 768)
     assert effective_window((2, 9, 4), 4, 2) == ((2, 4, 4), (0, 2, 0))
 
 

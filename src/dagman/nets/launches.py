@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dagman.nets import kernels
+from dagman.nets import gpu
 from dagman.nets.heads import ProjectionHead, VoxelHead
 from dagman.nets.swin import PatchMerging, SwinEncoder
 from dagman.nets.transformer import MLP, GlobalBlock
@@ -22,7 +22,7 @@ def compile_rest(network: nn.Module) -> list[nn.Module]:
     Returns:
         The modules that will be compiled when they first run.
     """
-    if kernels.why_not(next(network.parameters()).device) is not None:
+    if gpu.why_not(next(network.parameters()).device) is not None:
         return []
     inside = {id(part) for module in network.modules() if isinstance(module, GlobalBlock) for part in module.modules()}
     chosen: list[nn.Module] = [
@@ -43,7 +43,7 @@ def why_not_recorded(encoder: nn.Module) -> str | None:
         return "there is no CUDA device"
     if not isinstance(encoder, SwinEncoder):
         return "only a Swin is recorded"
-    return kernels.why_not(next(encoder.parameters()).device)
+    return gpu.why_not(next(encoder.parameters()).device)
 
 
 def record(
@@ -93,7 +93,7 @@ def record(
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None, cache_enabled=False):
         replay: Any = torch.cuda.make_graphed_callables(Pass().train(training), tuple(given), allow_unused_input=True)
     wanted, masks = final_only, [hidden is not None, dropped is not None]
-    present = [each is not None for each in layout[0][:4]]
+    present = [each is not None for each in layout.pop()[:4]]
 
     def forward(
         images: Tensor, hidden: Tensor | None = None, dropped: Tensor | None = None, *, final_only: bool = False

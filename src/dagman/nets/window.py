@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dagman.nets import kernels
+from dagman.nets import gpu
 from dagman.nets.cells import Size
 
 FORBIDDEN = -1e4
@@ -197,8 +197,8 @@ class WindowAttention(nn.Module):
         """Attend within each window of each map."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
         tokens = self.tokens(grid)
-        if kernels.chosen(x, tokens) == "triton":
-            mixed = kernels.window_attention(
+        if gpu.chosen(x, tokens) == "triton":
+            mixed = gpu.window_attention(
                 self.qkv(x), self.qkv.bias, self.bias(tokens), window=self.window, shift=self.shift
             )
             projected: Tensor = self.proj(mixed)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dagman.nets.kernels import tiles
-from dagman.nets.kernels.tiles import attention_gradient, attention_weights, bias_tile, places, product
+from dagman.nets.gpu import tiles
+from dagman.nets.gpu.tiles import attention_gradient, attention_weights, bias_tile, places, product
 
 
 @triton.jit

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dagman.nets.kernels import tiles
-from dagman.nets.kernels.tiles import matrix, normalised, product, vector
+from dagman.nets.gpu import tiles
+from dagman.nets.gpu.tiles import matrix, normalised, product, vector
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def window_attention(
         window: Side of a window in tokens.
         shift: Tokens by which the windows are moved, 0 for none.
     """
-    from dagman.nets.kernels import attention
+    from dagman.nets.gpu import attention
 
     pad, bias = zero.to(qkv.dtype), bias.float().contiguous()
     return attention.window_attention(qkv.contiguous(), pad, bias, window=window, shift=shift)
@@ -123,7 +123,7 @@ def attention_half(
         window: Side of a window in tokens.
         shift: Tokens by which the windows are moved, 0 for none.
     """
-    from dagman.nets.kernels import half
+    from dagman.nets.gpu import half
 
     kind = computes_in(x)
     shape = half.Shape(len(bias), window, shift, norm.eps)
@@ -148,7 +148,7 @@ def mlp_half(
         linear2: And back.
         kept: What the result is multiplied by for each map; None for 1.
     """
-    from dagman.nets.kernels import rows
+    from dagman.nets.gpu import rows
 
     kind = computes_in(x)
     first, second = [(layer.weight.to(kind), layer.bias.to(kind)) for layer in (linear1, linear2)]

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dagman.nets.kernels import tiles
-from dagman.nets.kernels.rows import norm_backward
-from dagman.nets.kernels.tiles import (
+from dagman.nets.gpu import tiles
+from dagman.nets.gpu.rows import norm_backward
+from dagman.nets.gpu.tiles import (
     attention_gradient,
     attention_weights,
     bias_tile,
