@@ -29,6 +29,7 @@ def pretrain(
     workers: int = 0,
     checkpoint_every: int = 100,
     labelled: Path | None = None,
+    compiled: Switch = False,
     fresh: Switch = False,
     dry_run: Switch = False,
 ) -> int:
@@ -48,6 +49,7 @@ def pretrain(
         workers: Processes that read crops ahead, for each device.
         checkpoint_every: Steps between two checkpoints.
         labelled: A prepared store with labels of two classes: a linear probe watches the run, every 100 steps.
+        compiled: On a GPU, compile what no kernel of ours covers: a minute at the start, faster steps after it.
         fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
         dry_run: Say what would be done and what it would cost, and stop.
     """
@@ -81,6 +83,7 @@ def pretrain(
             checkpoint_every=checkpoint_every,
             listeners=[Watcher(tell)],
             labelled=PreparedStore(labelled) if labelled else None,
+            compiled=compiled,
         )
     if result.status == "stopped":
         return ExitCode.STOPPED
