@@ -40,6 +40,7 @@ def launches(width: int, heads: int, kind: str) -> list[tuple[Any, dict[str, Any
     head_width = width // heads
     sizes: dict[str, Any] = {
         **tiles.windows(2, (64, 63, 64), 4, 2).options,
+        "PADDED": True,
         "H": heads,
         "D": head_width,
         "DP": tiles.tile(head_width),

@@ -1,6 +1,7 @@
 """The Triton kernels against float64 on the CPU: by Triton's interpreter, or on a GPU where there is one."""
 
 import copy
+import inspect
 import math
 import os
 import subprocess
@@ -26,16 +27,19 @@ SHAPES = st.tuples(st.tuples(*[st.integers(1, 6)] * 3), st.integers(2, 4)).filte
 )
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def launched(monkeypatch) -> list[str]:
-    """Names of the kernels that ran, in order."""
+    """Names of the kernels that ran, in order; with the arguments they have (no interpreter asks)."""
     from dagman.nets.gpu import tiles
 
     ran, launch = [], tiles.launch
 
-    def watched(kernel, *args, **options):
+    def watched(kernel, number, device, *args, **options):
+        inspect.signature(kernel.fn).bind(
+            *args, **{name: value for name, value in options.items() if name not in ("warps", "stages")}
+        )
         ran.append(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
-        launch(kernel, *args, **options)
+        launch(kernel, number, device, *args, **options)
 
     monkeypatch.setattr(tiles, "launch", watched)
     return ran

@@ -130,6 +130,7 @@ def _sizes(qkv: Tensor, maps: tiles.Windows, heads: int) -> dict[str, Any]:
         "H": heads,
         "D": width,
         "DP": tiles.tile(width),
+        "PADDED": maps.reach_over,
         "SCALE": width**-0.5,
         "PRECISION": tiles.precision(qkv),
     }

@@ -132,11 +132,14 @@ class Windows(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of that name of every kernel that works on windows."""
-        sizes = dict(
-            zip(("X", "Y", "Z", "SX", "SY", "SZ", "HX", "HY", "HZ"), self.grid + self.sides + self.shifts, strict=True)
-        )
-        padded = any(side % step for side, step in zip(self.grid, self.sides, strict=True))
-        return {"N": tile(self.tokens), "PADDED": padded, **sizes}
+        names = ("X", "Y", "Z", "SX", "SY", "SZ", "HX", "HY", "HZ")
+        sizes = dict(zip(names, self.grid + self.sides + self.shifts, strict=True))
+        return {"N": tile(self.tokens), **sizes}
+
+    @property
+    def reach_over(self) -> bool:
+        """Whether windows reach over the map."""
+        return any(side % step for side, step in zip(self.grid, self.sides, strict=True))
 
 
 def windows(batch: int, grid: Size, window: int, shift: int) -> Windows:
