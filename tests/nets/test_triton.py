@@ -121,7 +121,8 @@ def test_half_blocks_of_the_paper_s_widths(width, heads, launched):
     block = WindowBlock(width, num_heads=heads, window=4, shift=2, mlp_ratio=4.0, drop_path=0.0)
     check(randomised(block), torch.randn(1, 5, 4, 2, width))
     backward = ["rows._hidden_backward", "rows._norm_backward", "half._backward", "rows._norm_backward"]
-    assert launched == ["half._forward", "rows._forward", *backward]
+    alone = ["attention._forward", "attention._backward"]  # float32's tiles are too large for a GPU's half-blocks
+    assert launched == (alone if DEVICE.type == "cuda" else ["half._forward", "rows._forward", *backward])
 
 
 def test_a_wide_block_takes_the_attention_kernel_alone(launched):
@@ -132,8 +133,8 @@ def test_a_wide_block_takes_the_attention_kernel_alone(launched):
 
 
 def test_drop_path_leaves_the_same_maps_out(launched):
-    block = WindowBlock(12, num_heads=1, window=2, shift=1, mlp_ratio=2.0, drop_path=0.7)
-    x = torch.randn(6, 2, 2, 1, 12)
+    block = WindowBlock(12, num_heads=1, window=2, shift=1, mlp_ratio=2.0, drop_path=0.7).to(DEVICE)
+    x = torch.randn(6, 2, 2, 1, 12).to(DEVICE)
     out, gradients = [], []
     for path in ("plain", "triton"):
         torch.manual_seed(1)
@@ -202,13 +203,14 @@ def test_an_encoder_takes_them_and_gives_the_same_features(launched):
     exact = copy.deepcopy(encoder).cpu().double()(images.double(), hidden)
     with torch.no_grad(), gpu.forced("triton"):
         found = encoder(images.to(DEVICE), hidden.to(DEVICE))
-    assert launched == ["half._forward", "rows._forward"] * 4
+    each = ["attention._forward"] if DEVICE.type == "cuda" else ["half._forward", "rows._forward"]
+    assert launched == each * 4
     for ours, plain in zip([*found[:4], *found.pyramid], [*exact[:4], *exact.pyramid], strict=True):
         assert error(ours, plain.detach()) < 2e-6
 
 
 def test_the_path_is_chosen_by_device_type_and_size():
-    single, tokens = torch.zeros(1), 64
+    single, tokens = torch.zeros(1), 64  # on the CPU
     assert gpu.why_not(torch.device("cpu")) == "cpu is no CUDA device"
     assert gpu.chosen(single, tokens) == "plain"
     assert gpu.chosen(torch.zeros(1, device="meta"), tokens) == "plain"
