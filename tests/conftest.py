@@ -14,6 +14,8 @@ from dagman.nets.weights import MODEL_FILE, save_encoder
 from dagman.types import Preparation
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 
 @pytest.fixture(scope="session")

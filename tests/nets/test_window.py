@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dagman.nets.window import WindowAttention, partition, relative_position_index, reverse, window_layout
+from dagman.nets.window import (
+    WindowAttention,
+    fused_attention,
+    partition,
+    relative_position_index,
+    reverse,
+    wide_heads,
+    window_layout,
+)
 
 CPU = torch.device("cpu")
 GRIDS = st.tuples(*[st.integers(1, 9)] * 3)
@@ -135,3 +143,21 @@ def test_layouts_are_cached_and_usable_for_training_after_inference_mode():
         "relative_position_bias_table",
         *(f"{a}.{b}" for a in ("qkv", "proj") for b in ("weight", "bias")),
     }
+
+
+@pytest.mark.parametrize("head_width", [12, 16, 6])
+def test_heads_widened_inside_the_weights_mix_the_same(head_width):
+    torch.manual_seed(0)
+    width, heads = 4 * head_width, 4
+    module = WindowAttention(width, num_heads=heads, window=4, shift=2).double()
+    layout = window_layout(1, (8, 4, 4), 4, 2, CPU)
+    x = torch.randn(2, 64, width, dtype=torch.float64)
+    weight, bias = wide_heads(module.qkv.weight, head_width), wide_heads(module.qkv.bias, head_width)
+    wide = (x @ weight.T + bias).view(2, 64, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    assert wide.shape[-1] == -(-head_width // 8) * 8
+    mixed = fused_attention(*wide, module.bias(64), layout, scale=head_width**-0.5)
+    assert not mixed[..., head_width:].any()
+    plain = module.qkv(x).view(2, 64, 3, heads, head_width).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(
+        mixed[..., :head_width], fused_attention(*plain, module.bias(64), layout, scale=head_width**-0.5)
+    )

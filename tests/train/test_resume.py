@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_run import small, write_store
 
 from dagman import files
@@ -200,6 +201,15 @@ def test_workers_change_no_row(store: PreparedStore, whole: Path, tmp_path: Path
     pretrain(small(), store, tmp_path / "run", workers=2)
     assert rows(tmp_path / "run") == rows(whole)
     assert final_state(tmp_path / "run") == final_state(whole)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles")
+def test_where_nothing_can_be_compiled_the_log_says_so_and_no_row_changes(
+    store: PreparedStore, whole: Path, tmp_path: Path
+) -> None:
+    assert pretrain(small(), store, tmp_path, compiled=True).status == "finished"
+    assert rows(tmp_path) == rows(whole)
+    assert "nothing is compiled: cpu is no CUDA device" in (tmp_path / "log.txt").read_text()
 
 
 def test_the_folder_holds_what_other_verbs_read(whole: Path) -> None:

@@ -30,6 +30,7 @@ def pretrain(
     workers: int = 0,
     checkpoint_every: int = 100,
     labelled: Path | None = None,
+    compiled: Switch = False,
     fresh: Switch = False,
     dry_run: Switch = False,
 ) -> int:
@@ -49,6 +50,7 @@ def pretrain(
         workers: Processes that read crops ahead, for each device.
         checkpoint_every: Steps between two checkpoints.
         labelled: A prepared store with labels of two classes: a linear probe watches the run, every 100 steps.
+        compiled: On a GPU, compile what no kernel of ours covers: a minute at the start, faster steps after it.
         fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
         dry_run: Say what would be done and what it would cost, and stop.
     """
@@ -64,7 +66,7 @@ def pretrain(
     if fresh and output.exists():
         _move_aside(output)
     watch = PreparedStore(labelled) if labelled else None
-    where: dict[str, Any] = {"devices": devices, "device": device, "workers": workers}
+    where: dict[str, Any] = {"devices": devices, "device": device, "workers": workers, "compiled": compiled}
     with progress("Pretraining") as tell:
         shown = [Watcher(tell)]
         result = training.pretrain(

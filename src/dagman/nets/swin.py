@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
-from dagman.nets import cells
+from dagman.nets import cells, gpu
 from dagman.nets.cells import Size
 from dagman.nets.transformer import MLP, DropPath, GlobalBlock, check_heads, sine_cosine_position
 from dagman.nets.window import WindowAttention, blank_windows, partition, reverse, window_layout
@@ -168,11 +168,22 @@ class WindowBlock(nn.Module):
             blank: Tokens that are all alike, as those of patches that the network does not see are at the first block.
                 Windows of nothing else are then computed once for all; the result is the same.
         """
+        tokens = self.attn.tokens((x.shape[1], x.shape[2], x.shape[3]))
+        if gpu.chosen(x, tokens) == "triton" and gpu.fuses(x, self.mlp.linear1.out_features):
+            return self._forward_on_chip(x, tokens)
         if blank is not None and self.attn.shift == 0 and not (self.training and self.drop_path.chance):
             return self._forward_once(x, blank)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return out
+
+    def _forward_on_chip(self, x: Tensor, tokens: int) -> Tensor:
+        """Each residual step as one kernel, all windows computed: to count the blank ones would cost more."""
+        attn, mlp = self.attn, self.mlp
+        bias, window, shift = attn.bias(tokens), attn.window, attn.shift
+        kept = self.drop_path.kept(x)
+        x = gpu.attention_half(x, self.norm1, attn.qkv, bias, attn.proj, kept=kept, window=window, shift=shift)
+        return gpu.mlp_half(x, self.norm2, mlp.linear1, mlp.linear2, self.drop_path.kept(x))
 
     def _forward_once(self, x: Tensor, blank: Tensor) -> Tensor:
         """Every window that is unlike the others, and one that stands for all that are alike."""

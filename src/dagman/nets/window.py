@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dagman.nets import gpu
 from dagman.nets.cells import Size
 
 FORBIDDEN = -1e4
@@ -195,6 +196,13 @@ class WindowAttention(nn.Module):
     def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x y z width"]:
         """Attend within each window of each map."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
+        tokens = self.tokens(grid)
+        if gpu.chosen(x, tokens) == "triton":
+            mixed = gpu.window_attention(
+                self.qkv(x), self.qkv.bias, self.bias(tokens), window=self.window, shift=self.shift
+            )
+            projected: Tensor = self.proj(mixed)
+            return projected
         layout = window_layout(x.shape[0], grid, self.window, self.shift, x.device)
         return reverse(self.attend(partition(x, layout), layout), layout, grid)
 
@@ -203,15 +211,24 @@ class WindowAttention(nn.Module):
     ) -> Float[Tensor, "windows tokens width"]:
         """Attend within windows; `layout.masks` names the rows of `windows` that need one."""
         count, tokens, width = windows.shape
-        qkv = self.qkv(windows).view(count, tokens, 3, self.num_heads, width // self.num_heads)
+        bias, head_width = self.bias(tokens), width // self.num_heads
+        weight: Tensor = self.qkv.weight
+        added: Tensor = self.qkv.bias
+        trains = torch.is_grad_enabled() and any(each.requires_grad for each in (windows, weight, added, bias))
+        if windows.device.type == "cuda" and not trains:
+            weight, added = wide_heads(weight, head_width), wide_heads(added, head_width)
+        qkv = functional.linear(windows, weight, added).view(count, tokens, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        bias = self.bias(tokens)
-        if torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad):
+        if trains:
             mixed = explicit_attention(query, key, value, bias, layout)
         else:
-            mixed = fused_attention(query, key, value, bias, layout)
+            mixed = fused_attention(query, key, value, bias, layout, scale=head_width**-0.5)[..., :head_width]
         projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
         return projected
+
+    def tokens(self, grid: Size) -> int:
+        """Tokens in a window of such a map."""
+        return math.prod(effective_window(grid, self.window, self.shift)[0])
 
     def bias(self, tokens: int) -> Float[Tensor, "heads tokens tokens"]:
         """The relative position bias; on a map smaller than a window its first `tokens` rows and columns, as MONAI."""
@@ -221,6 +238,17 @@ class WindowAttention(nn.Module):
 
 
 Heads = Float[Tensor, "windows heads tokens head_width"]
+
+
+def wide_heads(values: Float[Tensor, "outputs ..."], head_width: int) -> Float[Tensor, "wider_outputs ..."]:
+    """Zeros behind each head's outputs up to a multiple of 8: GPUs have fused kernels for such heads alone.
+
+    Args:
+        values: Weight or bias of a linear layer to queries, keys and values.
+        head_width: Outputs of a head.
+    """
+    heads = values.view(-1, head_width, *values.shape[1:])
+    return functional.pad(heads, [0, 0] * (values.ndim - 1) + [0, -head_width % 8]).flatten(0, 1)
 
 
 def explicit_attention(
@@ -237,14 +265,20 @@ def explicit_attention(
 
 
 def fused_attention(
-    query: Heads, key: Heads, value: Heads, bias: Float[Tensor, "heads tokens tokens"], layout: WindowLayout
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    bias: Float[Tensor, "heads tokens tokens"],
+    layout: WindowLayout,
+    *,
+    scale: float,
 ) -> Heads:
     """The same by PyTorch's fused kernel, one call for each kind of window."""
     free = layout.masks[0][0] if layout.masks else len(query)
     ranges = [(0, free, bias.detach()), *((start, stop, bias.detach() + mask) for start, stop, mask in layout.masks)]
     parts = [
         functional.scaled_dot_product_attention(
-            query[start:stop], key[start:stop], value[start:stop], attn_mask=added.to(query.dtype)[None]
+            query[start:stop], key[start:stop], value[start:stop], attn_mask=added.to(query.dtype)[None], scale=scale
         )
         for start, stop, added in ranges
         if stop > start

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from dagman.nets import gpu, launches
+from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
+from dagman.nets.vit import ViTConfig, ViTEncoder
+
+SMALL = SwinConfig(
+    embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), attention=AttentionConfig(stage=2, num_heads=4)
+)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The choice of what to compile as it falls on a GPU; nothing is compiled before it runs."""
+    monkeypatch.setattr(gpu, "why_not", lambda _: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+
+
+def test_without_a_gpu_nothing_is_compiled_or_recorded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with torch.device("meta"):
+        swin = SwinEncoder(SMALL)
+    assert launches.compile_rest(swin) == []
+    assert launches.why_not_recorded(swin) == "there is no CUDA device"
+
+
+def test_only_a_swin_is_recorded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with torch.device("meta"):
+        swin, vit = SwinEncoder(SMALL), ViTEncoder(ViTConfig(width=48, depth=1, num_heads=4))
+    assert launches.why_not_recorded(vit) == "only a Swin is recorded"
+    assert launches.why_not_recorded(swin) == "meta is no CUDA device"
+
+
+def test_what_is_compiled(as_on_a_gpu):
+    with torch.device("meta"):
+        swin = SwinEncoder(SwinConfig(depths=(1, 1, 1, 1)))
+    chosen = launches.compile_rest(swin)
+    kinds = sorted(type(module).__name__ for module in chosen)
+    # semantic attention's own MLPs are compiled with their blocks
+    assert kinds == ["GlobalBlock"] * 2 + ["MLP"] * 4 + ["PatchMerging"] * 4
+
+
+def test_a_recorded_encoder_replays_calls_like_the_first_alone(monkeypatch):
+    """All but the recording itself, which only a GPU can make."""
+    replayed = []
+
+    def recorded(module, given, **_):
+        module(*given)
+        return lambda *tensors: (replayed.append(len(tensors)), module(*tensors))[1]
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorded)
+    encoder = SwinEncoder(SMALL).eval()
+    images, hidden = torch.rand(2, 1, 32, 32, 32), torch.rand(2, 64) < 0.5
+    expected, whole = encoder(images, hidden, final_only=True), encoder(images)
+    end = launches.record(encoder, torch.rand_like(images), hidden=~hidden, final_only=True)
+    for one, other in zip(encoder(images, hidden, final_only=True)[:4], expected[:4], strict=True):
+        assert torch.equal(one, other)
+    assert replayed == [2]
+    assert torch.equal(encoder(images).pooled, whole.pooled)
+    assert len(encoder(images, hidden).pyramid) == 5
+    assert encoder(images[:1], hidden[:1], final_only=True).pooled.shape == (1, 192)
+    encoder.train()(images, hidden, final_only=True)
+    assert replayed == [2]
+    end()
+    encoder.eval()(images, hidden, final_only=True)
+    assert replayed == [2]
