@@ -6,13 +6,17 @@ A document marks a table with `<!-- table: NAME -->` and `<!-- end -->`; `make d
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "learning.md", ROOT / "docs" / "uses.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("learning", "uses", "classification", "segmentation")),
+)
 READINGS = {
     "image_error_ratio": "image error / that of predicting each view's visible mean",
     "pooled_spread": "spread of the pooled features",
@@ -405,6 +409,61 @@ def uses_diversity() -> str:
     return rows(header, body) + f"\n\n{result['crops']} crops. {machine(result)}."
 
 
+def uses_segment() -> str:
+    """Segmentation of STS: each start."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "uses").glob("segment-sts-*.json"))]
+    if not found:
+        return NOT_RUN
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import uses_segment as sarcomas
+
+    first = found[0]
+    about = f"{first['steps']} steps of {first['crop']}^3 crops, {first['precision']}, {first['device']}"
+    return f"{sarcomas.table(first['steps'], first['seed'])}\n\n{about}."
+
+
+STARTS = {
+    "probe": "linear probe",
+    "random probe": "linear probe, untrained encoder",
+    "fine-tuned": "fine-tuned",
+    "scratch": "the same network from scratch",
+    "resnet50": "ResNet-50 from scratch",
+}
+
+
+def uses_classify() -> str:
+    """Classification of STS and Adrenal: each start, the median of its seeds."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "uses").glob("classify-*.json"))]
+    if not found:
+        return NOT_RUN
+    titles = {"sts": "lung metastasis (STS)", "adrenal": "Adrenal 28"}
+    body = []
+    for study, title in titles.items():
+        for start, name in STARTS.items():
+            runs = [each for each in found if (each["study"], each["start"]) == (study, start)]
+            if not runs:
+                continue
+            runs.sort(key=lambda each: each["result"]["auc"]["value"])
+            middle, values = runs[(len(runs) - 1) // 2], [each["result"]["auc"]["value"] for each in runs]
+            spread = ", ".join(number(value, 3) for value in values) if len(runs) > 1 else ""
+            overlap = middle["result"]["pretraining_overlap"]
+            saw = overlap["same_voxels"]["count"] + overlap["same_patient"]["count"] if overlap["known"] else "unknown"
+            counts = f"{middle['result']['cases']} ({min(middle['result']['classes'].values())} of the rarer)"
+            scores = [interval(middle["result"][score]) for score in ("auc", "balanced_accuracy", "brier")]
+            body.append([title, name, counts, scores[0], spread, *scores[1:], str(saw), f"{middle['minutes']:g}"])
+    header = [
+        "study",
+        "",
+        "cases tested",
+        "AUC (median seed)",
+        "all seeds",
+        "balanced accuracy",
+        "Brier",
+        "seen in pretraining",
+    ]
+    return rows([*header, "minutes"], body) + f"\n\n{machine(found[0])}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "learning-factors": learning_factors,
@@ -418,8 +477,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "store": store,
     "tour": tour,
     "uses-attention": uses_attention,
+    "uses-classify": uses_classify,
     "uses-cluster": uses_cluster,
     "uses-diversity": uses_diversity,
+    "uses-segment": uses_segment,
 }
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dagman.tasks.cluster import cluster
     from dagman.tasks.diversity import head_diversity
     from dagman.tasks.embed import embed
+    from dagman.train.classify import finetune
     from dagman.train.pretrain import PretrainConfig, pretrain
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _HOMES = {
     "cluster": "dagman.tasks.cluster",
     "embed": "dagman.tasks.embed",
     "export_monai": "dagman.nets.weights",
+    "finetune": "dagman.train.classify",
     "head_diversity": "dagman.tasks.diversity",
     "load_encoder": "dagman.nets.weights",
     "prepare": "dagman.ct.prepare",
@@ -59,6 +61,7 @@ __all__ = [
     "cluster",
     "embed",
     "export_monai",
+    "finetune",
     "head_diversity",
     "load_encoder",
     "prepare",

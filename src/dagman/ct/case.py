@@ -140,6 +140,7 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
         "source_spacing_mm": _plain(np.array(volume.spacing_mm)),
         "source_affine": _plain(volume.affine),
         "hu_percentiles": _percentiles(prepared.hu),
+        **({"window_hu": list(medmnist.WINDOW_HU)} if scan.kind == "medmnist" else {}),
         "clipped_ratio": round(prepared.clipped_ratio, 9),
         "voxel_sha256": hashlib.sha256(repr(prepared.hu.shape).encode() + prepared.hu.tobytes()).hexdigest(),
         **_written(store.array_path(output, "volumes", scan.case_id, config.storage), prepared.hu),

@@ -24,7 +24,7 @@ from dagman.nets.encoder import Encoder
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.tasks import leakage
 from dagman.tasks.classify import Probe
-from dagman.tasks.embed import Origin, check_grid, mean_per_case
+from dagman.tasks.embed import Origin, mean_per_case, suited
 from dagman.tasks.table import Table, write_rows
 from dagman.types import Preparation
 
@@ -166,7 +166,7 @@ def probabilities(
     """
     if network.training:
         raise ValueError("a class is predicted in eval mode: call network.eval()")
-    check_grid(store, network.preparation)
+    suited(store, network.preparation)
     network.to(device)
 
     def likely(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:

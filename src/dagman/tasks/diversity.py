@@ -30,7 +30,7 @@ from dagman.nets.vit import ViTEncoder
 from dagman.nets.window import WindowAttention, effective_window, partition, window_layout
 from dagman.randomness import generator
 from dagman.tasks import statistics
-from dagman.tasks.embed import check_grid
+from dagman.tasks.embed import suited
 from dagman.tasks.table import write_rows
 
 NUM_CROPS = 16
@@ -112,7 +112,7 @@ def head_diversity(
     Reference:
         Section 4.5, figure 4a.
     """
-    check_grid(store, encoder.preparation)
+    suited(store, encoder.preparation)
     if num_crops < 1:
         raise DagmanError("CONFIG", "number of crops", f"cannot be {num_crops}", "look at 1 or more")
     if not len(store):

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -73,12 +74,12 @@ def embed(
         DagmanError: `E-GRID`, exit code 4, for a store of another spacing; `E-NOCLS` for `cls` of an encoder without.
     """
     width_of(encoder.config, which)
-    check_grid(store, encoder.preparation)
+    preparation = suited(store, encoder.preparation)
 
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
         return vector(encode(encoder, images, device=device, precision=precision), which).float().cpu()
 
-    return mean_per_case(store, encoder.preparation, features, batch_size=batch_size, progress=progress)
+    return mean_per_case(store, preparation, features, batch_size=batch_size, progress=progress)
 
 
 def write_origin(origin: Origin, features: Path) -> None:
@@ -98,7 +99,7 @@ def read_origin(features: Path) -> Origin | None:
 
 def voxels(store: PreparedStore, preparation: Preparation, *, side: int = 8, progress: Progress | None = None) -> Table:
     """The baseline that knows no network: the same crops, windowed, averaged to `side`^3 voxels."""
-    check_grid(store, preparation)
+    preparation = suited(store, preparation)
 
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
         return functional.adaptive_avg_pool3d(images, side).flatten(1)
@@ -134,11 +135,13 @@ def crops_at_once(preparation: Preparation) -> int:
     return max(1, min(MOST_CROPS, VOXELS_AT_ONCE // (x * y * z)))
 
 
-def check_grid(store: PreparedStore, preparation: Preparation) -> None:
-    """Refuse a store of another spacing than the encoder's.
+def suited(store: PreparedStore, preparation: Preparation) -> Preparation:
+    """How a store's cases are shown to an encoder: as its `preparation` says, on the same grid.
+
+    Grey cubes without Hounsfield units keep the window that gives them back (`window_hu` of their rows).
 
     Raises:
-        DagmanError: `E-GRID`, exit code 4.
+        DagmanError: `E-GRID`, exit code 4, for a store of another spacing.
     """
     stored = float(store.settings["spacing_mm"])
     if abs(stored - preparation.spacing_mm) > 1e-3:
@@ -149,6 +152,11 @@ def check_grid(store: PreparedStore, preparation: Preparation) -> None:
             "prepare the scans with the encoder's spacing",
             exit_code=ExitCode.REFUSED,
         )
+    windows = {tuple(row.get("window_hu") or ()) for row in store.rows}
+    if len(windows) == 1 and (window := windows.pop()):
+        low, high = window
+        return replace(preparation, window_hu=(low, high))
+    return preparation
 
 
 def _crops_of(store: PreparedStore, row: int, place: int, preparation: Preparation) -> Iterator[_Crop]:

@@ -17,7 +17,7 @@ from dagman.errors import DagmanError
 from dagman.nets.classifier import Which, vector
 from dagman.nets.encoder import Encoder
 from dagman.randomness import generator
-from dagman.tasks.embed import Progress, check_grid, crops_at_once, encode
+from dagman.tasks.embed import Progress, crops_at_once, encode, suited
 from dagman.tasks.table import Table, read_rows
 from dagman.types import Preparation
 
@@ -189,13 +189,13 @@ def embed_places(
     progress: Progress | None = None,
 ) -> Table:
     """One vector for the crop around each place, as `embed.embed` for cases."""
-    check_grid(store, encoder.preparation)
-    together = crops_at_once(encoder.preparation)
+    preparation = suited(store, encoder.preparation)
+    together = crops_at_once(preparation)
 
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
         return vector(encode(encoder, images, device=device, precision="float32"), which).float().cpu()
 
-    return _each(store, places, encoder.preparation, features, together=together, progress=progress)
+    return _each(store, places, preparation, features, together=together, progress=progress)
 
 
 def voxels_of_places(

@@ -11,7 +11,7 @@ from dagman.nets.encoder import Encoder
 from dagman.tasks import classify
 from dagman.tasks import cohort as cohorts
 from dagman.tasks.cohort import Protocol
-from dagman.tasks.embed import check_grid, embed
+from dagman.tasks.embed import embed, suited
 from dagman.tasks.statistics import Estimate
 from dagman.types import Preparation
 
@@ -22,7 +22,7 @@ def check(store: PreparedStore, preparation: Preparation) -> None:
     Raises:
         DagmanError: `E-GRID` for another spacing; `E-LABEL`, `E-PATIENT` and `E-FOLDS` as `classify.probe`.
     """
-    check_grid(store, preparation)
+    suited(store, preparation)
     cohorts.cohort(cohorts.stored(store), Protocol(), positive=positive_of(store), unlabelled="leave_out")
 
 

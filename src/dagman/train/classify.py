@@ -34,7 +34,7 @@ from dagman.tasks import leakage, predictions
 from dagman.tasks.classifier import Classifier
 from dagman.tasks.classify import predicted, threshold
 from dagman.tasks.cohort import Cohort, Protocol
-from dagman.tasks.embed import check_grid
+from dagman.tasks.embed import suited
 from dagman.tasks.folds import Part
 from dagman.tasks.labels import Unlabelled
 from dagman.tasks.predictions import Predictions
@@ -184,7 +184,8 @@ def finetune(
         Section 4.3: fine-tuning of all layers.
     """
     config = config or ClassifyConfig()
-    check_grid(store, encoder.preparation)
+    encoder = copy.deepcopy(encoder)
+    encoder.preparation = suited(store, encoder.preparation)
     table = cohorts.stored(store)
     options: dict[str, Any] = {"positive": config.positive, "unlabelled": config.unlabelled, "hold_out": True}
     study = _Study(

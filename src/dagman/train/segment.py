@@ -30,7 +30,7 @@ from dagman.randomness import torch_seed
 from dagman.run import package_version
 from dagman.tasks import leakage, segment, segmentation_scores, segmenter
 from dagman.tasks.classes import Classes
-from dagman.tasks.embed import check_grid
+from dagman.tasks.embed import suited
 from dagman.tasks.folds import Part
 from dagman.tasks.labelled import LabelledCrop, LabelledCrops
 from dagman.tasks.overlap import Overlap
@@ -166,7 +166,7 @@ def train(
             4, for a fold that was learnt with other settings; and as `finetune.fit`.
     """
     config = config or SegmentConfig()
-    check_grid(store, encoder.preparation)
+    suited(store, encoder.preparation)
     plan = study(store.folder, stored(store), labels=config.labels, group_by=config.group_by)
     work = _Work(
         encoder=_with_crop(encoder, config),

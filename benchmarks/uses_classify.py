@@ -1,0 +1,143 @@
+"""Does pretraining help to classify? Lung metastasis of sarcomas (STS), and adrenal glands (MedMNIST3D).
+
+    python benchmarks/uses_classify.py --data DATA --work WORK --weights RUN [--part 0/2] [--only adrenal]
+
+STS: 40 patients in three folds, crops around the tumour: the protocol, not evidence, with 17 positives. Adrenal 28: the
+official split, a few seeds. Starts: `probe` and `fine-tuned` (RUN's encoder), `random probe` (the same encoder
+untrained), `scratch` (it, trained from random weights), `resnet50` (MONAI's, from random weights). Every training
+writes its own `benchmarks/results/uses/classify-STUDY-START-seedSEED.json`; what is there is not run again, so that the
+table grows over several sittings, and `--part i/n` shares it out. A training that was interrupted goes on bit for bit.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dagman import PreparedStore, embed, files, load_encoder, prepare
+from dagman.nets.encoder import Encoder
+from dagman.run import describe_environment
+from dagman.tasks import classify as probing
+from dagman.tasks import leakage, predictions
+from dagman.tasks.cohort import Protocol
+from dagman.tasks.embed import untrained
+from dagman.train.classify import ClassifyConfig, finetune
+from dagman.train.finetune import FinetuneConfig
+
+RESULTS = Path(__file__).parent / "results" / "uses"
+STARTS = ("probe", "random probe", "fine-tuned", "scratch", "resnet50")
+STUDIES: dict[str, dict[str, Any]] = {
+    "sts": {"protocol": Protocol(), "seeds": (0,), "steps": 150, "rate": 2e-4},
+    "adrenal": {"protocol": Protocol(split=True, group_by="case"), "seeds": (0, 1, 2), "steps": 1200, "rate": 1e-3},
+}
+
+
+def store_of(study: str, data: Path, work: Path) -> PreparedStore:
+    """The labelled cases, made at their first use."""
+    source = data / "medmnist3d" / "adrenalmnist3d.npz"
+    if study == "sts":
+        source = work / "sts.csv"
+        work.mkdir(parents=True, exist_ok=True)
+        rows = csv.DictReader((data / "sts" / "labels.csv").open())
+        labels = {row["case"]: row["lung_metastasis"] for row in rows}
+        with source.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["case_id", "image", "label", "mask", "patient"])
+            for image in sorted((data / "sts").resolve().glob("*_ct.nii.gz")):
+                name = image.name.removesuffix("_ct.nii.gz")
+                mask = image.with_name(f"{name}_gtv.nii.gz")
+                writer.writerow([name, image, labels[name], mask, name])
+    prepare([source], work / study)
+    return PreparedStore(work / study)
+
+
+def plan(only: str | None) -> Iterator[tuple[str, str, int]]:
+    """Studies, starts and seeds."""
+    for study, about in STUDIES.items():
+        if only in (None, study):
+            for seed in about["seeds"]:
+                yield from ((study, start, seed) for start in STARTS if "probe" not in start or seed == 0)
+
+
+def tuned(which: tuple[str, str, int], encoder: Encoder, store: PreparedStore, given: argparse.Namespace) -> Any:
+    """A study's result; None when a signal stopped it."""
+    study, start, seed = which
+    about = STUDIES[study]
+    steps = given.steps or about["steps"]
+    learning = FinetuneConfig(
+        steps=steps,
+        batch_size=32 if study == "adrenal" else 8,
+        learning_rate=about["rate"],
+        layer_decay=0.75 if start == "fine-tuned" else 1.0,
+        check_every=max(1, steps // 8),
+        precision=given.precision,
+        seed=seed,
+    )
+    network = "resnet50" if start == "resnet50" else "encoder"
+    config = ClassifyConfig(finetune=learning, protocol=about["protocol"], network=network)
+    folder = given.work / f"{study}-{start}-steps{steps}-seed{seed}"
+    began = time.monotonic()
+
+    def tell(done: int, total: int, note: str) -> None:
+        if done % 50 == 0:
+            print(f"{study} {start} seed {seed}: {done}/{total} {note}, {time.monotonic() - began:.0f} s", flush=True)
+
+    first = encoder if start == "fine-tuned" else untrained(encoder, seed)
+    weights = given.weights if start == "fine-tuned" else None
+    return finetune(first, store, folder, config, weights=weights, progress=tell, say=print)
+
+
+def probed(start: str, study: str, encoder: Encoder, store: PreparedStore, weights: Path) -> dict[str, Any]:
+    """A linear probe on all features side by side."""
+    seen = encoder if start == "probe" else untrained(encoder)
+    table = embed(seen, store, which="all")
+    found = probing.probe(table, STUDIES[study]["protocol"])
+    overlap = leakage.report(leakage.seen(store, weights if start == "probe" else None), found.case_ids)
+    return predictions.summary(found) | {"method": "linear probe", "pretraining_overlap": overlap}
+
+
+def main() -> None:
+    """Run what is missing of this part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--only", choices=list(STUDIES))
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="bf16")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    part, parts = map(int, given.part.split("/"))
+    for number, (study, start, seed) in enumerate(plan(given.only)):
+        path = RESULTS / f"classify-{study}-{start.replace(' ', '-')}-seed{seed}.json"
+        if number % parts != part or path.exists():
+            continue
+        encoder, store, began = load_encoder(given.weights), store_of(study, given.data, given.work), time.monotonic()
+        if "probe" in start:
+            found = probed(start, study, encoder, store, given.weights)
+        else:
+            found = tuned((study, start, seed), encoder, store, given)
+            if found is None:
+                return
+        about = {
+            "study": study,
+            "start": start,
+            "seed": seed,
+            "weights": given.weights.name,
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": describe_environment()["versions"],
+            "minutes": round((time.monotonic() - began) / 60, 1),
+        }
+        files.write_json(path, about | {"result": found})
+        print(f"{study} {start} seed {seed}: AUC {found['auc']['value']}; wrote {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
