@@ -321,3 +321,13 @@ def test_other_draws_are_other_patients():
         for draw in (0, 1)
     ]
     assert parts[0] != parts[1]
+
+
+def test_no_step_is_chosen_on_a_part_that_lacks_a_class():
+    """Two patients of a class are too few to spare one, so nothing is held out, of neither class."""
+    table = make(np.eye(30), np.arange(30) < 4)
+    few = cohort.cohort(table, Protocol(folds=2), positive="malignant", hold_out=True)
+    assert all(part.held_out == () for part in few.parts)
+    enough = cohort.cohort(make(np.eye(30), np.arange(30) < 6), Protocol(folds=2), positive="malignant", hold_out=True)
+    for part in enough.parts:
+        assert {int(enough.numbers[row]) for row in part.held_out} == {0, 1}

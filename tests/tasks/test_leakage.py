@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import pytest
+
 import small_study
 from dagman import files
+from dagman.errors import DagmanError, ExitCode
 from dagman.tasks import leakage
 
 
@@ -14,11 +17,11 @@ def made(tmp_path, count=6):
 
 def test_two_planted_cases_and_their_patients_are_found(tmp_path):
     store = made(tmp_path)
-    leakage.record(store, [0, 3], tmp_path / "run")
+    leakage.record([store.rows[0], store.rows[3]], tmp_path / "run")
     files.write_text(tmp_path / "run" / "weights" / "model.safetensors", "")
     for weights in (tmp_path / "run", tmp_path / "run" / "weights" / "model.safetensors"):
         seen = leakage.seen(store, weights)
-        assert seen == (True, {"c0": "voxels", "c1": "patient", "c2": "patient", "c3": "voxels"})
+        assert seen == (True, {"c0": "voxels", "c1": "patient", "c2": "patient", "c3": "voxels"}, {})
     report = leakage.report(seen, ["c1", "c3", "c5"])
     assert report["same_voxels"] == {"count": 1, "cases": ["c3"]}
     assert report["same_patient"] == {"count": 1, "cases": ["c1"]}
@@ -27,7 +30,7 @@ def test_two_planted_cases_and_their_patients_are_found(tmp_path):
 
 def test_another_name_does_not_hide_the_same_voxels(tmp_path):
     store = made(tmp_path / "a", 2)
-    leakage.record(store, [0], tmp_path / "run")
+    leakage.record(store.rows[:1], tmp_path / "run")
     other = small_study.store(tmp_path / "b", {"new_name": small_study.case(0)}, patients={"new_name": "elsewhere"})
     assert leakage.seen(other, tmp_path / "run").how == {"new_name": "voxels"}
 
@@ -41,10 +44,55 @@ def test_without_a_list_it_is_unknown_and_without_pretraining_none(tmp_path):
     assert leakage.line(none) == "pretraining saw none of the 1 tested cases"
 
 
+def test_weights_that_learnt_labels_of_a_study_cannot_be_tested_in_it(tmp_path):
+    store = made(tmp_path)
+    leakage.record(store.rows[:1], tmp_path / "run")
+    leakage.record(store.rows[2:4], tmp_path / "tuned", task="classification", start=tmp_path / "run")
+    seen = leakage.seen(store, tmp_path / "tuned")
+    assert seen.known
+    assert seen.learnt == {"c2": ["classification"], "c3": ["classification"]}
+    patients = {row["case_id"]: row["patient"] for row in store.rows}
+    with pytest.raises(
+        DagmanError, match=r"E-LEAK.*labels of 2 of its cases \(c2, c3\).*start from pretrained"
+    ) as caught:
+        leakage.refuse(seen, [], patients, "classification")
+    assert caught.value.exit_code == ExitCode.REFUSED
+    leakage.refuse(seen, [], patients, "segmentation")
+    leakage.refuse(leakage.seen(store, tmp_path / "run"), [], patients, "classification")
+    assert "with labels of 2 of them" in leakage.line(leakage.report(seen, patients))
+
+
+def test_what_started_from_weights_without_a_list_is_not_known(tmp_path):
+    store = made(tmp_path, 2)
+    leakage.record(store.rows, tmp_path / "tuned", task="classification", start=tmp_path / "weights.safetensors")
+    seen = leakage.seen(store, tmp_path / "tuned")
+    assert not seen.known
+    assert set(seen.learnt) == {"c0", "c1"}
+
+
+def test_one_ct_under_two_patients_is_refused(tmp_path):
+    cases = {name: small_study.case(number) for name, number in {"a": 0, "again": 0, "b": 1}.items()}
+    store = small_study.store(tmp_path, cases, patients={"a": "p0", "again": "elsewhere", "b": "p1"})
+    same = leakage.twins(store)
+    assert same == [["a", "again"]]
+    nothing = leakage.seen(store, None)
+    with pytest.raises(DagmanError, match=r"E-LEAK.*1 CTs stand in it under several names.* \(a, again\)"):
+        leakage.refuse(nothing, same, {row["case_id"]: row["patient"] for row in store.rows}, "classification")
+    leakage.refuse(nothing, same, {"a": "p0", "again": "p0", "b": "p1"}, "classification")
+    leakage.refuse(nothing, same, {"a": "p0", "b": "p1"}, "classification")
+
+
+def test_a_list_elsewhere_is_not_that_of_a_folder_of_weights(tmp_path):
+    store = made(tmp_path, 2)
+    leakage.record(store.rows, tmp_path / "run")
+    (tmp_path / "run" / "study" / "fold-0").mkdir(parents=True)
+    assert not leakage.seen(store, tmp_path / "run" / "study" / "fold-0").known
+
+
 def test_rows_without_hash_or_patient_match_nothing(tmp_path):
     store = made(tmp_path, 2)
     plain = [{name: row[name] for name in row if name not in ("voxel_sha256", "patient")} for row in store.rows]
     store.rows = plain
-    leakage.record(store, [0, 1], tmp_path / "run")
+    leakage.record(store.rows, tmp_path / "run")
     assert leakage.seen(store, tmp_path / "run").how == {}
     assert dataclasses.asdict(small_study.PREPARATION)["crop"] == (32, 32, 64)

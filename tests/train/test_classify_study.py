@@ -124,6 +124,45 @@ def test_labels_of_test_cases_do_not_reach_the_fit(study, store, tmp_path, monke
     assert not test & set(seen)
 
 
+def halves(store, flip=False):
+    sides = ["train"] * 6 + ["validation"] * 2 + ["test"] * 4
+    split = PreparedStore(store.folder)
+    split.rows = [row | {"split": side} for row, side in zip(store.rows, sides, strict=True)]
+    if flip:
+        other = {"bright": "dark", "dark": "bright"}
+        split.rows = [row | {"label": other[row["label"]]} if row["split"] == "test" else row for row in split.rows]
+    return split
+
+
+def test_other_labels_of_test_cases_change_no_prediction(store, tmp_path):
+    config = dataclasses.replace(STUDY, protocol=Protocol(split=True), finetune=dataclasses.replace(QUICK, steps=4))
+    for name, flip in (("true", False), ("flipped", True)):
+        finetune(small_study.encoder(), halves(store, flip), tmp_path / name, config)
+    one, other = (json.loads((tmp_path / name / "fold-0" / "result.json").read_text()) for name in ("true", "flipped"))
+    assert one["probabilities"] == other["probabilities"]
+    assert (one["threshold"], one["best_step"]) == (other["threshold"], other["best_step"])
+
+
+def test_an_encoder_that_learnt_labels_is_not_tested_on_their_cases(study, store, tmp_path):
+    folder = study[0]
+    with pytest.raises(DagmanError, match=r"E-LEAK.*trained on labels of 6 of its cases"):
+        finetune(load_encoder(folder / "fold-0"), store, tmp_path / "again", STUDY, weights=folder / "fold-0")
+    assert not (tmp_path / "again").exists()
+    arguments = ["embed", "--weights", str(folder / "fold-0"), "-i", str(store.folder), "-o", str(tmp_path / "f.csv")]
+    assert cli.run(arguments) == 0
+    probe = ["classify", "probe", "-i", str(tmp_path / "f.csv"), "--positive", "bright", "--folds", "2"]
+    assert cli.run([*probe, "-o", str(tmp_path / "lp")]) == ExitCode.REFUSED
+    assert cli.run([*arguments, "--untrained"]) == 0
+    assert cli.run([*probe, "-o", str(tmp_path / "lp")]) == 0
+    assert not (tmp_path / "lp" / "classifier").exists()
+
+
+def test_a_finished_fold_keeps_no_checkpoints(study):
+    found = {path.name for path in (study[0] / "fold-0").iterdir()}
+    assert not found & {"checkpoints", "best.safetensors"}
+    assert found >= {"weights", "head.safetensors", "classifier.json", "cases.jsonl", "result.json", "metrics.jsonl"}
+
+
 def test_the_saved_classifiers_predict_as_the_study_did(study, store):
     folder = study[0]
     one = classifier.load(folder / "fold-0")
@@ -149,13 +188,6 @@ def test_a_damaged_classifier_is_refused(study, tmp_path):
         stream.write(b"x")
     with pytest.raises(DagmanError, match=r"E-WEIGHTS.*head.safetensors.*is not what was written"):
         classifier.load(tmp_path / "copy")
-
-
-def halves(store):
-    sides = ["train"] * 6 + ["validation"] * 2 + ["test"] * 4
-    split = PreparedStore(store.folder)
-    split.rows = [row | {"split": side} for row, side in zip(store.rows, sides, strict=True)]
-    return split
 
 
 def test_a_fixed_split_and_a_frozen_encoder(store, tmp_path):
@@ -282,7 +314,7 @@ def test_a_probe_as_classifier_says_what_the_probe_says(store, tmp_path):
     encoder = small_study.encoder()
     table = embed.embed(encoder, store)
     probe, names = probing.fit_all(table, Protocol(folds=2), positive="bright", unlabelled="refuse")
-    origin = embed.Origin(tmp_path, "pooled", store.store_id, Seen(True, {}))
+    origin = embed.Origin(tmp_path, "pooled", store.store_id, Seen(True, {}, {}), [], None)
     made = classifier.from_probe(probe, names, encoder, origin)
     found = classifier.probabilities(made.network, store)
     np.testing.assert_allclose(found.features, probe.probabilities(table.features.astype(float)), atol=1e-4)

@@ -79,7 +79,7 @@ def test_a_saved_segmenter_gives_what_was_scored_and_its_encoder_is_one(short, s
 def test_test_cases_that_pretraining_saw_are_listed(short, store, tmp_path):
     folder, result = short
     assert result["pretraining_overlap"]["same_voxels"] == {"count": 0, "cases": []}
-    leakage.record(store, [1, 4], tmp_path)
+    leakage.record([store.rows[1], store.rows[4]], tmp_path)
     found = training.train(small_study.encoder(), store, folder, SHORT, weights=tmp_path)
     assert found["pretraining_overlap"]["same_voxels"] == {"count": 2, "cases": ["c1", "c4"]}
     unknown = training.train(small_study.encoder(), store, folder, SHORT, weights=tmp_path / "elsewhere" / "a" / "b")

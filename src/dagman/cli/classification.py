@@ -85,13 +85,17 @@ def _probed(
     from dagman import files
     from dagman.figures import roc
     from dagman.tasks import classify as classifying
+    from dagman.tasks import cohort as cohorts
     from dagman.tasks import leakage, predictions
 
+    if origin:
+        study = cohorts.cohort(table, protocol, **given)
+        leakage.refuse(origin.seen, origin.twins, study.together, classifying.TASK)
     found = classifying.probe(table, protocol, **given)
     more: dict[str, Any] = {
         "method": "linear probe",
         "protocol": protocol.words,
-        "source": str(origin and origin.weights),
+        "source": str(origin.weights or "new random weights") if origin else None,
     }
     if origin:
         more["pretraining_overlap"] = leakage.report(origin.seen, found.case_ids)
@@ -135,21 +139,27 @@ def _save_probe(
 ) -> Path | None:
     """A classifier from a probe of all labelled cases; None where the encoder is not known or gone."""
     from dagman.errors import DagmanError
+    from dagman.files import sha256_file
     from dagman.nets.weights import load_encoder
-    from dagman.tasks import classifier
+    from dagman.tasks import classifier, leakage
     from dagman.tasks import classify as classifying
 
-    if origin is None or not origin.weights.exists():
-        say("no classifier was saved: the encoder of these features is not known, or not there any more")
+    if origin is None or origin.weights is None:
+        why = "is untrained" if origin else "is not known (its JSON file is not beside them, or tells of others)"
+        say(f"no classifier was saved: the encoder of these features {why}")
         return None
     try:
         encoder = load_encoder(origin.weights)
     except DagmanError as error:
         say(f"no classifier was saved: {error}")
         return None
+    if encoder.report is None or sha256_file(encoder.report.source) != origin.weights_sha256:
+        say(f"no classifier was saved: {origin.weights} has other weights since; embed again")
+        return None
     fitted, names = classifying.fit_all(table, protocol, **given)
     made = classifier.from_probe(fitted, names, encoder, origin)
-    classifier.save(made, output / "classifier", origin.weights)
+    leakage.record([], output / "classifier", start=origin.weights)
+    classifier.save(made, output / "classifier")
     say(f"wrote {output / 'classifier'}, learnt from all labelled cases but those of the split `test`")
     return output / "classifier"
 

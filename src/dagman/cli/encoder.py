@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, next_step, progress, say
+from dagman.cli.watching import Output, Switch, next_step, progress, say
 from dagman.errors import ExitCode
 
 
@@ -16,6 +16,7 @@ def embed(
     data: Annotated[Path, Parameter(name=["--input", "-i"])],
     output: Output,
     which: Literal["pooled", "cells", "cls", "all"] = "pooled",
+    untrained: Switch = False,
     device: str = "cpu",
     batch_size: int | None = None,
 ) -> int:
@@ -28,22 +29,34 @@ def embed(
         data: A prepared store.
         output: The CSV file: case_id, patient, label, f0, f1, ...
         which: Mean of the final tokens, mean of the cell tokens (more of what is small), [CLS], or all side by side.
+        untrained: Give the encoder new random weights first, to compare with.
         device: `cpu` or `cuda`.
         batch_size: Crops at a time, by their size if not given; no influence on the result.
     """
     from dagman.ct.store import PreparedStore
+    from dagman.files import sha256_file
     from dagman.nets.weights import load_encoder
     from dagman.tasks import embed as embedding
     from dagman.tasks import leakage
     from dagman.tasks.table import write_csv
 
-    encoder = load_encoder(weights)
+    encoder, store = load_encoder(weights), PreparedStore(data)
     say(str(encoder.report))
-    store = PreparedStore(data)
+    start = None if untrained else weights
+    origin = embedding.Origin(
+        weights=start,
+        which=which,
+        store=store.store_id,
+        seen=leakage.seen(store, start),
+        twins=leakage.twins(store),
+        weights_sha256=sha256_file(encoder.report.source) if start and encoder.report else None,
+    )
+    if untrained:
+        encoder = embedding.untrained(encoder)
     with progress("Embedding") as tell:
         table = embedding.embed(encoder, store, which=which, device=device, batch_size=batch_size, progress=tell)
     write_csv(table, output)
-    embedding.write_origin(embedding.Origin(weights, which, store.store_id, leakage.seen(store, weights)), output)
+    embedding.write_origin(origin, output)
     say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
     next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe")
     return ExitCode.OK

@@ -22,7 +22,6 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import EncoderClassifier, Network, ResNet50
 from dagman.nets.encoder import Encoder
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
-from dagman.tasks import leakage
 from dagman.tasks.classify import Probe
 from dagman.tasks.embed import Origin, mean_per_case, suited
 from dagman.tasks.table import Table, write_rows
@@ -46,13 +45,12 @@ class Classifier:
     """Where it comes from."""
 
 
-def save(classifier: Classifier, folder: Path, weights: Path | None = None) -> None:
+def save(classifier: Classifier, folder: Path) -> None:
     """Write a classifier; `load` gives it back.
 
     Args:
         classifier: What to save.
         folder: Where.
-        weights: Whence its encoder comes: the list of cases that pretraining saw goes along.
 
     Raises:
         DagmanError: `E-DISK`.
@@ -68,8 +66,6 @@ def save(classifier: Classifier, folder: Path, weights: Path | None = None) -> N
     for name, state in tensors.items():
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         files.write_atomic(folder / name, lambda path, whole=whole: safetensors.torch.save_file(whole, path))  # type: ignore[misc]
-    if weights and (cases := leakage.cases_file(weights)):
-        files.write_text(folder / leakage.CASES, cases.read_text())
     described = {
         "format": FORMAT,
         **kind,

@@ -25,6 +25,7 @@ from dagman.tasks.cohort import Cohort, Protocol
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.table import Table
 
+TASK = "classification"
 STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 3))
 """Inverse regularisation tried, strongest regularisation first."""
 

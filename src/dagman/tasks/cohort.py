@@ -18,6 +18,8 @@ from dagman.tasks.table import Table
 
 HELD_OUT_RATIO = 0.2
 """Of each class's patients of a training part, to choose the best step on."""
+LEAST_TO_SPARE = 3
+"""Patients that every class must have before one is held out."""
 _SIDES = ("train", "validation", "test")
 
 
@@ -63,6 +65,14 @@ class Cohort:
     def numbers(self) -> Int[np.ndarray, " cases"]:
         """Class of each case."""
         return self.classes.numbers
+
+    @property
+    def together(self) -> dict[str, str]:
+        """What keeps cases on one side, by their names: the patient, or the side itself where the table says it."""
+        if not self.protocol.split:
+            return dict(zip(self.table.case_ids, map(str, self.groups), strict=True))
+        sides = {"training": (*self.parts[0].train, *self.parts[0].held_out), "test": self.parts[0].test}
+        return {case: side for side, rows in sides.items() for case in names(self.table, rows)}
 
 
 def stored(store: PreparedStore) -> Table:
@@ -172,12 +182,15 @@ def _part(
     """Few-shot and early choice by whole patients of each class, in one drawn order."""
     draws = randomness.generator(protocol.seed, "few", protocol.draw, number)
     class_of = {name: int(classes.numbers[train][groups[train] == name].max()) for name in np.unique(groups[train])}
-    learnt, held = set(), set()
+    learnt, held, kept_of = set(), set(), {}
     for wanted in range(len(classes.names)):
         patients = sorted(name for name, held_class in class_of.items() if held_class == wanted)
         order = [patients[place] for place in draws.permutation(len(patients))]
-        kept = order[: math.ceil(protocol.fraction * len(order) - 1e-9)]
-        apart = max(1, round(HELD_OUT_RATIO * len(kept))) if hold_out and not len(chosen) and len(kept) > 2 else 0
+        kept_of[wanted] = order[: math.ceil(protocol.fraction * len(order) - 1e-9)]
+    for kept in kept_of.values():
+        # A held-out part without one of the classes would choose a network that never says it.
+        spare = hold_out and not len(chosen) and min(map(len, kept_of.values())) >= LEAST_TO_SPARE
+        apart = max(1, round(HELD_OUT_RATIO * len(kept))) if spare else 0
         learnt |= set(kept[: len(kept) - apart])
         held |= set(kept[len(kept) - apart :])
     part = Part(

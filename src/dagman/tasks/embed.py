@@ -33,12 +33,17 @@ Progress = Callable[[int, int], None]
 class Origin(NamedTuple):
     """Where a feature table comes from; written beside it as JSON."""
 
-    weights: Path
+    weights: Path | None
+    """None for an encoder with random weights."""
     which: Which
     store: str
     """Its identity."""
     seen: Seen
     """What pretraining saw of the cases."""
+    twins: list[list[str]]
+    """Cases with the same voxels."""
+    weights_sha256: str | None
+    """Of their file: that of a run which went on is another."""
 
 
 class _Crop(NamedTuple):
@@ -83,16 +88,20 @@ def embed(
 
 
 def write_origin(origin: Origin, features: Path) -> None:
-    """Write where features come from, beside their CSV."""
-    values = origin._asdict() | {"weights": str(origin.weights.absolute()), "seen": origin.seen._asdict()}
-    files.write_json(features.with_suffix(".json"), values)
+    """Write where features come from, beside their CSV, which is there already."""
+    place = str(origin.weights.absolute()) if origin.weights else None
+    values = origin._asdict() | {"weights": place, "seen": origin.seen._asdict()}
+    files.write_json(features.with_suffix(".json"), {"features_sha256": files.sha256_file(features), **values})
 
 
 def read_origin(features: Path) -> Origin | None:
-    """Where features come from; None where nobody wrote it down, or it cannot be read."""
+    """Where features come from; None where nobody wrote it down, it cannot be read, or it tells of other features."""
     try:
         values = json.loads(features.with_suffix(".json").read_text())
-        return Origin(**values | {"weights": Path(values["weights"]), "seen": Seen(**values["seen"])})
+        if values.pop("features_sha256") != files.sha256_file(features):
+            return None
+        place = Path(values["weights"]) if values["weights"] else None
+        return Origin(**values | {"weights": place, "seen": Seen(**values["seen"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -18,7 +18,7 @@ class Part:
     number: int
     train: tuple[int, ...]
     held_out: tuple[int, ...]
-    """Of the training part, to choose the best step on; empty where there are too few patients."""
+    """Of the training part, of every class, to choose the best step on; empty where a class has too few patients."""
     test: tuple[int, ...]
 
 

@@ -1,84 +1,156 @@
-"""Whether pretraining has seen what a study tests on: by voxels, or by patient. It is said in every result."""
+"""Whether weights have seen what a study tests on: by voxels, by patient, or with labels. It is said in every result.
 
-from collections.abc import Iterable, Sequence
+A CT that pretraining saw without its label is counted and named. Refused are weights that were trained on labels of the
+study's cases for the same task, and a CT that stands on two sides of the study under different names.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dagman import files
 from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError, ExitCode
 
 CASES = "cases.jsonl"
-"""In a run folder: each case that was trained on, its patient and the hash of its voxels."""
+"""Beside weights: each case that they were trained on, its patient, hash of its voxels and, for labels, the task."""
 VOXELS, PATIENT = "voxels", "patient"
 LISTED = 20
 
 
 class Seen(NamedTuple):
-    """What pretraining saw of a store."""
+    """What weights have seen of a store."""
 
     known: bool
-    """False where the weights' file does not lie in a run folder with its list of cases."""
+    """False where some of their training has no list of cases."""
     how: dict[str, str]
     """Case to `voxels` (the same CT) or `patient` (another CT of the same patient)."""
+    learnt: dict[str, list[str]]
+    """Case to the tasks whose labels of it the weights were trained on. Voxels tell: another data set may use the same
+    names for its patients."""
 
 
-def record(store: PreparedStore, rows: Sequence[int], folder: Path) -> None:
-    """Write the cases that a run trains on into its folder."""
-    said = [{name: store.rows[row].get(name) for name in ("case_id", "patient", "voxel_sha256")} for row in rows]
+def record(
+    rows: Iterable[Mapping[str, Any]], folder: Path, *, task: str | None = None, start: Path | None = None
+) -> None:
+    """Write the cases that weights are trained on into their folder.
+
+    Args:
+        rows: Of the store's manifest.
+        folder: Of the run or classifier.
+        task: Whose labels are learnt, such as `classification`; None for pretraining.
+        start: Weights that this training starts from: their list comes first.
+    """
+    said = [] if start is None else _listed(start)
+    for row in rows:
+        told = {name: row.get(name) for name in ("case_id", "patient", "voxel_sha256")}
+        said.append(told | ({"task": task} if task else {}))
     files.write_text(folder / CASES, "".join(map(files.json_line, said)))
 
 
-def cases_file(weights: Path) -> Path | None:
-    """The list of cases that belongs to weights: beside them, or in the run folder around them."""
-    near = [weights, weights.parent, weights.parent.parent]
-    return next((folder / CASES for folder in near if (folder / CASES).is_file()), None)
+def _listed(weights: Path) -> list[dict[str, Any]]:
+    """What weights were trained on; a row without a case where there is no list."""
+    near = [weights] if weights.is_dir() else [weights.parent, weights.parent.parent]
+    file = next((folder / CASES for folder in near if (folder / CASES).is_file()), None)
+    if file is None:
+        return [{"case_id": None, "patient": None, "voxel_sha256": None}]
+    return files.read_lines(file, required=("case_id", "patient", "voxel_sha256"))
 
 
 def seen(store: PreparedStore, weights: Path | None) -> Seen:
-    """Which cases of a store pretraining has seen.
+    """Which cases of a store weights have seen.
 
     Args:
         store: The labelled cases.
-        weights: Of the encoder; None for one without pretraining.
+        weights: A folder or file of weights; None for new random ones.
 
     Raises:
         DagmanError: `E-MANIFEST` for a damaged list.
     """
     if weights is None:
-        return Seen(True, {})
-    file = cases_file(weights)
-    if file is None:
-        return Seen(False, {})
-    rows = files.read_lines(file, required=("case_id", "patient", "voxel_sha256"))
-    voxels, patients = ({row[name] for row in rows} - {None} for name in ("voxel_sha256", "patient"))
-    how = {}
+        return Seen(True, {}, {})
+    listed = _listed(weights)
+    voxels, patients = ({row[name] for row in listed} - {None} for name in ("voxel_sha256", "patient"))
+    tasks: dict[str, set[str]] = {}
+    for row in listed:
+        if row.get("task"):
+            tasks.setdefault(row["voxel_sha256"], set()).add(row["task"])
+    how: dict[str, str] = {}
+    learnt: dict[str, list[str]] = {}
     for row in store.rows:
-        if row.get("voxel_sha256") in voxels:
-            how[str(row["case_id"])] = VOXELS
+        case, voxel = str(row["case_id"]), row.get("voxel_sha256")
+        if voxel in voxels:
+            how[case] = VOXELS
+            learnt |= {case: sorted(tasks[voxel])} if voxel in tasks else {}
         elif row.get("patient") in patients:
-            how[str(row["case_id"])] = PATIENT
-    return Seen(True, how)
+            how[case] = PATIENT
+    return Seen(all(row["case_id"] is not None for row in listed), how, learnt)
+
+
+def twins(store: PreparedStore) -> list[list[str]]:
+    """Cases with the same voxels."""
+    same: dict[str, list[str]] = {}
+    for row in store.rows:
+        if row.get("voxel_sha256"):
+            same.setdefault(row["voxel_sha256"], []).append(str(row["case_id"]))
+    return [cases for cases in same.values() if len(cases) > 1]
+
+
+def refuse(what: Seen, same: Sequence[Sequence[str]], group_of: Mapping[str, str], task: str) -> None:
+    """Refuse a study that would test on what was learnt.
+
+    Args:
+        what: What the weights it starts from have seen.
+        same: Cases with the same voxels.
+        group_of: Case to what stays together, a patient or a side of a fixed split, of all cases of the study.
+        task: Of the study, such as `classification`.
+
+    Raises:
+        DagmanError: `E-LEAK`, exit code 4.
+    """
+    learnt = [case for case in group_of if task in what.learnt.get(case, ())]
+    if learnt:
+        raise _leak(
+            f"the weights were trained on labels of {len(learnt)} of its cases",
+            learnt,
+            "start from pretrained weights, or test on other patients",
+        )
+    torn = [cases for cases in same if len({group_of[case] for case in cases if case in group_of}) > 1]
+    if torn:
+        raise _leak(
+            f"{len(torn)} CTs stand in it under several names, which may come to training and test",
+            torn[0],
+            "give the same CT the same patient and split, or keep one of them",
+        )
+
+
+def _leak(problem: str, cases: Sequence[str], advice: str) -> DagmanError:
+    named = ", ".join(cases[:5]) + (", ..." if len(cases) > 5 else "")
+    return DagmanError("LEAK", "study", f"{problem} ({named})", advice, exit_code=ExitCode.REFUSED)
 
 
 def report(what: Seen, tested: Iterable[str]) -> dict[str, Any]:
-    """Plain values for a result: how many of the tested cases pretraining has seen, and which."""
+    """Plain values for a result: how many of the tested cases the weights have seen, and which."""
     tested = list(tested)
     found: dict[str, Any] = {"known": what.known, "tested": len(tested)}
-    for word in (VOXELS, PATIENT):
-        cases = sorted(case for case in tested if what.how.get(case) == word)
-        found[f"same_{word}"] = {"count": len(cases), "cases": cases[:LISTED]}
+    by_word = {word: [case for case in tested if what.how.get(case) == word] for word in (VOXELS, PATIENT)}
+    for name, cases in {**by_word, "labels": [case for case in tested if case in what.learnt]}.items():
+        found[f"same_{name}"] = {"count": len(cases), "cases": sorted(cases)[:LISTED]}
     return found
 
 
 def line(found: dict[str, Any]) -> str:
     """The same for a person."""
-    if not found["known"]:
-        return "whether pretraining saw the tested cases is unknown: the weights do not lie in their run folder"
-    voxels, patient = found["same_voxels"]["count"], found["same_patient"]["count"]
-    if not voxels and not patient:
-        return f"pretraining saw none of the {found['tested']} tested cases"
-    names = ", ".join((found["same_voxels"]["cases"] + found["same_patient"]["cases"])[:5])
-    return (
-        f"pretraining saw {voxels} of the {found['tested']} tested cases, and other CTs of the patients of {patient} "
-        f"more ({names}), without their labels"
+    voxels, patient, labels = (found[f"same_{word}"] for word in (VOXELS, PATIENT, "labels"))
+    said = (
+        "" if found["known"] else "whether pretraining saw the tested cases is unknown: no list of its cases is there"
     )
+    if voxels["count"] or patient["count"]:
+        names = ", ".join((voxels["cases"] + patient["cases"])[:5])
+        how = f"with labels of {labels['count']} of them" if labels["count"] else "without their labels"
+        counted = (
+            f"pretraining saw {voxels['count']} of the {found['tested']} tested cases, and other CTs of the patients "
+            f"of {patient['count']} more ({names}), {how}"
+        )
+        return f"{counted}; {said}" if said else counted
+    return said or f"pretraining saw none of the {found['tested']} tested cases"

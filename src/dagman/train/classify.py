@@ -32,13 +32,13 @@ from dagman.tasks import classifier as classifiers
 from dagman.tasks import cohort as cohorts
 from dagman.tasks import leakage, predictions
 from dagman.tasks.classifier import Classifier
-from dagman.tasks.classify import predicted, threshold
+from dagman.tasks.classify import TASK, predicted, threshold
 from dagman.tasks.cohort import Cohort, Protocol
 from dagman.tasks.embed import suited
 from dagman.tasks.folds import Part
 from dagman.tasks.labels import Unlabelled
 from dagman.tasks.predictions import Predictions
-from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, weights_digest
+from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, forget, weights_digest
 from dagman.types import Preparation
 
 SHIFT_RATIO = 0.125
@@ -196,7 +196,9 @@ def finetune(
         config=config,
         weights=weights,
         resnet=resnet,
+        seen=leakage.seen(store, weights),
     )
+    leakage.refuse(study.seen, leakage.twins(store), study.cohort.together, TASK)
     found: list[Predictions] = []
     results: list[dict[str, Any]] = []
     for part in study.cohort.parts:
@@ -229,6 +231,7 @@ class _Study:
     config: ClassifyConfig
     weights: Path | None
     resnet: Path | None
+    seen: leakage.Seen
 
     def rows(self, cases: Sequence[int]) -> tuple[int, ...]:
         """Of the cohort's cases, their rows of the store."""
@@ -277,7 +280,7 @@ class _Study:
         place, names = self.folder / f"fold-{part.number}", self.cohort.classes.names
         cut = self._threshold(lesson)
         card = {
-            "task": "classification",
+            "task": TASK,
             "dagman": package_version("dagman"),
             "source": str(self.weights or "new random weights"),
             "store": self.store.store_id,
@@ -290,7 +293,9 @@ class _Study:
         network = lesson.network.cpu()
         assert isinstance(network, EncoderClassifier | ResNet50)  # noqa: S101
         made = Classifier(network=network, names=names, threshold=cut, card=card)
-        classifiers.save(made, place, self.weights)
+        learnt = () if self.config.finetune.frozen else self.rows([*part.train, *part.held_out])
+        leakage.record([self.store.rows[row] for row in learnt], place, task=TASK, start=self.weights)
+        classifiers.save(made, place)
         result = {
             **card,
             "held_out_log_likelihood": fitted.best_score,
@@ -300,7 +305,7 @@ class _Study:
             "identity": lesson.identity,
         }
         files.write_json(place / "result.json", result)
-        files.remove_folder(place / "checkpoints")
+        forget(place)
         return result
 
     def _threshold(self, lesson: ClassifyLesson) -> float:
@@ -319,7 +324,7 @@ class _Study:
             "protocol": config.protocol.words,
             "best_steps": [result["best_step"] for result in results],
             "minutes": round(sum(result["seconds"] for result in results) / 60, 1),
-            "pretraining_overlap": leakage.report(leakage.seen(self.store, self.weights), found.case_ids),
+            "pretraining_overlap": leakage.report(self.seen, found.case_ids),
             "settings": configs.to_dict(config),
         }
         predictions.write(found, self.folder, more)

@@ -283,6 +283,12 @@ def finished(folder: Path, identity: Any) -> dict[str, Any] | None:
     return result
 
 
+def forget(folder: Path) -> None:
+    """Delete what only an unfinished part needs."""
+    files.remove_folder(folder / "checkpoints")
+    (folder / BEST).unlink(missing_ok=True)
+
+
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 of all tensors of a module."""
     digest = hashlib.sha256()

@@ -118,7 +118,7 @@ def prepare(
     if fabric.is_global_zero:
         data = {"store": store.store_id, "volumes": len(train), "validation": len(validation)}
         run.start(config, data, fabric.world_size)
-        leakage.record(store, train, run.folder)
+        leakage.record([store.rows[row] for row in train], run.folder)
     fabric.barrier()
     seed = config.optimisation.seed
     torch.manual_seed(torch_seed(seed, "weights"))

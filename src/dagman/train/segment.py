@@ -37,9 +37,10 @@ from dagman.tasks.overlap import Overlap
 from dagman.tasks.segmentation_scores import Row
 from dagman.tasks.segmenter import Segmenter
 from dagman.tasks.study import Study, parts, stored, study
-from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, weights_digest
+from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, forget, weights_digest
 from dagman.types import Grid
 
+TASK = "segmentation"
 RESULT = "result.json"
 ON_STORE = "predictions_on_store"
 """The same label maps on the store's voxels, which were scored."""
@@ -168,6 +169,8 @@ def train(
     config = config or SegmentConfig()
     suited(store, encoder.preparation)
     plan = study(store.folder, stored(store), labels=config.labels, group_by=config.group_by)
+    patients = {str(store.rows[row]["case_id"]): group for row, group in zip(plan.rows, plan.groups, strict=True)}
+    leakage.refuse(leakage.seen(store, weights), leakage.twins(store), patients, TASK)
     work = _Work(
         encoder=_with_crop(encoder, config),
         store=store,
@@ -277,7 +280,7 @@ class _Work:
         place = self.place(part)
         rows = self._test(part, lesson, progress)
         card = {
-            "task": "segmentation",
+            "task": TASK,
             "dagman": package_version("dagman"),
             "source": self.source,
             "store": self.store.store_id,
@@ -289,8 +292,8 @@ class _Work:
         network = lesson.network.cpu()
         assert isinstance(network, SegmentationNetwork)  # noqa: S101
         segmenter.save(Segmenter(network=network, classes=lesson.classes, card=card), place)
-        if self.weights and (cases := leakage.cases_file(self.weights)):
-            files.write_text(place / leakage.CASES, cases.read_text())
+        learnt = () if self.config.finetune.frozen else (*part.train, *part.held_out)
+        leakage.record([self.store.rows[row] for row in learnt], place, task=TASK, start=self.weights)
         result = {
             **card,
             "held_out_dice": fitted.best_score,
@@ -299,7 +302,7 @@ class _Work:
             "identity": lesson.identity,
         }
         files.write_json(place / RESULT, result)
-        files.remove_folder(place / "checkpoints")
+        forget(place)
         return result
 
     def _test(self, part: Part, lesson: SegmentLesson, progress: Tell | None) -> list[Row]:
