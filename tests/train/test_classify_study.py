@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,7 +305,24 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
         assert all(
             float(row["probability_bright"]) + float(row["probability_dark"]) == pytest.approx(1) for row in found
         )
-    assert "1 scans were rejected" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "E-FORMAT broken: " in shown or "broken.nii.gz" in shown
+    attention = next(line for line in shown.splitlines() if line.startswith("Next: dagman attention --weights "))
+    load_encoder(Path(attention.split()[4]))
+
+
+def test_scans_that_a_classifier_did_not_learn_from_are_said(study, store, tmp_path, capfd):
+    made = classifier.load(study[0])
+    assert classifier.usable(made, store) == (list(range(12)), [])
+    bare = PreparedStore(store.folder)
+    bare.rows = [
+        {**row, "mask": None if number < 2 else {**row["mask"], "voxels": {} if number == 5 else {"1": 9}}}
+        for number, row in enumerate(store.rows)
+    ]
+    rows, said = classifier.usable(made, bare)
+    assert rows == [number for number in range(12) if number != 5]
+    assert said[0].startswith("E-NOMASK c05: its mask is empty")
+    assert said[1].startswith("2 of 11 scans have no mask, but this classifier learnt from crops around masks")
 
 
 def test_a_probe_as_classifier_says_what_the_probe_says(store, tmp_path):
@@ -314,7 +332,7 @@ def test_a_probe_as_classifier_says_what_the_probe_says(store, tmp_path):
     encoder = small_study.encoder()
     table = embed.embed(encoder, store)
     probe, names = probing.fit_all(table, Protocol(folds=2), positive="bright", unlabelled="refuse")
-    origin = embed.Origin(tmp_path, "pooled", store.store_id, Seen(True, {}, {}), [], None)
+    origin = embed.Origin(tmp_path, "pooled", store.store_id, Seen(True, {}, {}), [], 0, None)
     made = classifier.from_probe(probe, names, encoder, origin)
     found = classifier.probabilities(made.network, store)
     np.testing.assert_allclose(found.features, probe.probabilities(table.features.astype(float)), atol=1e-4)

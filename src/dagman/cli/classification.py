@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dagman.tasks.cohort import Protocol
     from dagman.tasks.embed import Origin
     from dagman.tasks.table import Table
+    from dagman.types import Preparation
 
 classify = App(
     name="classify",
@@ -19,6 +20,8 @@ classify = App(
     help_format="plaintext",
 )
 Data = Annotated[Path, Parameter(name=["--input", "-i"])]
+MOST_NAMED = 10
+"""Of scans that cannot be used."""
 GroupBy = Literal["patient", "case"]
 Unlabelled = Literal["refuse", "leave_out"]
 
@@ -290,32 +293,47 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
         workers: Processes that prepare scans.
         device: `cpu` or `cuda`.
     """
-    from dagman.ct.prepare import PrepareConfig, prepare
     from dagman.ct.store import MANIFEST, PreparedStore
+    from dagman.nets.classifier import EncoderClassifier
     from dagman.tasks import classifier as classifiers
 
     loaded = classifiers.load(weights)
-    first, stored, rejected = loaded[0], output / "prepared", 0
+    first = loaded[0]
     say(f"{len(loaded)} classifiers of {', '.join(first.names)}")
-    if len(sources) == 1 and (sources[0] / MANIFEST).is_file():
-        stored = sources[0]
-    else:
-        preparation = first.network.preparation
-        with progress("Preparing") as tell:
-            config = PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
-            summary = prepare(sources, stored, config, workers=workers, progress=tell)
-        rejected = summary.rejected
-        if summary.exit_code == ExitCode.NOTHING_USABLE:
-            say(f"no scan can be used: see {stored / 'rejected.jsonl'}")
-            return ExitCode.NOTHING_USABLE
+    given = len(sources) == 1 and (sources[0] / MANIFEST).is_file()
+    stored = sources[0] if given else output / "prepared"
+    rejected = 0 if given else _prepared(sources, stored, first.network.preparation, workers)
     store = PreparedStore(stored)
+    rows, said = classifiers.usable(loaded, store)
+    for line in said:
+        say(line)
+    if not rows:
+        say("no scan can be used")
+        return ExitCode.NOTHING_USABLE
     with progress("Classifying") as tell:
-        table, called = classifiers.predict(loaded, store, device=device, progress=tell)
+        table, called = classifiers.predict(loaded, store, rows, device=device, progress=tell)
     path = classifiers.write_predictions(table, called, first.names, output)
     say(f"{len(called)} cases: " + ", ".join(f"{called.count(name)} {name}" for name in first.names))
-    say(f"wrote {path}" + (f"; {rejected} scans were rejected: see {stored / 'rejected.jsonl'}" if rejected else ""))
-    next_step(f"dagman attention --weights {weights} -i SCANS -o {output / 'attention'}")
-    return ExitCode.REJECTED if rejected else ExitCode.OK
+    say(f"wrote {path}")
+    if isinstance(first.network, EncoderClassifier) and first.network.encoder.config.has_cls:
+        place = classifiers.places(weights)[0]
+        next_step(f"dagman attention --weights {place} -i SCANS -o {output / 'attention'}")
+    return ExitCode.REJECTED if rejected or len(rows) < len(store) else ExitCode.OK
+
+
+def _prepared(sources: list[Path], stored: Path, preparation: "Preparation", workers: int) -> int:
+    """Bring new scans into the form that a classifier knows; name those that cannot be used, and count them."""
+    from dagman.ct.prepare import REJECTED, PrepareConfig, prepare
+    from dagman.files import read_lines
+
+    with progress("Preparing") as tell:
+        config = PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
+        summary = prepare(sources, stored, config, workers=workers, progress=tell)
+    for row in read_lines(stored / REJECTED)[:MOST_NAMED]:
+        say(f"E-{row['code']} {row['case_id'] or row['source']}: {row['problem']}; {row['advice']}")
+    if summary.rejected > MOST_NAMED:
+        say(f"and {summary.rejected - MOST_NAMED} more: see {stored / REJECTED}")
+    return summary.rejected
 
 
 def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None) -> int:

@@ -49,6 +49,7 @@ def embed(
         store=store.store_id,
         seen=leakage.seen(store, start),
         twins=leakage.twins(store),
+        masks=sum(row["mask"] is not None for row in store.rows),
         weights_sha256=sha256_file(encoder.report.source) if start and encoder.report else None,
     )
     if untrained:

@@ -22,7 +22,7 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import EncoderClassifier, Network, ResNet50
 from dagman.nets.encoder import Encoder
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
-from dagman.tasks.classify import Probe
+from dagman.tasks.classify import TASK, Probe
 from dagman.tasks.embed import Origin, mean_per_case, suited
 from dagman.tasks.table import Table, write_rows
 from dagman.types import Preparation
@@ -30,6 +30,8 @@ from dagman.types import Preparation
 FORMAT = 1
 HEAD, RESNET, CARD = Path("head.safetensors"), Path("resnet.safetensors"), "classifier.json"
 FOLDS = "fold-*"
+MASKS = "cases_with_mask"
+"""On the card: of the cases learnt from."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +87,13 @@ def from_probe(probe: Probe, names: tuple[str, ...], encoder: Encoder, origin: O
     with torch.no_grad():
         network.head.weight.copy_(torch.from_numpy(weights))
         network.head.bias.copy_(torch.from_numpy(biases))
-    card = {"task": "classification", "source": str(origin.weights), "store": origin.store, "method": "linear probe"}
+    card = {
+        "task": TASK,
+        "method": "linear probe",
+        "source": str(origin.weights),
+        "store": origin.store,
+        MASKS: origin.masks,
+    }
     return Classifier(network=network, names=names, threshold=probe.threshold, card=card)
 
 
@@ -95,9 +103,9 @@ def load(folder: Path) -> list[Classifier]:
     Raises:
         DagmanError: `E-WEIGHTS`, exit code 4, for a folder that holds none, damaged files, or folds that do not match.
     """
-    folders = [folder] if (folder / CARD).is_file() else sorted(path.parent for path in folder.glob(f"{FOLDS}/{CARD}"))
+    folders = places(folder)
     if not folders:
-        advice = "give the output folder of `dagman classify finetune` or `probe --weights`"
+        advice = "give the output folder of `dagman classify finetune`, or `classifier` of a probe"
         raise _refused(folder, f"holds no {CARD}", advice)
     found = [_load(each) for each in folders]
     first = found[0]
@@ -105,6 +113,11 @@ def load(folder: Path) -> list[Classifier]:
         if other.names != first.names or other.network.preparation != first.network.preparation:
             raise _refused(path, f"differs from {folders[0]} in classes or preparation", "give one fold")
     return found
+
+
+def places(folder: Path) -> list[Path]:
+    """Where classifiers lie: in the folder itself, or in its folds."""
+    return [folder] if (folder / CARD).is_file() else sorted(path.parent for path in folder.glob(f"{FOLDS}/{CARD}"))
 
 
 def _load(folder: Path) -> Classifier:
@@ -172,9 +185,27 @@ def probabilities(
     return mean_per_case(store, network.preparation, likely, progress=progress, rows=rows)
 
 
+def usable(classifiers: Sequence[Classifier], store: PreparedStore) -> tuple[list[int], list[str]]:
+    """Rows of a store that can be classified, and what a person should know about it and the others."""
+    rows, said = [], []
+    for row, told in enumerate(store.rows):
+        if told["mask"] is not None and not told["mask"]["voxels"]:
+            said.append(f"E-NOMASK {told['case_id']}: its mask is empty; draw it, or name none")
+        else:
+            rows.append(row)
+    bare = sum(store.rows[row]["mask"] is None for row in rows)
+    if bare and any(each.card.get(MASKS) for each in classifiers):
+        said.append(
+            f"{bare} of {len(rows)} scans have no mask, but this classifier learnt from crops around masks: of them "
+            "the mean over the whole scan is taken, which may mean little; a CSV with a mask column names masks"
+        )
+    return rows, said
+
+
 def predict(
     classifiers: Sequence[Classifier],
     store: PreparedStore,
+    rows: Sequence[int] | None = None,
     *,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -183,7 +214,7 @@ def predict(
 
     The threshold for two classes is the mean of theirs.
     """
-    tables = [probabilities(each.network, store, device=device, progress=progress) for each in classifiers]
+    tables = [probabilities(each.network, store, rows, device=device, progress=progress) for each in classifiers]
     mean = np.mean([table.features for table in tables], axis=0)
     names = classifiers[0].names
     if len(names) == 2:

@@ -42,6 +42,8 @@ class Origin(NamedTuple):
     """What pretraining saw of the cases."""
     twins: list[list[str]]
     """Cases with the same voxels."""
+    masks: int
+    """Cases with a mask, seen by the crop around it."""
     weights_sha256: str | None
     """Of their file: that of a run which went on is another."""
 

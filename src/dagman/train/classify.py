@@ -286,6 +286,7 @@ class _Study:
             "store": self.store.store_id,
             "fold": part.number,
             "cases_learnt_from": len(part.train),
+            classifiers.MASKS: sum(self.store.rows[row]["mask"] is not None for row in self.rows(part.train)),
             "best_step": fitted.best_step,
             "finetune": configs.to_dict(self.config.finetune),
         }

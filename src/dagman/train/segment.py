@@ -169,8 +169,9 @@ def train(
     config = config or SegmentConfig()
     suited(store, encoder.preparation)
     plan = study(store.folder, stored(store), labels=config.labels, group_by=config.group_by)
-    patients = {str(store.rows[row]["case_id"]): group for row, group in zip(plan.rows, plan.groups, strict=True)}
-    leakage.refuse(leakage.seen(store, weights), leakage.twins(store), patients, TASK)
+    sides = ["test" if split == "test" else "training" for split in plan.splits] if config.split else plan.groups
+    together = {str(store.rows[row]["case_id"]): side for row, side in zip(plan.rows, sides, strict=True)}
+    leakage.refuse(leakage.seen(store, weights), leakage.twins(store), together, TASK)
     work = _Work(
         encoder=_with_crop(encoder, config),
         store=store,
