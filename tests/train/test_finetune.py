@@ -99,9 +99,9 @@ def test_the_best_check_decides_the_weights_and_the_earlier_of_equals_wins(tmp_p
     assert not same(weights(lesson), weights(last))
 
 
-def test_other_settings_start_anew_and_refuse_the_old_checkpoint(tmp_path):
+def test_other_settings_are_refused_with_the_difference(tmp_path):
     fit(Line(), PLAIN, tmp_path)
-    with pytest.raises(DagmanError, match="E-CHECKPOINT"):
+    with pytest.raises(DagmanError, match=r"E-RESUME.*finetune.seed"):
         fit(Line(), FinetuneConfig(**vars(PLAIN) | {"seed": 1}), tmp_path)
 
 

@@ -61,6 +61,7 @@ def probe(
     from dagman.tasks.labels import override
     from dagman.tasks.table import read_csv
 
+    require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
     table = read_csv(features)
     if labels:
         table = override(table, labels)
@@ -188,6 +189,7 @@ def finetune(
     layer_decay: float | None = None,
     check_every: int = 50,
     frozen: Switch = False,
+    keep_sides: Switch = False,
     group_by: GroupBy = "patient",
     unlabelled: Unlabelled = "refuse",
     seed: int = 0,
@@ -218,6 +220,7 @@ def finetune(
         layer_decay: From each layer of the encoder to the one before; 0.75, or 1 with `--weights none`.
         check_every: Steps between two looks at the patients held out of the training part.
         frozen: Leave the encoder as it is.
+        keep_sides: Do not mirror crops in training: for classes that depend on the side of the body.
         group_by: `case` where patients are unknown; the result is stamped.
         unlabelled: What to do about cases without label.
         seed: Of folds, crops and first weights.
@@ -231,6 +234,7 @@ def finetune(
     from dagman.train.finetune import FinetuneConfig
 
     fresh = weights == "none"
+    require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
     require(network == "encoder" or not frozen, "--frozen", "goes with an encoder", "leave it out for a ResNet")
     start = None if fresh or network == "resnet50" else Path(weights)
     encoder = starting_encoder(start, recipe, seed, crop)
@@ -255,6 +259,7 @@ def finetune(
             which=which,
             positive=positive,
             unlabelled=unlabelled,
+            keep_sides=keep_sides,
         )
         place = output / f"draw-{draw}" if draws > 1 else output
         with progress("Fine-tuning") as tell:
@@ -353,6 +358,8 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
     for line in comparison.lines(rows):
         print(line)
     say(comparison.NOTE)
+    if any(one.group_by == "case" for one in found.values()):
+        say("Note: not grouped by patient: scores may be too good, and intervals too narrow")
     if output:
         comparison.write(rows, output)
         files.write_bytes(output / "roc.png", roc.png({f"{name}: {one.auc()}": one for name, one in found.items()}))

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 GRID = np.linspace(0, 1, 201)
@@ -47,14 +48,11 @@ def png(runs: Mapping[str, Scores]) -> bytes:
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     for number, (name, scores) in enumerate(runs.items()):
-        colour, total, weight = f"C{number}", np.zeros(len(GRID)), 0.0
-        for fold in np.unique(scores.fold):
-            for curve, pairs in _curves(scores, scores.fold == fold):
-                total, weight = total + pairs * curve, weight + pairs
-                if len(scores.names) == 2:
-                    axes.plot(GRID, curve, color=colour, alpha=0.2, linewidth=0.8)
-        if weight:
-            axes.plot(GRID, total / weight, color=colour, linewidth=2, label=name)
+        classes = (1,) if len(scores.names) == 2 else range(len(scores.names))
+        means = [_mean_curve(axes, scores, each, f"C{number}") for each in classes]
+        known = [mean for mean in means if mean is not None]
+        if len(known) == len(means):
+            axes.plot(GRID, np.mean(known, axis=0), color=f"C{number}", linewidth=2, label=name)
     first = next(iter(runs.values()))
     positive = first.names[1] if len(first.names) == 2 else "each class"
     axes.set(
@@ -72,15 +70,19 @@ def png(runs: Mapping[str, Scores]) -> bytes:
     return stream.getvalue()
 
 
-def _curves(scores: Scores, rows: np.ndarray) -> list[tuple[np.ndarray, float]]:
-    """Sensitivity at each 1 - specificity of the grid, and the number of pairs, for each class that has both sides."""
-    found = []
-    for number in (1,) if len(scores.names) == 2 else range(len(scores.names)):
+def _mean_curve(axes: Axes, scores: Scores, number: int, colour: str) -> np.ndarray | None:
+    """Sensitivity at each 1 - specificity of the grid for a class: the mean over folds, weighted by their pairs."""
+    total, weight = np.zeros(len(GRID)), 0.0
+    for fold in np.unique(scores.fold):
+        rows = scores.fold == fold
         score, positive = scores.probabilities[rows, number], scores.labels[rows] == number
         if positive.all() or not positive.any():
             continue
         cuts = np.r_[np.inf, np.unique(score)[::-1]]
         up = [(score[positive] >= cut).mean() for cut in cuts]
         down = [(score[~positive] >= cut).mean() for cut in cuts]
-        found.append((np.interp(GRID, down, up), float(positive.sum() * (~positive).sum())))
-    return found
+        curve, pairs = np.interp(GRID, down, up), float(positive.sum() * (~positive).sum())
+        total, weight = total + pairs * curve, weight + pairs
+        if len(scores.names) == 2:
+            axes.plot(GRID, curve, color=colour, alpha=0.2, linewidth=0.8)
+    return total / weight if weight else None

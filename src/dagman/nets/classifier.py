@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import Encoder, EncoderConfig
+from dagman.nets.weights import read_tensors
 from dagman.types import Features, LoadReport, Preparation
 
 Which = Literal["pooled", "cells", "cls", "all"]
@@ -77,6 +77,7 @@ class ResNet50(nn.Module):
         from monai.networks.nets import resnet50
 
         self.preparation = preparation
+        self.report: LoadReport | None = None
         self.resnet = resnet50(spatial_dims=3, n_input_channels=1, num_classes=num_classes)
 
     def forward(self, images: Float[Tensor, "batch 1 x y z"]) -> Float[Tensor, "batch classes"]:
@@ -85,13 +86,13 @@ class ResNet50(nn.Module):
         return logits
 
     def load(self, path: Path) -> LoadReport:
-        """Take the weights of a file (safetensors, or a state dict of tensors that torch wrote), but the last layer's.
+        """Take the weights of a safetensors file, but the last layer's.
 
         Raises:
             DagmanError: `E-WEIGHTS`, exit code 4, for a file that cannot be read or fills less than 95 % of it.
         """
         wanted = {name: tensor for name, tensor in self.resnet.state_dict().items() if not name.startswith("fc.")}
-        found = {name.removeprefix("module."): tensor for name, tensor in _tensors(path).items()}
+        found = {name.removeprefix("module."): tensor for name, tensor in read_tensors(path)[0].items()}
         fitting = {name: found[name] for name, tensor in wanted.items() if _fits(found.get(name), tensor)}
         sizes = {name: tensor.numel() for name, tensor in wanted.items()}
         share = sum(sizes[name] for name in fitting) / sum(sizes.values())
@@ -115,22 +116,6 @@ class ResNet50(nn.Module):
 
 def _fits(found: Any, wanted: Tensor) -> bool:
     return isinstance(found, Tensor) and found.shape == wanted.shape
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(found.get("state_dict", found))
-    except Exception as error:
-        raise DagmanError(
-            "WEIGHTS",
-            path,
-            f"cannot be read ({type(error).__name__})",
-            "give a .safetensors file or a state dict saved by torch",
-            exit_code=ExitCode.REFUSED,
-        ) from error
 
 
 Network = EncoderClassifier | ResNet50

@@ -165,6 +165,18 @@ def _find(path: Path) -> Path:
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Tensors of a file and its description, None for a foreign one."""
+    tensors, header = read_tensors(file)
+    return tensors, _card(file, header)
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file, never of a pickle.
+
+    Raises:
+        DagmanError: `E-WEIGHTS`, exit code 4, for a missing or damaged file, a pickle, NaN.
+    """
+    if not file.is_file():
+        raise _refused(file, "does not exist", "give a file of weights")
     with file.open("rb") as stream:
         start = stream.read(9)
     # A safetensors file starts with the length of its header in eight bytes, then the header, which starts with {.
@@ -186,7 +198,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     )
     if bad:
         raise _refused(file, f"holds NaN or infinite values in {_some(bad)}", "take an earlier checkpoint")
-    return tensors, _card(file, header)
+    return tensors, header
 
 
 def _card(file: Path, header: Mapping[str, str]) -> dict[str, Any] | None:

@@ -175,14 +175,14 @@ def probabilities(
     """
     if network.training:
         raise ValueError("a class is predicted in eval mode: call network.eval()")
-    suited(store, network.preparation)
+    preparation = suited(store, network.preparation)
     network.to(device)
 
     def likely(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
         with torch.inference_mode():
             return network(images.to(device)).float().softmax(dim=1).cpu()  # type: ignore[no-any-return]
 
-    return mean_per_case(store, network.preparation, likely, progress=progress, rows=rows)
+    return mean_per_case(store, preparation, likely, progress=progress, rows=rows)
 
 
 def usable(classifiers: Sequence[Classifier], store: PreparedStore) -> tuple[list[int], list[str]]:

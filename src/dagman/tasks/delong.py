@@ -23,7 +23,7 @@ def compare(
     positive: Bool[np.ndarray, " cases"],
     strata: Int[np.ndarray, " cases"] | None = None,
 ) -> DeLong | None:
-    """DeLong's test; None where no stratum has two cases of each class.
+    """DeLong's test; None where a stratum that holds pairs has fewer than two cases of a class, or nothing varies.
 
     It takes cases as independent. Where a patient has several, its p is too small: the bootstrap over patients stands.
 
@@ -41,8 +41,8 @@ def compare(
 
     strata = np.zeros(len(positive), dtype=int) if strata is None else strata
     inside = [(strata == number) for number in np.unique(strata)]
-    inside = [rows for rows in inside if min(positive[rows].sum(), (~positive[rows]).sum()) > 1]
-    if not inside:
+    inside = [rows for rows in inside if positive[rows].any() and not positive[rows].all()]
+    if not inside or min(min(positive[rows].sum(), (~positive[rows]).sum()) for rows in inside) < 2:
         return None
     pairs = np.array([float(positive[rows].sum()) * float((~positive[rows]).sum()) for rows in inside])
     share = pairs / pairs.sum()
@@ -53,7 +53,9 @@ def compare(
         variance += weight**2 * float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     error = float(np.sqrt(max(variance, 0.0)))
     apart = float(aucs[0] - aucs[1])
-    p = 1.0 if error < 1e-12 and abs(apart) < 1e-12 else 2 * float(ndtr(-abs(apart) / max(error, 1e-300)))
+    if error < 1e-12 < abs(apart):
+        return None  # both separate their classes so plainly that no variance can be told from these cases
+    p = 1.0 if error < 1e-12 else 2 * float(ndtr(-abs(apart) / error))
     return DeLong(float(aucs[0]), float(aucs[1]), error, p)
 
 

@@ -117,7 +117,7 @@ def _same_spelling(words: list[str]) -> list[str]:
     numbers = [_number(word) for word in words]
     if any(number is None for number in numbers):
         return words
-    return [f"{number:g}" for number in numbers]
+    return [str(int(number)) if number == int(number) else repr(number) for number in numbers if number is not None]
 
 
 def _number(word: str) -> float | None:

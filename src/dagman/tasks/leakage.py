@@ -43,9 +43,16 @@ def record(
     """
     said = [] if start is None else _listed(start)
     for row in rows:
-        told = {name: row.get(name) for name in ("case_id", "patient", "voxel_sha256")}
+        told = {name: row.get(name) for name in ("case_id", "patient", "voxel_sha256")} | {
+            "source_sha256": _source(row)
+        }
         said.append(told | ({"task": task} if task else {}))
     files.write_text(folder / CASES, "".join(map(files.json_line, said)))
+
+
+def _source(row: Mapping[str, Any]) -> str | None:
+    """Hash of a case's files, which tells it in another preparation; None where many cases share a file."""
+    return None if row.get("window_hu") else row.get("source_sha256")
 
 
 def _listed(weights: Path) -> list[dict[str, Any]]:
@@ -70,7 +77,8 @@ def seen(store: PreparedStore, weights: Path | None) -> Seen:
     if weights is None:
         return Seen(True, {}, {})
     listed = _listed(weights)
-    voxels, patients = ({row[name] for row in listed} - {None} for name in ("voxel_sha256", "patient"))
+    names = ("voxel_sha256", "source_sha256", "patient")
+    voxels, sources, patients = ({row.get(name) for row in listed} - {None} for name in names)
     tasks: dict[str, set[str]] = {}
     for row in listed:
         if row.get("task"):
@@ -79,7 +87,7 @@ def seen(store: PreparedStore, weights: Path | None) -> Seen:
     learnt: dict[str, list[str]] = {}
     for row in store.rows:
         case, voxel = str(row["case_id"]), row.get("voxel_sha256")
-        if voxel in voxels:
+        if voxel in voxels or _source(row) in sources:
             how[case] = VOXELS
             learnt |= {case: sorted(tasks[voxel])} if voxel in tasks else {}
         elif row.get("patient") in patients:

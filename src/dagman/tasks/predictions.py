@@ -260,6 +260,7 @@ def check_comparable(first: Predictions, other: Predictions, name: object = "sec
         "classes": lambda one: one.names,
         "labels": lambda one: one.labels.tolist(),
         "folds": lambda one: one.fold.tolist(),
+        "patients": lambda one: (one.group_by, one.groups.tolist()),
     }
     wrong = [word for word, value in checks.items() if value(first) != value(other)]
     if wrong:

@@ -7,6 +7,7 @@ not learnt again; one under way goes on bit for bit.
 
 import copy
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from dagman import config as configs
 from dagman import files
 from dagman.ct import crops
 from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError
 from dagman.figures import roc
 from dagman.nets.classifier import EncoderClassifier, Network, ResNet50, Which
 from dagman.nets.encoder import Encoder
@@ -67,6 +69,8 @@ class ClassifyConfig:
     positive: str | None = None
     """The positive one of two classes, where labels are words."""
     unlabelled: Unlabelled = "refuse"
+    keep_sides: bool = False
+    """Do not mirror crops in training: for classes that depend on the side of the body."""
 
 
 class CaseCrop(NamedTuple):
@@ -90,11 +94,20 @@ class CaseCrops(Dataset[CaseCrop]):
         numbers: Their classes.
         preparation: Crop and window.
         seed: Of all draws.
+        mirrored: Mirror crops; not where a class depends on the side of the body.
     """
 
     def __init__(
-        self, store: PreparedStore, rows: Sequence[int], numbers: Sequence[int], preparation: Preparation, seed: int
+        self,
+        store: PreparedStore,
+        rows: Sequence[int],
+        numbers: Sequence[int],
+        preparation: Preparation,
+        seed: int,
+        *,
+        mirrored: bool = True,
     ) -> None:
+        self.mirrored = mirrored
         self.store, self.rows, self.numbers = store, tuple(rows), tuple(numbers)
         self.preparation, self.seed = preparation, seed
 
@@ -105,7 +118,8 @@ class CaseCrops(Dataset[CaseCrop]):
         draws = generator(self.seed, "classify.crop", sample)
         corner = crops.near(self.store, row, crop, SHIFT_RATIO, draws)
         image = crops.window(self.store.hu(row, corner, crop), self.preparation.window_hu)
-        image = np.flip(image, tuple(np.flatnonzero(draws.random(3) < 0.5).tolist()))
+        if self.mirrored:
+            image = np.flip(image, tuple(np.flatnonzero(draws.random(3) < 0.5).tolist()))
         scale, shift = draws.uniform(-JITTER_RATIO, JITTER_RATIO, 2).astype(np.float32)
         image = np.clip(image * (1 + scale) + shift, 0, 1)
         return CaseCrop(torch.from_numpy(np.ascontiguousarray(image))[None], torch.tensor(self.numbers[chosen]))
@@ -132,11 +146,14 @@ class ClassifyLesson:
         return nn.functional.cross_entropy(logits, batch.number, weight=self.weights.to(logits.device))
 
     def score(self) -> float | None:
-        """Mean log likelihood of the held-out cases: it means something for a handful, where an AUC hardly does."""
+        """Mean log likelihood of the held-out cases, every class counting the same.
+
+        It means something for a handful of cases, where an AUC hardly does.
+        """
         if not self.held_out:
             return None
         likely = self.likely(self.held_out)[np.arange(len(self.held_out)), list(self.held_out_numbers)]
-        return float(np.log(np.maximum(likely, 1e-12)).mean())
+        return float(np.average(np.log(np.maximum(likely, 1e-12)), weights=self.weights[list(self.held_out_numbers)]))
 
     def likely(self, rows: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Probabilities of cases."""
@@ -196,8 +213,9 @@ def finetune(
         config=config,
         weights=weights,
         resnet=resnet,
-        seen=leakage.seen(store, weights),
+        seen=leakage.seen(store, resnet or weights),
     )
+    _refuse_mirrored_sides(study.cohort.classes.names, config)
     leakage.refuse(study.seen, leakage.twins(store), study.cohort.together, TASK)
     found: list[Predictions] = []
     results: list[dict[str, Any]] = []
@@ -218,6 +236,17 @@ def finetune(
         found.append(predicted(study.cohort, part, np.array(result["probabilities"]), result["threshold"]))
         say(f"fold {part.number}: best step {result['best_step']}, AUC {found[-1].auc()}")
     return study.summarise(predictions.together(found), results)
+
+
+def _refuse_mirrored_sides(names: Sequence[str], config: ClassifyConfig) -> None:
+    sided = [name for name in names if {"left", "right"} & set(re.findall(r"[a-z]+", name.lower()))]
+    if sided and not config.keep_sides:
+        raise DagmanError(
+            "CONFIG",
+            "keep_sides",
+            f"is off, and classes name a side ({', '.join(sided[:4])}), which mirrored crops swap",
+            "add --keep-sides",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -247,7 +276,7 @@ class _Study:
                 return EncoderClassifier(copy.deepcopy(self.encoder), num_classes, self.config.which)
             network = ResNet50(num_classes, self.encoder.preparation)
         if self.resnet:
-            network.load(self.resnet)
+            network.report = network.load(self.resnet)
         return network
 
     def lesson(self, part: Part) -> ClassifyLesson:
@@ -267,7 +296,14 @@ class _Study:
         seed = self.config.finetune.seed
         return ClassifyLesson(
             network=network,
-            dataset=CaseCrops(self.store, self.rows(part.train), numbers.tolist(), network.preparation, seed),
+            dataset=CaseCrops(
+                self.store,
+                self.rows(part.train),
+                numbers.tolist(),
+                network.preparation,
+                seed,
+                mirrored=not self.config.keep_sides,
+            ),
             identity=json.loads(json.dumps(identity)),
             store=self.store,
             weights=torch.tensor(len(numbers) / (len(counts) * counts), dtype=torch.float32),
@@ -282,7 +318,7 @@ class _Study:
         card = {
             "task": TASK,
             "dagman": package_version("dagman"),
-            "source": str(self.weights or "new random weights"),
+            "source": str(self.resnet or self.weights or "new random weights"),
             "store": self.store.store_id,
             "fold": part.number,
             "cases_learnt_from": len(part.train),

@@ -21,11 +21,14 @@ from dagman import files
 from dagman.ct.datasets import SampleOrder
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets import encoder as encoders
+from dagman.nets.weights import read_tensors
 from dagman.randomness import torch_seed
 from dagman.run import Run
 from dagman.train import checkpoints, engine, schedules
 
-BEST = "best.safetensors"
+BEST = "best-*.safetensors"
+SETTINGS = "settings.json"
+"""What decides an unfinished part."""
 Progress = Callable[[int, int, str], None]
 """Called with the number of finished steps, their total and what came last."""
 
@@ -122,8 +125,8 @@ def fit(
         progress: Hears of each step.
 
     Raises:
-        DagmanError: `E-UNHEALTHY`, exit code 7, for a loss that is not finite; `E-CHECKPOINT` (4); `E-DISK` and
-            `E-MEMORY` (6).
+        DagmanError: `E-UNHEALTHY`, exit code 7, for a loss that is not finite; `E-RESUME` and `E-CHECKPOINT`
+            (4); `E-DISK` and `E-MEMORY` (6).
     """
     fabric = engine.fabric(1, config.precision, device)
     advice = "lower the batch size, then the crop"
@@ -134,6 +137,7 @@ def fit(
         engine.memory_guard(advice),
         engine.flushed_denormals(),
     ):
+        _claim(folder, lesson, config)
         # A lesson calls its own network: on one device Fabric only moves it.
         _, optimizer = fabric.setup(lesson.network.train(), _optimizer(lesson.network, config))
         course = _Course(lesson, config, run, fabric, optimizer)
@@ -144,7 +148,7 @@ def fit(
             row = course.step(done - 1, samples)
             checked = done % config.check_every == 0 or done == total
             if checked:
-                row["score"] = course.check()
+                row["score"] = course.check(done)
             run.add(row, durable=checked or stop.wanted)
             if checked or stop.wanted:
                 course.save(done)
@@ -154,9 +158,19 @@ def fit(
                 return Fitted(finished=False, step=done, best_step=done, best_score=None)
         best_step, best_score = _best(run)
         if best_score is not None:
-            lesson.network.load_state_dict(safetensors.torch.load_file(folder / BEST))
+            lesson.network.load_state_dict(read_tensors(_best_file(folder, best_step))[0])
         lesson.network.eval()
         return Fitted(finished=True, step=total, best_step=best_step, best_score=best_score)
+
+
+def _claim(folder: Path, lesson: Lesson, config: FinetuneConfig) -> None:
+    """Write what decides a training, or compare it with what the folder was begun with."""
+    decides = {"identity": lesson.identity, "finetune": configs.to_dict(config)}
+    now: dict[str, Any] = json.loads(json.dumps(decides))
+    if (folder / SETTINGS).is_file():
+        _refuse_other(folder, json.loads((folder / SETTINGS).read_text()), now)
+    else:
+        files.write_json(folder / SETTINGS, now)
 
 
 def _optimizer(network: nn.Module, config: FinetuneConfig) -> torch.optim.AdamW:
@@ -198,9 +212,13 @@ class _Course:
         return start
 
     def save(self, done: int) -> None:
-        """Write a checkpoint; the one before goes."""
+        """Write a checkpoint; the one before goes, and then weights that are no longer the best."""
         tensors = checkpoints.state(self.lesson.network, self.optimizer)
         checkpoints.save(self.run.checkpoints, done, tensors, self.identity, keep=1)
+        best = _best_file(self.run.folder, _best(self.run)[0])
+        for old in self.run.folder.glob(BEST):
+            if old != best:
+                old.unlink()
 
     def step(self, step: int, samples: Iterator[Any]) -> dict[str, Any]:
         """One optimizer step; its row of the metrics."""
@@ -238,7 +256,7 @@ class _Course:
             "data_wait_seconds": waited,
         }
 
-    def check(self) -> float | None:
+    def check(self, step: int) -> float | None:
         """Score the network as it is; keep its weights where they are the best so far."""
         network = self.lesson.network.eval()
         with torch.inference_mode():
@@ -248,7 +266,9 @@ class _Course:
         best = _best(self.run)[1]
         if best is None or score > best:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-            files.write_atomic(self.run.folder / BEST, lambda path: safetensors.torch.save_file(tensors, path))
+            files.write_atomic(
+                _best_file(self.run.folder, step), lambda path: safetensors.torch.save_file(tensors, path)
+            )
         return score
 
 
@@ -272,7 +292,12 @@ def finished(folder: Path, identity: Any) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result: dict[str, Any] = json.loads(path.read_text())
-    if lines := configs.difference(result["identity"], identity):
+    _refuse_other(folder, result["identity"], identity)
+    return result
+
+
+def _refuse_other(folder: Path, before: Any, now: Any) -> None:
+    if lines := configs.difference(before, now):
         raise DagmanError(
             "RESUME",
             folder,
@@ -280,13 +305,18 @@ def finished(folder: Path, identity: Any) -> dict[str, Any] | None:
             "give the old settings again, or choose another output folder",
             exit_code=ExitCode.REFUSED,
         )
-    return result
 
 
 def forget(folder: Path) -> None:
     """Delete what only an unfinished part needs."""
     files.remove_folder(folder / "checkpoints")
-    (folder / BEST).unlink(missing_ok=True)
+    (folder / SETTINGS).unlink(missing_ok=True)
+    for weights in folder.glob(BEST):
+        weights.unlink()
+
+
+def _best_file(folder: Path, step: int) -> Path:
+    return folder / BEST.replace("*", f"{step:08d}")
 
 
 def weights_digest(module: nn.Module) -> str:
