@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import small_study
 from dagman import cli
@@ -212,14 +213,14 @@ def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path):
         tmp_path / "w.pth",
     )
     network = ResNet50(2, preparation)
-    report = network.load(tmp_path / "w.pth")
+    report = network.load(tmp_path / "w.safetensors")
     assert report.share == 1.0
     assert torch.equal(network.resnet.conv1.weight, other.resnet.conv1.weight)
-    torch.save({"something": torch.zeros(3)}, tmp_path / "bad.pth")
+    save_file({"something": torch.zeros(3)}, tmp_path / "bad.safetensors")
     with pytest.raises(DagmanError, match=r"E-WEIGHTS.*fills 0.0% of a 3D ResNet-50"):
-        network.load(tmp_path / "bad.pth")
-    (tmp_path / "pickle.pth").write_bytes(b"no tensors")
-    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*cannot be read"):
+        network.load(tmp_path / "bad.safetensors")
+    torch.save({"state_dict": wrapped}, tmp_path / "pickle.pth")
+    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*is a pickle"):
         network.load(tmp_path / "pickle.pth")
     config = dataclasses.replace(
         STUDY,
@@ -232,7 +233,7 @@ def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path):
         halves(store),
         tmp_path / "study",
         config,
-        resnet=tmp_path / "w.pth",
+        resnet=tmp_path / "w.safetensors",
     )
     assert result["method"] == "fine-tuned network, resnet50"
     assert len(classifier.load(tmp_path / "study")) == 1
