@@ -208,9 +208,8 @@ def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path):
     preparation = Preparation(crop=(32, 32, 32))
     torch.manual_seed(0)
     other = ResNet50(5, preparation)
-    torch.save(
-        {"state_dict": {f"module.{name}": value for name, value in other.resnet.state_dict().items()}},
-        tmp_path / "w.pth",
+    save_file(
+        {f"module.{name}": value for name, value in other.resnet.state_dict().items()}, tmp_path / "w.safetensors"
     )
     network = ResNet50(2, preparation)
     report = network.load(tmp_path / "w.safetensors")
@@ -219,7 +218,7 @@ def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path):
     save_file({"something": torch.zeros(3)}, tmp_path / "bad.safetensors")
     with pytest.raises(DagmanError, match=r"E-WEIGHTS.*fills 0.0% of a 3D ResNet-50"):
         network.load(tmp_path / "bad.safetensors")
-    torch.save({"state_dict": wrapped}, tmp_path / "pickle.pth")
+    torch.save(other.resnet.state_dict(), tmp_path / "pickle.pth")
     with pytest.raises(DagmanError, match=r"E-WEIGHTS.*is a pickle"):
         network.load(tmp_path / "pickle.pth")
     config = dataclasses.replace(
