@@ -212,6 +212,8 @@ def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path):
         tmp_path / "w.pth",
     )
     network = ResNet50(2, preparation)
+    # MedicalNet's shortcuts have no bias.
+    assert not any("downsample.0.bias" in name for name in network.resnet.state_dict())
     report = network.load(tmp_path / "w.pth")
     assert report.share == 1.0
     assert torch.equal(network.resnet.conv1.weight, other.resnet.conv1.weight)
