@@ -9,7 +9,7 @@ they hold 0.5 in about nine of ten simulated studies.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,9 @@ def fit_all(
     table: Table, protocol: Protocol, *, positive: str | None, unlabelled: label_rules.Unlabelled
 ) -> tuple[Probe, tuple[str, ...]]:
     """A probe of all labelled cases but those of the split `test`, to predict new cases with; and the classes."""
-    cohort = cohorts.cohort(table, protocol, positive=positive, unlabelled=unlabelled)
+    cohort = cohorts.cohort(table, replace(protocol, fraction=1.0), positive=positive, unlabelled=unlabelled)
     features = _usable(cohort.table)
-    rows = sorted({row for part in cohort.parts for row in part.train})
+    rows = sorted({row for part in cohort.parts for row in (*part.train, *part.held_out)})
     return fit(features[rows], cohort.numbers[rows], _inner(cohort, rows)), cohort.classes.names
 
 
