@@ -331,3 +331,14 @@ def test_no_step_is_chosen_on_a_part_that_lacks_a_class():
     enough = cohort.cohort(make(np.eye(30), np.arange(30) < 6), Protocol(folds=2), positive="malignant", hold_out=True)
     for part in enough.parts:
         assert {int(enough.numbers[row]) for row in part.held_out} == {0, 1}
+
+
+def test_the_probe_for_new_cases_learns_from_every_case_that_is_no_test_case(monkeypatch):
+    seen = []
+    made = classify.Probe(model=None, strength=1.0, threshold=0.5)
+    monkeypatch.setattr(classify, "fit", lambda features, *_: seen.append(len(features)) or made)
+    table = with_splits(planted())
+    given = {"positive": "malignant", "unlabelled": "refuse"}
+    classify.fit_all(table, Protocol(fraction=0.25), **given)
+    classify.fit_all(table, Protocol(split=True), **given)
+    assert seen == [90, 90 - table.splits.count("test")]

@@ -181,6 +181,21 @@ def test_the_saved_classifiers_predict_as_the_study_did(study, store):
     assert load_encoder(folder / "fold-0").preparation == small_study.PREPARATION
 
 
+def test_a_step_is_chosen_by_what_is_said_of_every_class_alike(store, monkeypatch):
+    said = np.array([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.5, 0.5]])
+    monkeypatch.setattr(classify.ClassifyLesson, "likely", lambda *_: said)
+    lesson = classify.ClassifyLesson(
+        network=torch.nn.Identity(),
+        dataset=CaseCrops(store, [0], [0], small_study.PREPARATION, 0),
+        identity=None,
+        store=store,
+        weights=torch.ones(2),
+        held_out=(0, 1, 2, 3),
+        held_out_numbers=(0, 0, 0, 1),
+    )
+    assert lesson.score() == pytest.approx((np.log(0.9) + np.log(0.5)) / 2)
+
+
 def test_a_damaged_classifier_is_refused(study, tmp_path):
     with pytest.raises(DagmanError, match=r"E-WEIGHTS.*holds no classifier.json"):
         classifier.load(tmp_path)
@@ -212,6 +227,8 @@ def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path):
         {f"module.{name}": value for name, value in other.resnet.state_dict().items()}, tmp_path / "w.safetensors"
     )
     network = ResNet50(2, preparation)
+    # MedicalNet's shortcuts have no bias.
+    assert not any("downsample.0.bias" in name for name in network.resnet.state_dict())
     report = network.load(tmp_path / "w.safetensors")
     assert report.share == 1.0
     assert torch.equal(network.resnet.conv1.weight, other.resnet.conv1.weight)

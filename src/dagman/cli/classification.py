@@ -194,6 +194,7 @@ def finetune(
     unlabelled: Unlabelled = "refuse",
     seed: int = 0,
     device: Literal["cpu", "cuda"] | None = None,
+    precision: Literal["bf16", "float32"] = "float32",
     workers: int = 0,
 ) -> int:
     """Fine-tune an encoder on labelled cases in folds by patient, and test each fold on patients it never saw.
@@ -225,6 +226,7 @@ def finetune(
         unlabelled: What to do about cases without label.
         seed: Of folds, crops and first weights.
         device: Where to compute; by default the GPU where there is one.
+        precision: `bf16` takes half the time on GPUs and on processors with AMX.
         workers: Processes that read crops ahead.
     """
     from dagman.cli.starting import starting_encoder
@@ -247,6 +249,7 @@ def finetune(
         layer_decay=layer_decay or (1.0 if fresh else 0.75),
         check_every=check_every,
         frozen=frozen,
+        precision=precision,
         seed=seed,
     )
     results = []

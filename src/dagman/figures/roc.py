@@ -6,7 +6,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 GRID = np.linspace(0, 1, 201)
@@ -48,11 +47,13 @@ def png(runs: Mapping[str, Scores]) -> bytes:
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     for number, (name, scores) in enumerate(runs.items()):
-        classes = (1,) if len(scores.names) == 2 else range(len(scores.names))
-        means = [_mean_curve(axes, scores, each, f"C{number}") for each in classes]
-        known = [mean for mean in means if mean is not None]
-        if len(known) == len(means):
-            axes.plot(GRID, np.mean(known, axis=0), color=f"C{number}", linewidth=2, label=name)
+        colour, curves = f"C{number}", _mean_curves(scores)
+        if len(scores.names) == 2:
+            for fold in np.unique(scores.fold):
+                for curve, _ in _curves(scores, scores.fold == fold).values():
+                    axes.plot(GRID, curve, color=colour, alpha=0.2, linewidth=0.8)
+        mean = np.mean(curves, axis=0) if curves else np.full(len(GRID), np.nan)
+        axes.plot(GRID, mean, color=colour, linewidth=2, label=name)
     first = next(iter(runs.values()))
     positive = first.names[1] if len(first.names) == 2 else "each class"
     axes.set(
@@ -70,19 +71,27 @@ def png(runs: Mapping[str, Scores]) -> bytes:
     return stream.getvalue()
 
 
-def _mean_curve(axes: Axes, scores: Scores, number: int, colour: str) -> np.ndarray | None:
-    """Sensitivity at each 1 - specificity of the grid for a class: the mean over folds, weighted by their pairs."""
-    total, weight = np.zeros(len(GRID)), 0.0
+def _mean_curves(scores: Scores) -> list[np.ndarray]:
+    """Of each class the mean over folds, weighted by their pairs: the area below is its AUC within folds."""
+    found: dict[int, list[tuple[np.ndarray, float]]] = {}
     for fold in np.unique(scores.fold):
-        rows = scores.fold == fold
+        for number, curve in _curves(scores, scores.fold == fold).items():
+            found.setdefault(number, []).append(curve)
+    return [
+        np.average([curve for curve, _ in each], axis=0, weights=[pairs for _, pairs in each])
+        for each in found.values()
+    ]
+
+
+def _curves(scores: Scores, rows: np.ndarray) -> dict[int, tuple[np.ndarray, float]]:
+    """Sensitivity at each 1 - specificity of the grid, and the number of pairs, for each class that has both sides."""
+    found = {}
+    for number in (1,) if len(scores.names) == 2 else range(len(scores.names)):
         score, positive = scores.probabilities[rows, number], scores.labels[rows] == number
         if positive.all() or not positive.any():
             continue
         cuts = np.r_[np.inf, np.unique(score)[::-1]]
         up = [(score[positive] >= cut).mean() for cut in cuts]
         down = [(score[~positive] >= cut).mean() for cut in cuts]
-        curve, pairs = np.interp(GRID, down, up), float(positive.sum() * (~positive).sum())
-        total, weight = total + pairs * curve, weight + pairs
-        if len(scores.names) == 2:
-            axes.plot(GRID, curve, color=colour, alpha=0.2, linewidth=0.8)
-    return total / weight if weight else None
+        found[number] = (np.interp(GRID, down, up), float(positive.sum() * (~positive).sum()))
+    return found

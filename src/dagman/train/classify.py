@@ -146,14 +146,16 @@ class ClassifyLesson:
         return nn.functional.cross_entropy(logits, batch.number, weight=self.weights.to(logits.device))
 
     def score(self) -> float | None:
-        """Mean log likelihood of the held-out cases, every class counting the same.
+        """Mean log likelihood of the held-out cases, every class counting the same as in the loss.
 
         It means something for a handful of cases, where an AUC hardly does.
         """
         if not self.held_out:
             return None
-        likely = self.likely(self.held_out)[np.arange(len(self.held_out)), list(self.held_out_numbers)]
-        return float(np.average(np.log(np.maximum(likely, 1e-12)), weights=self.weights[list(self.held_out_numbers)]))
+        numbers = np.array(self.held_out_numbers)
+        likely = self.likely(self.held_out)[np.arange(len(numbers)), numbers]
+        said = np.log(np.maximum(likely, 1e-12))
+        return float(np.mean([said[numbers == number].mean() for number in np.unique(numbers)]))
 
     def likely(self, rows: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Probabilities of cases."""
