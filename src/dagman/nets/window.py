@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dagman.nets import kernel
 from dagman.nets.cells import Size
 
 FORBIDDEN = -1e4
@@ -34,6 +35,10 @@ class WindowLayout(NamedTuple):
     """Tokens in a window."""
     masks: tuple[tuple[int, int, Float[Tensor, "tokens tokens"]], ...]
     """Ranges [start, stop) of (window, batch item) pairs with what is added to their logits."""
+    kinds: Int[Tensor, " windows"]
+    """For each (window, batch item) pair, which of `stacked` is added to its logits."""
+    stacked: Float[Tensor, "kinds tokens tokens"]
+    """Zeros, and what `masks` add."""
 
 
 def effective_window(grid: Size, window: int, shift: int) -> tuple[Size, Size]:
@@ -70,11 +75,18 @@ def window_layout(batch: int, grid: Size, window: int, shift: int, device: torch
     by_kind = np.argsort(kinds, kind="stable")
     order = windows[by_kind][:, None, :] + raster.size * np.arange(batch)[None, :, None]
     inverse = np.argsort(order.ravel(), kind="stable")
-    masks, start = [], 0
+    masks, stacked, start, place = (
+        [],
+        [np.zeros((tokens, tokens), dtype=np.float32)],
+        0,
+        np.zeros(len(windows) * batch, dtype=np.int32),
+    )
     for kind, number in zip(*np.unique(kinds, return_counts=True), strict=True):
         stop = start + int(number) * batch
         if kind:
-            masks.append((start, stop, _constant(_shift_mask(int(kind), sides, shifts), device)))
+            place[start:stop] = len(stacked)
+            stacked.append(_shift_mask(int(kind), sides, shifts))
+            masks.append((start, stop, _constant(stacked[-1], device)))
         start = stop
     x, y, z = padded
     return WindowLayout(
@@ -83,6 +95,8 @@ def window_layout(batch: int, grid: Size, window: int, shift: int, device: torch
         padded=(x, y, z),
         tokens=tokens,
         masks=tuple(masks),
+        kinds=_constant(place, device),
+        stacked=_constant(np.stack(stacked), device),
     )
 
 
@@ -196,13 +210,25 @@ class WindowAttention(nn.Module):
         """Attend within each window of each map."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
         layout = window_layout(x.shape[0], grid, self.window, self.shift, x.device)
+        if layout.padded == grid and kernel.takes(x, layout.tokens):  # it finds a window's tokens where they lie
+            return self._attend_in_place(x, layout, layout.order)
         return reverse(self.attend(partition(x, layout), layout), layout, grid)
+
+    def _attend_in_place(self, x: Tensor, layout: WindowLayout, order: Tensor) -> Tensor:
+        """By the compiled kernel; `order` names the row of each token of each window."""
+        qkv = self.qkv(x).view(-1, 3 * x.shape[-1])
+        kinds = layout.kinds[: len(order) // layout.tokens]
+        mixed = kernel.attention(qkv, self.bias(layout.tokens), order, kinds, layout.stacked)
+        projected: Tensor = self.proj(mixed).view(x.shape)
+        return projected
 
     def attend(
         self, windows: Float[Tensor, "windows tokens width"], layout: WindowLayout
     ) -> Float[Tensor, "windows tokens width"]:
         """Attend within windows; `layout.masks` names the rows of `windows` that need one."""
         count, tokens, width = windows.shape
+        if kernel.takes(windows, tokens):
+            return self._attend_in_place(windows, layout, torch.arange(count * tokens, dtype=torch.int32))
         qkv = self.qkv(windows).view(count, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         bias = self.bias(tokens)

@@ -16,6 +16,7 @@ from dagman import files
 from dagman.ct.datasets import SampleOrder, ViewsDataset, collate, mean_intensity
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
+from dagman.nets import kernel
 from dagman.nets.weights import save_encoder
 from dagman.pretext import hiding
 from dagman.pretext.codistill import CoDistillation
@@ -141,6 +142,7 @@ def describe(job: Job) -> str:
         f"{len(job.train_rows)} volumes to train on, {len(job.validation_rows)} for validation; "
         f"{job.devices} x {job.fabric.device.type}, {optimisation.precision}, "
         f"{optimisation.volumes_per_step(job.devices)} pairs a step, {job.total} steps; {cost.size_line(job.module)}"
+        + (f"; {kernel.describe()}" if job.fabric.device.type == "cpu" else "")
     )
 
 
