@@ -58,7 +58,7 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc]
 
     PLUGIN_NAME = "custom"
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         """Compile before the wheel is put together."""
         if self.target_name == "wheel" and compile_kernels():
             build_data["artifacts"].append("src/dagman/nets/*.so")

@@ -41,7 +41,7 @@ def describe() -> str:
 def takes(x: Tensor, tokens: int) -> bool:
     """Whether the kernel can attend in windows of these tokens; what is traced needs PyTorch's own operations."""
     dtypes = {x.dtype} | ({torch.get_autocast_dtype("cpu")} if torch.is_autocast_enabled("cpu") else set())
-    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return plain and dtypes <= NAMES.keys() and tokens <= MOST_TOKENS and library() is not None
 
 
@@ -69,7 +69,9 @@ class WindowKernel(torch.autograd.Function):
     """Forward and backward of the compiled kernel. Only queries, keys and values are kept, and two numbers a query."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, order: Tensor, kinds: Tensor, masks: Tensor) -> Tensor:
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        """As `attention`."""
+        qkv, bias, order, kinds, masks = given
         heads, tokens, _ = bias.shape
         qkv, turned = qkv.contiguous(), bias.float().transpose(1, 2).contiguous()
         mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
@@ -83,6 +85,7 @@ class WindowKernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of queries, keys and values, and of the bias."""
         qkv, turned, order, kinds, masks, statistics = ctx.saved_tensors
         into = torch.empty_like(qkv)
         parts = torch.zeros(_loaded().window_parts(), *turned.shape)

@@ -14,7 +14,7 @@ from dagman.errors import DagmanError
 from dagman.nets import cells
 from dagman.nets.cells import Size
 from dagman.nets.transformer import MLP, DropPath, GlobalBlock, check_heads, sine_cosine_position
-from dagman.nets.window import WindowAttention, blank_windows, partition, reverse, window_layout
+from dagman.nets.window import WindowAttention, blank_windows, merge_layout, partition, permute, reverse, window_layout
 from dagman.types import Features, LoadReport, Preparation
 
 PATCH_SIDE = 2
@@ -196,9 +196,11 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(8 * width, 2 * width, bias=False)
 
     def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
-        """Octants in the order of MONAI's `merging`: 000, 100, 010, 001, 110, 101, 011, 111."""
-        octants = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
-        merged: Tensor = self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in octants], dim=-1)))
+        """Join each token with its neighbours; sides are even."""
+        batch, *sides, width = x.shape
+        order, inverse = merge_layout(batch, (sides[0], sides[1], sides[2]), x.device)
+        joined = permute(x.reshape(-1, width), order, inverse).view(batch, *(side // 2 for side in sides), 8 * width)
+        merged: Tensor = self.reduction(self.norm(joined))
         return merged
 
 
@@ -241,7 +243,11 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 1 x y z"]) -> Float[Tensor, "batch x/2 y/2 z/2 width"]:
         """Embed each patch."""
-        x: Tensor = self.proj(images).movedim(1, -1).contiguous()
+        batch, _, *sides = images.shape
+        split = [size for side in sides for size in (side // PATCH_SIDE, PATCH_SIDE)]
+        patches = images.reshape(batch, *split).permute(0, 1, 3, 5, 2, 4, 6)
+        # a convolution with this stride is a product, which needs no other layout of its result
+        x = functional.linear(patches.flatten(4), self.proj.weight.flatten(1), self.proj.bias)
         return self.norm(x) if self.norm else x
 
 

@@ -75,12 +75,8 @@ def window_layout(batch: int, grid: Size, window: int, shift: int, device: torch
     by_kind = np.argsort(kinds, kind="stable")
     order = windows[by_kind][:, None, :] + raster.size * np.arange(batch)[None, :, None]
     inverse = np.argsort(order.ravel(), kind="stable")
-    masks, stacked, start, place = (
-        [],
-        [np.zeros((tokens, tokens), dtype=np.float32)],
-        0,
-        np.zeros(len(windows) * batch, dtype=np.int32),
-    )
+    masks, start = [], 0
+    stacked, place = [np.zeros((tokens, tokens), dtype=np.float32)], np.zeros(batch * len(windows), np.int32)
     for kind, number in zip(*np.unique(kinds, return_counts=True), strict=True):
         stop = start + int(number) * batch
         if kind:
@@ -137,12 +133,26 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradient: Tensor) -> tuple[Tensor, None, None]:
         order, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _permute(gradient[0], inverse, order), None, None
+        return permute(gradient[0], inverse, order), None, None
 
 
-def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Reorder the rows of a matrix; `inverse` is the way back, which the gradient takes."""
     permuted: Tensor = _Permute.apply(rows, order, inverse)  # type: ignore[no-untyped-call]
     return permuted
+
+
+@functools.lru_cache(maxsize=64)
+def merge_layout(batch: int, grid: Size, device: torch.device) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """The order of the tokens of maps that puts each 2x2x2 of them side by side, and the way back.
+
+    Octants are in the order of MONAI's `merging`: 000, 100, 010, 001, 110, 101, 011, 111.
+    """
+    raster = np.arange(batch * math.prod(grid)).reshape(batch, *grid)
+    octants = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
+    order = np.stack([raster[:, i::2, j::2, k::2] for i, j, k in octants], axis=-1).ravel()
+    inverse = np.argsort(order, kind="stable")
+    return _constant(order.astype(np.int32), device), _constant(inverse.astype(np.int32), device)
 
 
 class Blank(NamedTuple):
@@ -174,7 +184,7 @@ def partition(x: Float[Tensor, "batch x y z width"], layout: WindowLayout) -> Fl
     grid, width = x.shape[1:4], x.shape[4]
     if tuple(grid) != layout.padded:
         x = functional.pad(x, [0, 0, *(n for axis in (2, 1, 0) for n in (0, layout.padded[axis] - grid[axis]))])
-    return _permute(x.reshape(-1, width), layout.order, layout.inverse).view(-1, layout.tokens, width)
+    return permute(x.reshape(-1, width), layout.order, layout.inverse).view(-1, layout.tokens, width)
 
 
 def reverse(
@@ -182,7 +192,7 @@ def reverse(
 ) -> Float[Tensor, "batch x y z width"]:
     """Windows back to maps of `grid` tokens; what was added for padding is dropped."""
     width = windows.shape[-1]
-    x = _permute(windows.reshape(-1, width), layout.inverse, layout.order).view(-1, *layout.padded, width)
+    x = permute(windows.reshape(-1, width), layout.inverse, layout.order).view(-1, *layout.padded, width)
     return x if layout.padded == grid else x[:, : grid[0], : grid[1], : grid[2]]
 
 
