@@ -7,6 +7,7 @@ average are plain loops. It computes what `dagman-swin` does, so that the two ca
 import copy
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,11 +153,9 @@ class PlainStep:
         dropped = hiding.random(2 * batch, cells, count=math.floor(0.7 * cells), generator=draws).chunk(2)
         zero, token = torch.zeros(len(self.student.encoder.hidden_token)), self.student.encoder.hidden_token
         with torch.no_grad():
-            told = [
-                self.teacher(image, self._on_patches(gone), zero) for image, gone in zip(images, dropped, strict=True)
-            ]
+            told = [self._see(self.teacher, *given, zero) for given in zip(images, dropped, strict=True)]
         hidden = [hiding.attended(attention, ratio=0.7, hint_ratio=0.1) for _, attention, _ in told]
-        mine = [self.student(image, self._on_patches(gone), token) for image, gone in zip(images, hidden, strict=True)]
+        mine = [self._see(self.student, *given, token) for given in zip(images, hidden, strict=True)]
         total = torch.zeros(())
         for view, other in itertools.permutations(range(2), 2):
             for name in ("aitd", "gitd"):
@@ -168,8 +167,9 @@ class PlainStep:
             total = total + 0.5 * error.sum() / (voxels.sum() + 1e-5)
         return total, [logits for logits, _, _ in told]
 
-    def _on_patches(self, cells: Tensor) -> Tensor:
-        return hiding.repeat(cells, (self.cells,) * 3, 8)[:, None]
+    def _see(self, network: Network, images: Tensor, unseen: Tensor, value: Tensor) -> tuple[Any, Tensor, Tensor]:
+        seen: tuple[Any, Tensor, Tensor] = network(images, hiding.repeat(unseen, (self.cells,) * 3, 8)[:, None], value)
+        return seen
 
     def _cross_entropy(self, name: str, mine: dict[str, Tensor], told: dict[str, Tensor]) -> Tensor:
         targets = ((told[name] - self.centers[name]) / 0.04).softmax(dim=-1)

@@ -1,8 +1,12 @@
 """The encoders there are, as one type each for their settings and for themselves."""
 
-from torch import nn
+import functools
 
-from dagman.nets.swin import SwinConfig, SwinEncoder
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dagman.nets.swin import SwinConfig, SwinEncoder, WindowBlock
+from dagman.nets.transformer import GlobalBlock
 from dagman.nets.vit import ViTConfig, ViTEncoder
 
 EncoderConfig = SwinConfig | ViTConfig
@@ -17,6 +21,13 @@ Encoder = SwinEncoder | ViTEncoder
 def build(config: EncoderConfig) -> Encoder:
     """An encoder of these sizes with new random weights."""
     return SwinEncoder(config) if isinstance(config, SwinConfig) else ViTEncoder(config)
+
+
+def checkpoint_blocks(encoder: Encoder) -> None:
+    """From now on keep only what goes into each block, and compute the rest again for the gradient: it is the same."""
+    for block in encoder.modules():
+        if isinstance(block, WindowBlock | GlobalBlock):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def layers(encoder: Encoder) -> list[list[nn.Parameter]]:

@@ -14,7 +14,16 @@ from dagman.errors import DagmanError
 from dagman.nets import cells
 from dagman.nets.cells import Size
 from dagman.nets.transformer import MLP, DropPath, GlobalBlock, check_heads, sine_cosine_position
-from dagman.nets.window import WindowAttention, blank_windows, merge_layout, partition, permute, reverse, window_layout
+from dagman.nets.window import (
+    WindowAttention,
+    blank_windows,
+    in_whole_windows,
+    merge_layout,
+    partition,
+    permute,
+    reverse,
+    window_layout,
+)
 from dagman.types import Features, LoadReport, Preparation
 
 PATCH_SIDE = 2
@@ -165,25 +174,35 @@ class WindowBlock(nn.Module):
 
         Args:
             x: Tokens.
-            blank: Tokens that are all alike, as those of patches that the network does not see are at the first block.
-                Windows of nothing else are then computed once for all; the result is the same.
+            blank: Tokens of patches that the network does not see, at the first blocks. Windows of nothing else are
+                alike and are computed once; the result is the same.
         """
-        if blank is not None and self.attn.shift == 0 and not (self.training and self.drop_path.chance):
-            return self._forward_once(x, blank)
+        return self._forward_all(x) if blank is None else self._forward_once(x, blank)
+
+    def _forward_all(self, x: Tensor) -> Tensor:
+        """Every window."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return out
 
     def _forward_once(self, x: Tensor, blank: Tensor) -> Tensor:
         """Every window that is unlike the others, and one that stands for all that are alike."""
-        grid = (x.shape[1], x.shape[2], x.shape[3])
-        layout = window_layout(x.shape[0], grid, self.attn.window, 0, x.device)
-        alike = blank_windows(blank, layout) if layout.padded == grid else None
+        batch, grid = x.shape[0], (x.shape[1], x.shape[2], x.shape[3])
+        layout = window_layout(batch, grid, self.attn.window, self.attn.shift, x.device)
+        dropping = self.training and self.drop_path.chance > 0
+        alike = None
+        if layout.padded == grid:
+            alike = blank_windows(blank, layout, for_each_item=dropping or self.attn.shift > 0)
         if alike is None:
-            return self.forward(x)
+            return self._forward_all(x)
         windows = partition(x, layout).index_select(0, alike.unique)
-        windows = windows + self.attn.attend(self.norm1(windows), layout)
-        windows = windows + self.mlp(self.norm2(windows))
+        for branch in (
+            lambda rows: self.attn.attend(self.norm1(rows), alike.layout),
+            lambda rows: self.mlp(self.norm2(rows)),
+        ):
+            residual = branch(windows)
+            factors = self.drop_path.factors(batch, residual)
+            windows = windows + (residual if factors is None else residual * factors[alike.item][:, None, None])
         return reverse(windows.index_select(0, alike.place), layout, grid)
 
 
@@ -210,6 +229,7 @@ class Stage(nn.Module):
     def __init__(self, config: SwinConfig, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
         width = config.embed_dim << stage
+        self.window = config.window
         self.blocks = nn.ModuleList(
             WindowBlock(
                 width,
@@ -228,7 +248,11 @@ class Stage(nn.Module):
     ) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
         """From one level of the pyramid to the next; `blank` marks tokens of the first stage that are all alike."""
         for number, block in enumerate(self.blocks):
-            x = block(x, blank if number == 0 else None)
+            x = block(x, blank if number < 2 else None)
+            if number == 0 and blank is not None and len(self.blocks) > 1:
+                grid = (x.shape[1], x.shape[2], x.shape[3])
+                layout = window_layout(x.shape[0], grid, self.window, 0, x.device)
+                blank = in_whole_windows(blank, layout) if layout.padded == grid else None
         merged: Tensor = self.downsample(x)
         return merged
 

@@ -44,11 +44,15 @@ class DropPath(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         """Drop with the module's chance; the identity in eval mode."""
+        factors = self.factors(x.shape[0], x)
+        return x if factors is None else x * factors.view(-1, *(1,) * (x.ndim - 1))
+
+    def factors(self, items: int, like: Tensor) -> Float[Tensor, " items"] | None:
+        """What the residual of each batch item is multiplied with, in the dtype of `like`; None where all stay."""
         if not self.training or self.chance == 0:
-            return x
+            return None
         keep = 1 - self.chance
-        kept = torch.empty(x.shape[0], *(1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
-        return x * kept.div_(keep)
+        return torch.empty(items, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
 
 
 @functools.lru_cache(maxsize=64)

@@ -159,24 +159,52 @@ class Blank(NamedTuple):
     """Windows that all look alike because a network sees none of their patches."""
 
     unique: Int[Tensor, " unique"]
-    """Rows (windows of `partition`) to compute: those that are seen, and one that stands for all others."""
+    """Rows (windows of `partition`) to compute: those that stand for others, then those that are seen."""
     place: Int[Tensor, " windows"]
     """For each row, where its result stands among `unique`."""
+    item: Int[Tensor, " unique"]
+    """Batch item of each row of `unique`."""
+    layout: WindowLayout
+    """Masks and kinds of the rows of `unique`."""
 
 
-def blank_windows(blank: Bool[Tensor, "batch x y z"], layout: WindowLayout) -> Blank | None:
-    """Which windows need computing; None where no two of them are alike.
+MOST_SHARE = 0.85
+"""Of the windows: where more need computing, to compute all is as fast."""
+
+
+def blank_windows(
+    blank: Bool[Tensor, "batch x y z"], layout: WindowLayout, *, for_each_item: bool = False
+) -> Blank | None:
+    """Which windows need computing; None where too few of them are alike.
 
     Args:
-        blank: Patches that a network does not see.
-        layout: Of windows that are not shifted.
+        blank: Patches that a network does not see; on a shifted layout, `in_whole_windows`.
+        layout: Of a map without padding.
+        for_each_item: One window stands for those of its batch item alone.
     """
-    rows = blank.reshape(-1).index_select(0, layout.order).view(-1, layout.tokens).all(dim=1)
-    seen = (~rows).nonzero()[:, 0]
-    if len(rows) - len(seen) < 2:
+    batch = len(blank)
+    alike = blank.reshape(-1).index_select(0, layout.order).view(-1, layout.tokens).all(dim=1) & (layout.kinds == 0)
+    groups = batch if for_each_item else 1
+    group = torch.arange(len(alike), device=blank.device) % groups
+    seen = (~alike).nonzero()[:, 0]
+    if groups + len(seen) > MOST_SHARE * len(alike):
         return None
-    place = (~rows).cumsum(0) - 1
-    return Blank(torch.cat([seen, rows.nonzero()[:1, 0]]), torch.where(rows, len(seen), place))
+    # The first row of each group stands for it; where that one is seen, it is computed for nothing.
+    first = torch.stack([(alike & (group == one)).to(torch.uint8).argmax() for one in range(groups)])
+    place = torch.where(alike, group, groups - 1 + (~alike).cumsum(0))
+    unique = torch.cat([first, seen])
+    kinds = layout.kinds[unique]
+    masks = []
+    for kind, (_, _, mask) in enumerate(layout.masks, 1):
+        start, stop = int((kinds < kind).sum()), int((kinds <= kind).sum())
+        masks.append((start, stop, mask))
+    return Blank(unique, place, unique % batch, layout._replace(kinds=kinds, masks=tuple(masks)))
+
+
+def in_whole_windows(blank: Bool[Tensor, "batch x y z"], layout: WindowLayout) -> Bool[Tensor, "batch x y z"]:
+    """Blank patches whose whole window is blank: those that are alike behind a block with these windows."""
+    rows = blank.reshape(-1).index_select(0, layout.order).view(-1, layout.tokens).all(dim=1, keepdim=True)
+    return rows.expand(-1, layout.tokens).reshape(-1).index_select(0, layout.inverse).view(blank.shape)
 
 
 def partition(x: Float[Tensor, "batch x y z width"], layout: WindowLayout) -> Float[Tensor, "windows tokens width"]:

@@ -17,6 +17,7 @@ from dagman.ct.datasets import SampleOrder, ViewsDataset, collate, mean_intensit
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets import kernel
+from dagman.nets.encoder import checkpoint_blocks
 from dagman.nets.weights import save_encoder
 from dagman.pretext import hiding
 from dagman.pretext.codistill import CoDistillation
@@ -130,6 +131,8 @@ def prepare(
             window_hu=config.data.window_hu,
             crop=config.data.crop,
         )
+    if config.optimisation.checkpointing:
+        checkpoint_blocks(module.student.encoder)
     job.module = module.train()
     job.model, job.optimizer = fabric.setup(job.module, engine.adamw(module))
     return job
