@@ -39,6 +39,7 @@ demo: setup
 
 bench: setup
 	$(BIN)/python benchmarks/store.py $(if $(BENCH_DATA),--data $(BENCH_DATA)) --json benchmarks/results/store.json
+	$(BIN)/python benchmarks/step.py --ladder --parts --json benchmarks/results/step.json
 	$(BIN)/dagman demo --output $(DEMO)
 	cp $(DEMO)/summary.json benchmarks/results/demo.json
 
