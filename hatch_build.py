@@ -28,29 +28,28 @@ def compile_kernels() -> list[Path]:
     if sys.platform != "linux" or platform.machine() != "x86_64" or compiler is None:
         print("dagman: no C++ compiler for Linux on x86-64 found; attention will run in PyTorch alone", file=sys.stderr)
         return []
-    built = []
-    for name, level in LEVELS.items():
-        compiled, library = SOURCE.with_suffix(f".{name}.o"), SOURCE.with_suffix(f".{name}.so")
-        # Linked without -fopenmp: the functions of OpenMP come from the one library that PyTorch has loaded.
-        commands = (
-            [*compiler.split(), *FLAGS, f"-march={level}", "-mtune=native", "-c", SOURCE, "-o", compiled],
-            [*compiler.split(), "-shared", compiled, "-o", library],
-        )
-        results = []
+    return [library for name, level in LEVELS.items() if (library := _compile(compiler.split(), name, level))]
+
+
+def _compile(compiler: list[str], name: str, level: str) -> Path | None:
+    """One kernel; None, with the reason, where that fails."""
+    compiled, library = SOURCE.with_suffix(f".{name}.o"), SOURCE.with_suffix(f".{name}.so")
+    # Linked without -fopenmp: the functions of OpenMP come from the one library that PyTorch has loaded.
+    commands = (
+        [*compiler, *FLAGS, f"-march={level}", "-mtune=native", "-c", str(SOURCE), "-o", str(compiled)],
+        [*compiler, "-shared", str(compiled), "-o", str(library)],
+    )
+    try:
         for command in commands:
-            results.append(subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False))
-            if results[-1].returncode:
-                library.unlink(missing_ok=True)
-                print(
-                    f"dagman: the {name} kernel did not compile, attention will run in PyTorch alone: "
-                    f"{results[-1].stderr.strip()[-500:]}",
-                    file=sys.stderr,
-                )
-                break
-        else:
-            built.append(library)
+            subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
+        print(f"dagman: no {name} kernel, attention will run in PyTorch alone: {why}", file=sys.stderr)
+        library.unlink(missing_ok=True)
+        return None
+    finally:
         compiled.unlink(missing_ok=True)
-    return built
+    return library
 
 
 class KernelHook(BuildHookInterface):  # type: ignore[misc]

@@ -163,9 +163,15 @@ def test_it_can_be_switched_off():
     assert told.startswith("None window attention in PyTorch alone")
 
 
-def test_no_compiler_is_no_error(monkeypatch, capsys):
+@pytest.mark.parametrize("compiler", [None, "/no/such/compiler", "false"])
+def test_no_compiler_is_no_error(compiler, tmp_path, monkeypatch, capsys):
     hook = run_path(str(ROOT / "hatch_build.py"))
+    compiling = hook["compile_kernels"]
+    monkeypatch.setitem(compiling.__globals__, "SOURCE", tmp_path / "window_kernel.cpp")
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(hook["shutil"], "which", lambda name: None)
-    assert hook["compile_kernels"]() == []
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    else:
+        monkeypatch.setattr(hook["shutil"], "which", lambda name: None)
+    assert compiling() == []
     assert "attention will run in PyTorch alone" in capsys.readouterr().err
