@@ -17,7 +17,7 @@ DEMO ?= $(if $(DATA),demo-own,demo)
 
 setup: $(READY)
 
-$(READY): pyproject.toml $(CONSTRAINTS)
+$(READY): pyproject.toml hatch_build.py src/dagman/nets/window_kernel.cpp $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "E-PYTHON $(PYTHON): is older than 3.11; run make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -39,6 +39,7 @@ demo: setup
 
 bench: setup
 	$(BIN)/python benchmarks/store.py $(if $(BENCH_DATA),--data $(BENCH_DATA)) --json benchmarks/results/store.json
+	$(BIN)/python benchmarks/step.py --ladder --parts --json benchmarks/results/step.json
 	$(BIN)/dagman demo --output $(DEMO)
 	cp $(DEMO)/summary.json benchmarks/results/demo.json
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("learning", "uses", "classification", "segmentation")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("learning", "uses", "classification", "segmentation", "performance")),
 )
 READINGS = {
     "image_error_ratio": "image error / that of predicting each view's visible mean",
@@ -98,6 +98,39 @@ def store() -> str:
         body.append([name, times, sizes])
     note = f"{len(result['volumes'])} real CTs at 2 mm, medians of random 128^3 crops. {machine(result)}."
     return rows(["storage", "ms a crop", "MiB a volume"], body) + "\n\n" + note
+
+
+def step() -> str:
+    """Whole pretraining steps beside MONAI's Swin put together plainly."""
+    result = load("step")
+    case = ("crop", "batch", "precision", "allocator")
+    bases = {tuple(row[name] for name in case): row for row in result["rows"] if row["variant"] == "monai"}
+    body = []
+    for row in result["rows"]:
+        base = bases.get(tuple(row[name] for name in case))
+        columns = ("seconds_median", "cpu_seconds", "peak_mib")
+        ratios = [number(base[name] / row[name]) if base else "" for name in columns]
+        places = [str(row["crop"]), str(row["batch"]), row["precision"], row["allocator"], row["variant"]]
+        figures = [number(row["seconds_median"]), number(row["cpu_seconds"]), number(row["peak_mib"], 0)]
+        body.append([*places, *figures, *ratios])
+    header = [*("crop", "pairs", "precision", "allocator", "variant", "s a step", "CPU s", "peak MiB")]
+    header += ["monai / this: time", "CPU", "memory"]
+    fewest = min(row["steps"] for row in result["rows"])
+    note = f"Medians of at least {fewest} steps taken in turns; load of the machine {result['machine']['load']}"
+    return rows(header, body) + f"\n\n{note}. {machine(result)}."
+
+
+def step_parts() -> str:
+    """Where the time of a step goes."""
+    found = [row for row in load("step")["rows"] if row.get("parts")]
+    body = [
+        [
+            *(f"{row['crop']}, {row['batch']}, {row['precision']}, {row['allocator']}", row["variant"]),
+            *(f"{100 * share:.0f} %" for share in row["parts"].values()),
+        ]
+        for row in found
+    ]
+    return rows(["crop, pairs, precision, allocator", "variant", *found[0]["parts"]], body)
 
 
 def tour() -> str:
@@ -474,6 +507,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-probes": learning_probes,
     "learning-reach": learning_reach,
     "demo-training": demo_training,
+    "step": step,
+    "step-parts": step_parts,
     "store": store,
     "tour": tour,
     "uses-attention": uses_attention,

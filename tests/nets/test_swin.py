@@ -10,8 +10,10 @@ import torch
 from dagman import config
 from dagman.errors import DagmanError
 from dagman.nets import swin
+from dagman.nets.encoder import build, checkpoint_blocks
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
 from dagman.nets.transformer import DropPath, GlobalBlock, sine_cosine_position
+from dagman.nets.vit import ViTConfig
 
 SMALL = SwinConfig(
     embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), attention=AttentionConfig(stage=2, num_heads=4)
@@ -282,7 +284,7 @@ def test_windows_computed_once_give_what_every_window_gives(monkeypatch, crop, s
     widest, found = [], []
     for dense in (False, True):
         if dense:
-            monkeypatch.setattr(swin, "blank_windows", lambda blank, layout: None)
+            monkeypatch.setattr(swin, "blank_windows", lambda *_, **__: None)
         hook = (
             encoder.stages[0].blocks[0].mlp.register_forward_pre_hook(lambda _, given: widest.append(given[0].numel()))
         )
@@ -326,3 +328,44 @@ def test_the_finer_levels_can_be_left_out(encoder, images):
     assert [len(features.pyramid) for features in (all_of_them, last)] == [5, 1]
     for one, other in zip([*all_of_them[:4], all_of_them.pyramid[-1]], [*last[:4], last.pyramid[-1]], strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.5])
+def test_shifted_windows_are_computed_once_too_with_and_without_drop_path(monkeypatch, chance):
+    config = replace(SMALL, depths=(2, 1, 1, 1), drop_path=chance, attention=AttentionConfig(num_heads=2))
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 1, 64, 32, 64, generator=draws, dtype=torch.float64)
+    hidden = torch.zeros(3, 4, 2, 4, dtype=torch.bool)
+    hidden[:2, :3], hidden[2, 0, 0, 0] = True, True
+    torch.manual_seed(0)
+    encoder = SwinEncoder(config).double().train()
+    tokens, found = [], []
+    encoder.stages[0].blocks[1].mlp.register_forward_pre_hook(lambda _, given: tokens.append(given[0][..., 0].numel()))
+    for dense in (False, True):
+        if dense:
+            monkeypatch.setattr(swin, "blank_windows", lambda *_, **__: None)
+        torch.manual_seed(3)
+        encoder.zero_grad()
+        features = encoder(images, hidden.flatten(1))
+        (features.pooled.pow(3).sum() + features.tokens.pow(2).sum()).backward()
+        found.append((features, [p.grad.clone() for p in encoder.parameters() if p.grad is not None]))
+    assert tokens[0] < 0.8 * tokens[1]
+    assert torch.equal(found[0][0].pooled, found[1][0].pooled)
+    for once, each in zip(found[0][1], found[1][1], strict=True):
+        assert (once - each).norm() <= 1e-5 * each.norm() + 1e-12
+
+
+@pytest.mark.parametrize("config", [SMALL, ViTConfig(width=48, depth=2, patch_side=16, num_heads=2, drop_path=0.3)])
+def test_checkpointing_gives_the_same_gradients(config):
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        encoder = build(config).train()
+        if checkpointing:
+            checkpoint_blocks(encoder)
+        torch.manual_seed(1)
+        images, hidden = torch.rand(2, 1, 64, 32, 64), torch.rand(2, int(np.prod(config.grid((64, 32, 64))))) < 0.6
+        features = encoder(images, hidden)
+        (features.pooled.square().sum() + features.tokens.square().sum()).backward()
+        results.append([features.pooled, *(p.grad for p in encoder.parameters() if p.grad is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -1,9 +1,13 @@
 """The encoders there are, as one type each for their settings and for themselves."""
 
+import functools
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from dagman.nets.swin import SwinConfig, SwinEncoder
+from dagman.nets.swin import SwinConfig, SwinEncoder, WindowBlock
+from dagman.nets.transformer import GlobalBlock
 from dagman.nets.vit import ViTConfig, ViTEncoder
 from dagman.randomness import torch_seed
 from dagman.types import Preparation
@@ -35,6 +39,13 @@ def new(config: EncoderConfig, preparation: Preparation, seed: int = 0) -> Encod
         encoder = build(config)
     encoder.preparation = preparation
     return encoder.eval()
+
+
+def checkpoint_blocks(encoder: Encoder) -> None:
+    """From now on keep only what goes into each block, and compute the rest again for the gradient: it is the same."""
+    for block in encoder.modules():
+        if isinstance(block, WindowBlock | GlobalBlock):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def layers(encoder: Encoder) -> list[list[nn.Parameter]]:

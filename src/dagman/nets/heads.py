@@ -1,11 +1,23 @@
 """Projection heads for distillation and the head that predicts voxels (paper, section 3.2)."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
+
+FEW_ROWS = 256
+
+
+def apply_to_rows(layers: nn.Module, features: Float[Tensor, "*rows width"]) -> Tensor:
+    """Layers on features; a CPU computes few rows in float32: to cast large weights costs more than it saves."""
+    if features.device.type != "cpu" or features.shape[:-1].numel() >= FEW_ROWS:
+        return cast("Tensor", layers(features))
+    with torch.autocast("cpu", enabled=False):
+        return cast(Tensor, layers(features.to(torch.promote_types(features.dtype, torch.float32))))
 
 
 class ProjectionHead(nn.Module):
@@ -42,12 +54,15 @@ class ProjectionHead(nn.Module):
 
     def project(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape bottleneck"]:
         """The bottleneck: vectors of length 1, in at least float32."""
-        bottleneck = self.layers(features)
-        return functional.normalize(bottleneck.to(torch.promote_types(bottleneck.dtype, torch.float32)), dim=-1)
+        bottleneck: Tensor = apply_to_rows(self.layers, features)
+        unit: Tensor = functional.normalize(bottleneck.to(torch.promote_types(bottleneck.dtype, torch.float32)), dim=-1)
+        return unit
 
     def logits(self, bottleneck: Float[Tensor, "*shape bottleneck"]) -> Float[Tensor, "*shape prototypes"]:
         """Cosines with the prototypes: linear in the bottleneck, so the mean's logits are the mean logits."""
-        return functional.linear(bottleneck, functional.normalize(self.prototypes, dim=-1))
+        length = torch.linalg.vector_norm(self.prototypes, dim=-1).clamp_min(1e-12)
+        logits: Tensor = functional.linear(bottleneck, self.prototypes) / length
+        return logits
 
     def forward(self, features: Float[Tensor, "*shape in_width"]) -> Float[Tensor, "*shape prototypes"]:
         """Features to logits."""
@@ -117,5 +132,5 @@ class VoxelHead(nn.Module):
         """Predict a crop from the final map, `Features.pyramid[-1]`."""
         batch, _, gx, gy, gz = final.shape
         side = self.cell_side
-        voxels: Tensor = self.linear(final.movedim(1, -1)).view(batch, gx, gy, gz, side, side, side)
+        voxels: Tensor = apply_to_rows(self.linear, final.movedim(1, -1)).view(batch, gx, gy, gz, side, side, side)
         return voxels.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, 1, gx * side, gy * side, gz * side)

@@ -14,7 +14,16 @@ from dagman.errors import DagmanError
 from dagman.nets import cells, gpu
 from dagman.nets.cells import Size
 from dagman.nets.transformer import MLP, DropPath, GlobalBlock, check_heads, sine_cosine_position
-from dagman.nets.window import WindowAttention, blank_windows, partition, reverse, window_layout
+from dagman.nets.window import (
+    WindowAttention,
+    blank_windows,
+    in_whole_windows,
+    merge_layout,
+    partition,
+    permute,
+    reverse,
+    window_layout,
+)
 from dagman.types import Features, LoadReport, Preparation
 
 PATCH_SIDE = 2
@@ -165,14 +174,16 @@ class WindowBlock(nn.Module):
 
         Args:
             x: Tokens.
-            blank: Tokens that are all alike, as those of patches that the network does not see are at the first block.
-                Windows of nothing else are then computed once for all; the result is the same.
+            blank: Tokens of patches that the network does not see, at the first blocks. Windows of nothing else are
+                alike and are computed once; the result is the same.
         """
         tokens = self.attn.tokens((x.shape[1], x.shape[2], x.shape[3]))
         if gpu.chosen(x, tokens) == "triton" and gpu.fuses(x, self.mlp.linear1.out_features):
             return self._forward_on_chip(x, tokens)
-        if blank is not None and self.attn.shift == 0 and not (self.training and self.drop_path.chance):
-            return self._forward_once(x, blank)
+        return self._forward_all(x) if blank is None else self._forward_once(x, blank)
+
+    def _forward_all(self, x: Tensor) -> Tensor:
+        """Every window."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return out
@@ -181,20 +192,28 @@ class WindowBlock(nn.Module):
         """Each residual step as one kernel, all windows computed: to count the blank ones would cost more."""
         attn, mlp = self.attn, self.mlp
         bias, window, shift = attn.bias(tokens), attn.window, attn.shift
-        kept = self.drop_path.kept(x)
+        kept = self.drop_path.factors(x.shape[0], x)
         x = gpu.attention_half(x, self.norm1, attn.qkv, bias, attn.proj, kept=kept, window=window, shift=shift)
-        return gpu.mlp_half(x, self.norm2, mlp.linear1, mlp.linear2, self.drop_path.kept(x))
+        return gpu.mlp_half(x, self.norm2, mlp.linear1, mlp.linear2, self.drop_path.factors(x.shape[0], x))
 
     def _forward_once(self, x: Tensor, blank: Tensor) -> Tensor:
         """Every window that is unlike the others, and one that stands for all that are alike."""
-        grid = (x.shape[1], x.shape[2], x.shape[3])
-        layout = window_layout(x.shape[0], grid, self.attn.window, 0, x.device)
-        alike = blank_windows(blank, layout) if layout.padded == grid else None
+        batch, grid = x.shape[0], (x.shape[1], x.shape[2], x.shape[3])
+        layout = window_layout(batch, grid, self.attn.window, self.attn.shift, x.device)
+        dropping = self.training and self.drop_path.chance > 0
+        alike = None
+        if layout.padded == grid:
+            alike = blank_windows(blank, layout, for_each_item=dropping or self.attn.shift > 0)
         if alike is None:
-            return self.forward(x)
+            return self._forward_all(x)
         windows = partition(x, layout).index_select(0, alike.unique)
-        windows = windows + self.attn.attend(self.norm1(windows), layout)
-        windows = windows + self.mlp(self.norm2(windows))
+        for branch in (
+            lambda rows: self.attn.attend(self.norm1(rows), alike.layout),
+            lambda rows: self.mlp(self.norm2(rows)),
+        ):
+            residual = branch(windows)
+            factors = self.drop_path.factors(batch, residual)
+            windows = windows + (residual if factors is None else residual * factors[alike.item][:, None, None])
         return reverse(windows.index_select(0, alike.place), layout, grid)
 
 
@@ -207,9 +226,11 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(8 * width, 2 * width, bias=False)
 
     def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
-        """Octants in the order of MONAI's `merging`: 000, 100, 010, 001, 110, 101, 011, 111."""
-        octants = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
-        merged: Tensor = self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in octants], dim=-1)))
+        """Join each token with its neighbours; sides are even."""
+        batch, *sides, width = x.shape
+        order, inverse = merge_layout(batch, (sides[0], sides[1], sides[2]), x.device)
+        joined = permute(x.reshape(-1, width), order, inverse).view(batch, *(side // 2 for side in sides), 8 * width)
+        merged: Tensor = self.reduction(self.norm(joined))
         return merged
 
 
@@ -219,6 +240,7 @@ class Stage(nn.Module):
     def __init__(self, config: SwinConfig, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
         width = config.embed_dim << stage
+        self.window = config.window
         self.blocks = nn.ModuleList(
             WindowBlock(
                 width,
@@ -237,7 +259,11 @@ class Stage(nn.Module):
     ) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
         """From one level of the pyramid to the next; `blank` marks tokens of the first stage that are all alike."""
         for number, block in enumerate(self.blocks):
-            x = block(x, blank if number == 0 else None)
+            x = block(x, blank if number < 2 else None)
+            if number == 0 and blank is not None and len(self.blocks) > 1:
+                grid = (x.shape[1], x.shape[2], x.shape[3])
+                layout = window_layout(x.shape[0], grid, self.window, 0, x.device)
+                blank = in_whole_windows(blank, layout) if layout.padded == grid else None
         merged: Tensor = self.downsample(x)
         return merged
 
@@ -252,7 +278,11 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 1 x y z"]) -> Float[Tensor, "batch x/2 y/2 z/2 width"]:
         """Embed each patch."""
-        x: Tensor = self.proj(images).movedim(1, -1).contiguous()
+        batch, _, *sides = images.shape
+        split = [size for side in sides for size in (side // PATCH_SIDE, PATCH_SIDE)]
+        patches = images.reshape(batch, *split).permute(0, 1, 3, 5, 2, 4, 6)
+        # a convolution with this stride is a product, which needs no other layout of its result
+        x = functional.linear(patches.flatten(4), self.proj.weight.flatten(1), self.proj.bias)
         return self.norm(x) if self.norm else x
 
 

@@ -44,15 +44,15 @@ class DropPath(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         """Drop with the module's chance; the identity in eval mode."""
-        kept = self.kept(x)
-        return x if kept is None else x * kept.view(-1, *(1,) * (x.ndim - 1))
+        factors = self.factors(x.shape[0], x)
+        return x if factors is None else x * factors.view(-1, *(1,) * (x.ndim - 1))
 
-    def kept(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"] | None:
-        """The factor of each batch item, drawn anew: 0 or what keeps the mean; None where all are 1."""
+    def factors(self, items: int, like: Tensor) -> Float[Tensor, " items"] | None:
+        """What the residual of each batch item is multiplied with, in the dtype of `like`; None where all stay."""
         if not self.training or self.chance == 0:
             return None
         keep = 1 - self.chance
-        return torch.empty(x.shape[0], dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
+        return torch.empty(items, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dagman.nets import gpu
+from dagman.nets import gpu, kernel
 from dagman.nets.cells import Size
 
 FORBIDDEN = -1e4
@@ -35,6 +35,10 @@ class WindowLayout(NamedTuple):
     """Tokens in a window."""
     masks: tuple[tuple[int, int, Float[Tensor, "tokens tokens"]], ...]
     """Ranges [start, stop) of (window, batch item) pairs with what is added to their logits."""
+    kinds: Int[Tensor, " windows"]
+    """For each (window, batch item) pair, which of `stacked` is added to its logits."""
+    stacked: Float[Tensor, "kinds tokens tokens"]
+    """Zeros, and what `masks` add."""
 
 
 def effective_window(grid: Size, window: int, shift: int) -> tuple[Size, Size]:
@@ -72,10 +76,13 @@ def window_layout(batch: int, grid: Size, window: int, shift: int, device: torch
     order = windows[by_kind][:, None, :] + raster.size * np.arange(batch)[None, :, None]
     inverse = np.argsort(order.ravel(), kind="stable")
     masks, start = [], 0
+    stacked, place = [np.zeros((tokens, tokens), dtype=np.float32)], np.zeros(batch * len(windows), np.int32)
     for kind, number in zip(*np.unique(kinds, return_counts=True), strict=True):
         stop = start + int(number) * batch
         if kind:
-            masks.append((start, stop, _constant(_shift_mask(int(kind), sides, shifts), device)))
+            place[start:stop] = len(stacked)
+            stacked.append(_shift_mask(int(kind), sides, shifts))
+            masks.append((start, stop, _constant(stacked[-1], device)))
         start = stop
     x, y, z = padded
     return WindowLayout(
@@ -84,6 +91,8 @@ def window_layout(batch: int, grid: Size, window: int, shift: int, device: torch
         padded=(x, y, z),
         tokens=tokens,
         masks=tuple(masks),
+        kinds=_constant(place, device),
+        stacked=_constant(np.stack(stacked), device),
     )
 
 
@@ -124,36 +133,78 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradient: Tensor) -> tuple[Tensor, None, None]:
         order, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _permute(gradient[0], inverse, order), None, None
+        return permute(gradient[0], inverse, order), None, None
 
 
-def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Reorder the rows of a matrix; `inverse` is the way back, which the gradient takes."""
     permuted: Tensor = _Permute.apply(rows, order, inverse)  # type: ignore[no-untyped-call]
     return permuted
+
+
+@functools.lru_cache(maxsize=64)
+def merge_layout(batch: int, grid: Size, device: torch.device) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """The order of the tokens of maps that puts each 2x2x2 of them side by side, and the way back.
+
+    Octants are in the order of MONAI's `merging`: 000, 100, 010, 001, 110, 101, 011, 111.
+    """
+    raster = np.arange(batch * math.prod(grid)).reshape(batch, *grid)
+    octants = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
+    order = np.stack([raster[:, i::2, j::2, k::2] for i, j, k in octants], axis=-1).ravel()
+    inverse = np.argsort(order, kind="stable")
+    return _constant(order.astype(np.int32), device), _constant(inverse.astype(np.int32), device)
 
 
 class Blank(NamedTuple):
     """Windows that all look alike because a network sees none of their patches."""
 
     unique: Int[Tensor, " unique"]
-    """Rows (windows of `partition`) to compute: those that are seen, and one that stands for all others."""
+    """Rows (windows of `partition`) to compute: those that stand for others, then those that are seen."""
     place: Int[Tensor, " windows"]
     """For each row, where its result stands among `unique`."""
+    item: Int[Tensor, " unique"]
+    """Batch item of each row of `unique`."""
+    layout: WindowLayout
+    """Masks and kinds of the rows of `unique`."""
 
 
-def blank_windows(blank: Bool[Tensor, "batch x y z"], layout: WindowLayout) -> Blank | None:
-    """Which windows need computing; None where no two of them are alike.
+MOST_SHARE = 0.85
+"""Of the windows: where more need computing, to compute all is as fast."""
+
+
+def blank_windows(
+    blank: Bool[Tensor, "batch x y z"], layout: WindowLayout, *, for_each_item: bool = False
+) -> Blank | None:
+    """Which windows need computing; None where too few of them are alike.
 
     Args:
-        blank: Patches that a network does not see.
-        layout: Of windows that are not shifted.
+        blank: Patches that a network does not see; on a shifted layout, `in_whole_windows`.
+        layout: Of a map without padding.
+        for_each_item: One window stands for those of its batch item alone.
     """
-    rows = blank.reshape(-1).index_select(0, layout.order).view(-1, layout.tokens).all(dim=1)
-    seen = (~rows).nonzero()[:, 0]
-    if len(rows) - len(seen) < 2:
+    batch = len(blank)
+    alike = blank.reshape(-1).index_select(0, layout.order).view(-1, layout.tokens).all(dim=1) & (layout.kinds == 0)
+    groups = batch if for_each_item else 1
+    group = torch.arange(len(alike), device=blank.device) % groups
+    seen = (~alike).nonzero()[:, 0]
+    if groups + len(seen) > MOST_SHARE * len(alike):
         return None
-    place = (~rows).cumsum(0) - 1
-    return Blank(torch.cat([seen, rows.nonzero()[:1, 0]]), torch.where(rows, len(seen), place))
+    # The first row of each group stands for it; where that one is seen, it is computed for nothing.
+    first = torch.stack([(alike & (group == one)).to(torch.uint8).argmax() for one in range(groups)])
+    place = torch.where(alike, group, groups - 1 + (~alike).cumsum(0))
+    unique = torch.cat([first, seen])
+    kinds = layout.kinds[unique]
+    masks = []
+    for kind, (_, _, mask) in enumerate(layout.masks, 1):
+        start, stop = int((kinds < kind).sum()), int((kinds <= kind).sum())
+        masks.append((start, stop, mask))
+    return Blank(unique, place, unique % batch, layout._replace(kinds=kinds, masks=tuple(masks)))
+
+
+def in_whole_windows(blank: Bool[Tensor, "batch x y z"], layout: WindowLayout) -> Bool[Tensor, "batch x y z"]:
+    """Blank patches whose whole window is blank: those that are alike behind a block with these windows."""
+    rows = blank.reshape(-1).index_select(0, layout.order).view(-1, layout.tokens).all(dim=1, keepdim=True)
+    return rows.expand(-1, layout.tokens).reshape(-1).index_select(0, layout.inverse).view(blank.shape)
 
 
 def partition(x: Float[Tensor, "batch x y z width"], layout: WindowLayout) -> Float[Tensor, "windows tokens width"]:
@@ -161,7 +212,7 @@ def partition(x: Float[Tensor, "batch x y z width"], layout: WindowLayout) -> Fl
     grid, width = x.shape[1:4], x.shape[4]
     if tuple(grid) != layout.padded:
         x = functional.pad(x, [0, 0, *(n for axis in (2, 1, 0) for n in (0, layout.padded[axis] - grid[axis]))])
-    return _permute(x.reshape(-1, width), layout.order, layout.inverse).view(-1, layout.tokens, width)
+    return permute(x.reshape(-1, width), layout.order, layout.inverse).view(-1, layout.tokens, width)
 
 
 def reverse(
@@ -169,7 +220,7 @@ def reverse(
 ) -> Float[Tensor, "batch x y z width"]:
     """Windows back to maps of `grid` tokens; what was added for padding is dropped."""
     width = windows.shape[-1]
-    x = _permute(windows.reshape(-1, width), layout.inverse, layout.order).view(-1, *layout.padded, width)
+    x = permute(windows.reshape(-1, width), layout.inverse, layout.order).view(-1, *layout.padded, width)
     return x if layout.padded == grid else x[:, : grid[0], : grid[1], : grid[2]]
 
 
@@ -204,13 +255,25 @@ class WindowAttention(nn.Module):
             projected: Tensor = self.proj(mixed)
             return projected
         layout = window_layout(x.shape[0], grid, self.window, self.shift, x.device)
+        if layout.padded == grid and kernel.takes(x, layout.tokens):  # it finds a window's tokens where they lie
+            return self._attend_in_place(x, layout, layout.order)
         return reverse(self.attend(partition(x, layout), layout), layout, grid)
+
+    def _attend_in_place(self, x: Tensor, layout: WindowLayout, order: Tensor) -> Tensor:
+        """By the compiled kernel; `order` names the row of each token of each window."""
+        qkv = self.qkv(x).view(-1, 3 * x.shape[-1])
+        kinds = layout.kinds[: len(order) // layout.tokens]
+        mixed = kernel.attention(qkv, self.bias(layout.tokens), order, kinds, layout.stacked)
+        projected: Tensor = self.proj(mixed).view(x.shape)
+        return projected
 
     def attend(
         self, windows: Float[Tensor, "windows tokens width"], layout: WindowLayout
     ) -> Float[Tensor, "windows tokens width"]:
         """Attend within windows; `layout.masks` names the rows of `windows` that need one."""
         count, tokens, width = windows.shape
+        if kernel.takes(windows, tokens):
+            return self._attend_in_place(windows, layout, torch.arange(count * tokens, dtype=torch.int32))
         bias, head_width = self.bias(tokens), width // self.num_heads
         weight: Tensor = self.qkv.weight
         added: Tensor = self.qkv.bias

@@ -16,6 +16,8 @@ from dagman import files
 from dagman.ct.datasets import SampleOrder, ViewsDataset, collate, mean_intensity
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
+from dagman.nets import kernel
+from dagman.nets.encoder import checkpoint_blocks
 from dagman.nets.weights import save_encoder
 from dagman.pretext import hiding
 from dagman.pretext.codistill import CoDistillation
@@ -131,6 +133,8 @@ def prepare(
             window_hu=config.data.window_hu,
             crop=config.data.crop,
         )
+    if config.optimisation.checkpointing:
+        checkpoint_blocks(module.student.encoder)
     job.module = module.train()
     job.model, job.optimizer = fabric.setup(job.module, engine.adamw(module))
     return job
@@ -143,6 +147,7 @@ def describe(job: Job) -> str:
         f"{len(job.train_rows)} volumes to train on, {len(job.validation_rows)} for validation; "
         f"{job.devices} x {job.fabric.device.type}, {optimisation.precision}, "
         f"{optimisation.volumes_per_step(job.devices)} pairs a step, {job.total} steps; {cost.size_line(job.module)}"
+        + (f"; {kernel.describe()}" if job.fabric.device.type == "cpu" else "")
     )
 
 

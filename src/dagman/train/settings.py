@@ -40,6 +40,8 @@ class OptimisationConfig:
     """The heads' last layers get no gradient for one epoch, at most for this share of the run."""
     precision: Precision = "bf16"
     """`bf16` computes in bfloat16 where that is safe; weights, losses and centers stay float32."""
+    checkpointing: bool = False
+    """Keep little of the forward pass and compute it again for the gradient: less memory, more time, the same run."""
     seed: int = 0
 
     def __post_init__(self) -> None:

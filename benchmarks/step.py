@@ -1,0 +1,293 @@
+"""Time and memory of whole pretraining steps of the paper's recipe, beside MONAI's Swin put together plainly.
+
+Each variant runs in a process of its own; their steps alternate, so that whatever else the machine does hits all alike.
+
+    python benchmarks/step.py --crops 64 96 --rounds 5 --json benchmarks/results/step.json
+    python benchmarks/step.py --ladder          # one part of the fast path taken away at a time
+    python benchmarks/step.py --smit ~/SMIT     # beside the published step, checked out by you
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ALLOCATORS = ("default", "tuned")
+PARTS = {
+    "window attention": ("WindowKernel", "bmm", "softmax", "scaled_dot", "flash"),
+    "matrix products": ("aten::mm", "addmm", "mkldnn_linear"),
+    "norms and GELU": ("layer_norm", "gelu"),
+    "copies": ("copy_", "index_select", "aten::cat", "fill_", "roll", "index"),
+    "convolutions": ("conv",),
+    "optimizer and teacher": ("adamw", "lerp", "foreach", "linalg_vector_norm"),
+}
+
+
+def without_kernel() -> None:
+    """PyTorch's attention."""
+    from dagman.nets import kernel
+
+    kernel.library = lambda: None
+
+
+def without_dedup() -> None:
+    """Windows that look alike are computed one by one."""
+    from dagman.nets import swin
+
+    swin.blank_windows = lambda *_, **__: None
+
+
+def without_fused_teacher() -> None:
+    """The teacher's attention written out."""
+    from dagman.nets import window
+
+    window.fused_attention = window.explicit_attention
+
+
+def without_fused_optimizer() -> None:
+    """AdamW tensor by tensor, and the teacher's average too."""
+    import torch
+
+    from dagman.train import engine
+
+    made = engine.adamw
+
+    def plain(module: Any) -> Any:
+        return torch.optim.AdamW(made(module).param_groups, foreach=False)
+
+    def lerp(mine: list[Any], others: list[Any], weight: float) -> None:
+        for one, other in zip(mine, others, strict=True):
+            one.mul_(1 - weight).add_(weight * other)
+
+    engine.adamw, torch._foreach_lerp_ = plain, lerp
+
+
+def with_denormals() -> None:
+    """Numbers below full precision are kept."""
+    import contextlib
+
+    from dagman.train import engine
+
+    engine.flushed_denormals = contextlib.nullcontext
+
+
+RUNGS: dict[str, Callable[[], None]] = {
+    "kernel": without_kernel,
+    "dedup": without_dedup,
+    "fused teacher": without_fused_teacher,
+    "fused optimizer": without_fused_optimizer,
+    "flushed denormals": with_denormals,
+}
+"""What the fast path has; a variant `fast without X` takes one away, `plain` all."""
+
+
+class Ours:
+    """A step of `dagman-swin` as `train.pretrain` takes it."""
+
+    def __init__(self, crop: int, *, checkpointing: bool) -> None:
+        from dagman import recipes
+        from dagman.nets.encoder import checkpoint_blocks
+        from dagman.pretext.codistill import CoDistillation, Knobs
+        from dagman.train import engine
+
+        recipe = recipes.get("dagman-swin")
+        self.module = CoDistillation(recipe.encoder, recipe.method, mean_intensity=0.4, crop=(crop,) * 3).train()
+        if checkpointing:
+            checkpoint_blocks(self.module.student.encoder)
+        self.optimizer = engine.adamw(self.module)
+        self.knobs = Knobs(0.04, 0.04, attended=True)
+
+    def step(self, views: Any, number: int, *, bf16: bool) -> float:
+        """Forward, backward, optimizer, teacher, centers; the loss."""
+        import torch
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outcome = self.module(views, self.knobs, torch.Generator().manual_seed(number))
+        outcome.losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 3.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.module.update_teacher(0.99)
+        self.module.move_centers(outcome.means)
+        return float(outcome.losses.total.item())
+
+
+def stepper(variant: str, crop: int, smit: str | None) -> Any:
+    """What takes the steps of a variant."""
+    if variant == "monai":
+        from dagman import recipes
+        from plain import PlainStep
+
+        recipe = recipes.get("dagman-swin")
+        return PlainStep(recipe.encoder, recipe.method, crop)
+    if variant == "smit":
+        from published import PublishedStep
+
+        return PublishedStep(Path(str(smit)), crop)
+    removed = list(RUNGS) if variant == "plain" else [name for name in RUNGS if variant == f"fast without {name}"]
+    for name in removed:
+        RUNGS[name]()
+    return Ours(crop, checkpointing=variant == "fast with checkpointing")
+
+
+def serve(variant: str, crop: int, batch: int, precision: str, smit: str | None) -> None:
+    """A child: takes a step for each line of standard input and answers with what it took, as JSON."""
+    import contextlib
+
+    import torch
+
+    from dagman.train import engine
+    from dagman.types import Views
+
+    torch.manual_seed(0)
+    taker = stepper(variant, crop, smit)
+    images = torch.rand(2, batch, 1, crop, crop, crop)
+    views = Views(images[0], images[1], torch.arange(batch), torch.zeros(batch))
+    ours = variant not in ("monai", "smit")
+    with engine.flushed_denormals() if ours else contextlib.nullcontext():
+        for number, line in enumerate(sys.stdin):
+            wall, cpu = time.perf_counter(), time.process_time()
+            if line.strip() == "profile":
+                with torch.profiler.profile() as record:
+                    taker.step(views, number, bf16=precision == "bf16")
+                found: dict[str, Any] = {"parts": shares(record)}
+            else:
+                loss = taker.step(views, number, bf16=precision == "bf16")
+                found = {"loss": loss, "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+            found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(json.dumps(found), flush=True)
+
+
+def shares(record: Any) -> dict[str, float]:
+    """Share of the time of each part of a step."""
+    found = dict.fromkeys([*PARTS, "other"], 0.0)
+    for event in record.key_averages():
+        name = next((part for part, words in PARTS.items() if any(w in event.key for w in words)), "other")
+        found[name] += event.self_cpu_time_total
+    total = sum(found.values())
+    return {name: value / total for name, value in found.items()}
+
+
+class Child:
+    """A process that takes the steps of one variant."""
+
+    def __init__(self, variant: str, allocator: str, case: tuple[int, int, str], smit: str | None) -> None:
+        from dagman.cli import KEEP_MEMORY
+
+        environment = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
+        environment |= KEEP_MEMORY if allocator == "tuned" else {}
+        command = [sys.executable, __file__, "--serve", variant, *map(str, case), *([smit] if smit else [])]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.steps: list[dict[str, float]] = []
+
+    def ask(self, word: str = "step") -> dict[str, Any]:
+        """Have one step taken."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        while line and not line.startswith("{"):
+            line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a step failed: {self.process.args}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(variants: list[str], allocator: str, case: tuple[int, int, str], options: Any) -> list[dict[str, Any]]:
+    """Rows of some variants that take turns; the first step of each warms up."""
+    children = {variant: Child(variant, allocator, case, options.smit) for variant in variants}
+    try:
+        for number in range(options.rounds + 1):
+            for child in children.values():
+                taken = child.ask()
+                if number:
+                    child.steps.append(taken)
+        parts = {
+            variant: child.ask("profile")["parts"] if options.parts else None for variant, child in children.items()
+        }
+    finally:
+        for child in children.values():
+            child.close()
+    crop, batch, precision = case
+    rows = []
+    for variant, child in children.items():
+        row: dict[str, Any] = {"crop": crop, "batch": batch, "precision": precision, "variant": variant}
+        row |= {"allocator": allocator, "steps": len(child.steps)}
+        row["seconds_median"] = statistics.median(step["seconds"] for step in child.steps)
+        row["seconds_least"] = min(step["seconds"] for step in child.steps)
+        row["cpu_seconds"] = statistics.median(step["cpu_seconds"] for step in child.steps)
+        row["peak_mib"] = max(step["peak_mib"] for step in child.steps)
+        rows.append(row | ({"parts": parts[variant]} if options.parts else {}))
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One line a row, with how many times longer than `fast` it took."""
+    fast = next((row for row in rows if row["variant"] == "fast"), rows[0])
+    for row in rows:
+        ratios = [row[name] / fast[name] for name in ("seconds_median", "cpu_seconds", "peak_mib")]
+        print(
+            f"{row['crop']:4d} x{row['batch']} {row['precision']:8s}{row['allocator']:8s} {row['variant']:32s}"
+            f"{row['seconds_median']:8.2f} s (x{ratios[0]:.2f}) {row['cpu_seconds']:8.2f} CPU s (x{ratios[1]:.2f}) "
+            f"{row['peak_mib']:8.0f} MiB (x{ratios[2]:.2f})",
+            flush=True,
+        )
+        for part, share in (row.get("parts") or {}).items():
+            print(f"       {part:24s}{100 * share:5.1f} %")
+
+
+def main() -> None:
+    """Measure, print, and write the rows if asked to."""
+    from dagman import files
+    from dagman.run import describe_environment
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crops", type=int, nargs="+", default=[64, 96, 128])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--precisions", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
+    parser.add_argument("--allocators", nargs="+", default=ALLOCATORS, choices=ALLOCATORS)
+    parser.add_argument("--variants", nargs="+", default=["monai", "plain", "fast"])
+    parser.add_argument("--ladder", action="store_true", help="also the fast path without each of its parts")
+    parser.add_argument("--parts", action="store_true", help="also where the time goes, by the profiler")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--smit", help="a checkout of the published SMIT, to be timed too")
+    parser.add_argument("--json", type=Path, help="where to write the rows; rows of other cases there are kept")
+    options = parser.parse_args()
+    variants = [*options.variants, *(["smit"] if options.smit else [])]
+    variants += [*(f"fast without {name}" for name in RUNGS), "fast with checkpointing"] if options.ladder else []
+    cases = [(crop, batch, kind) for crop in options.crops for batch in options.batches for kind in options.precisions]
+    for case in cases:
+        for allocator in options.allocators:
+            rows = measure(variants, allocator, case, options)
+            show(rows)
+            if options.json:
+                key = ("crop", "batch", "precision", "variant", "allocator")
+                kept = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+                new = {tuple(row[name] for name in key) for row in rows}
+                rows = [row for row in kept if tuple(row[name] for name in key) not in new] + rows
+                versions = describe_environment()["versions"] | {"load": round(os.getloadavg()[0], 1)}
+                files.write_json(options.json, {"date": time.strftime("%Y-%m-%d"), "machine": versions, "rows": rows})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], sys.argv[6] if len(sys.argv) > 6 else None)
+    else:
+        main()

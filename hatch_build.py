@@ -1,0 +1,68 @@
+"""Compiles the attention kernel for CPUs beside its source, where there is a compiler; the package works without.
+
+`pip install` runs it; `python hatch_build.py` compiles again after a change.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run by hand, outside a build
+    BuildHookInterface = object
+
+SOURCE = Path(__file__).parent / "src" / "dagman" / "nets" / "window_kernel.cpp"
+LEVELS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3"}
+"""The processor decides at run time which of both is loaded."""
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
+
+
+def compile_kernels() -> list[Path]:
+    """Compile for each level of the instruction set; what was compiled. Says once why nothing was."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if sys.platform != "linux" or platform.machine() != "x86_64" or compiler is None:
+        print("dagman: no C++ compiler for Linux on x86-64 found; attention will run in PyTorch alone", file=sys.stderr)
+        return []
+    return [library for name, level in LEVELS.items() if (library := _compile(compiler.split(), name, level))]
+
+
+def _compile(compiler: list[str], name: str, level: str) -> Path | None:
+    """One kernel; None, with the reason, where that fails."""
+    compiled, library = SOURCE.with_suffix(f".{name}.o"), SOURCE.with_suffix(f".{name}.so")
+    # Linked without -fopenmp: the functions of OpenMP come from the one library that PyTorch has loaded.
+    commands = (
+        [*compiler, *FLAGS, f"-march={level}", "-mtune=native", "-c", str(SOURCE), "-o", str(compiled)],
+        [*compiler, "-shared", str(compiled), "-o", str(library)],
+    )
+    try:
+        for command in commands:
+            subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
+        print(f"dagman: no {name} kernel, attention will run in PyTorch alone: {why}", file=sys.stderr)
+        library.unlink(missing_ok=True)
+        return None
+    finally:
+        compiled.unlink(missing_ok=True)
+    return library
+
+
+class KernelHook(BuildHookInterface):  # type: ignore[misc]
+    """Takes the compiled kernels into the wheel."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
+        """Compile before the wheel is put together."""
+        if self.target_name == "wheel" and compile_kernels():
+            build_data["artifacts"].append("src/dagman/nets/*.so")
+            build_data.update(pure_python=False, infer_tag=True)
+
+
+if __name__ == "__main__":
+    print(*compile_kernels(), sep="\n")

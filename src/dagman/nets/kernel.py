@@ -1,0 +1,109 @@
+"""The compiled window attention for CPUs: `window_kernel.cpp`, with its exact gradients, the bias's too.
+
+It is optional. Where it was not compiled, or `DAGMAN_KERNEL=off` is set, `library` is None and PyTorch computes.
+"""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+MOST_TOKENS = 343
+"""Of a window; beyond it a row of the attention matrix no longer stays in cache."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernel for this processor."""
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    path = Path(__file__).with_name(f"window_kernel.{level}.so")
+    if os.environ.get("DAGMAN_KERNEL") == "off" or not path.exists():
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # PyTorch was built without the OpenMP that the kernel was compiled for
+        return None
+
+
+def describe() -> str:
+    """Which window attention CPUs run, in words."""
+    if library() is None:
+        return "window attention in PyTorch alone (no compiled kernel; a C++ compiler and a new installation give one)"
+    return f"window attention by the compiled kernel ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def takes(x: Tensor, tokens: int) -> bool:
+    """Whether the kernel can attend in windows of these tokens; what is traced needs PyTorch's own operations."""
+    dtypes = {x.dtype} | ({torch.get_autocast_dtype("cpu")} if torch.is_autocast_enabled("cpu") else set())
+    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return plain and dtypes <= NAMES.keys() and tokens <= MOST_TOKENS and library() is not None
+
+
+def attention(
+    qkv: Float[Tensor, "rows threefold"],
+    bias: Float[Tensor, "heads tokens tokens"],
+    order: Int[Tensor, " rows"],
+    kinds: Int[Tensor, " windows"],
+    masks: Float[Tensor, "kinds tokens tokens"],
+) -> Float[Tensor, "rows width"]:
+    """Attention within windows.
+
+    Args:
+        qkv: Queries, keys and values of each token.
+        bias: Added to the logits of each head, query by key.
+        order: For each token of each window, its row.
+        kinds: For each window, which of the masks is added to its logits.
+        masks: Symmetric.
+    """
+    mixed: Tensor = WindowKernel.apply(qkv, bias, order, kinds, masks)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class WindowKernel(torch.autograd.Function):
+    """Forward and backward of the compiled kernel. Only queries, keys and values are kept, and two numbers a query."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        """As `attention`."""
+        qkv, bias, order, kinds, masks = given
+        heads, tokens, _ = bias.shape
+        qkv, turned = qkv.contiguous(), bias.float().transpose(1, 2).contiguous()
+        mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        wanted = any(ctx.needs_input_grad)
+        statistics = torch.empty(len(kinds), heads, 2, tokens) if wanted else None
+        _call("forward", [qkv, turned, order, kinds, masks, mixed, statistics], qkv, turned, kinds)
+        if statistics is not None:
+            ctx.save_for_backward(qkv, turned, order, kinds, masks, statistics)
+            ctx.bias_dtype = bias.dtype
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of queries, keys and values, and of the bias."""
+        qkv, turned, order, kinds, masks, statistics = ctx.saved_tensors
+        into = torch.empty_like(qkv)
+        parts = torch.zeros(_loaded().window_parts(), *turned.shape)
+        gradient = gradients[0].to(qkv.dtype).contiguous()
+        _call("backward", [qkv, turned, order, kinds, masks, statistics, gradient, into, parts], qkv, turned, kinds)
+        return into, parts.sum(dim=0).transpose(1, 2).to(ctx.bias_dtype), None, None, None
+
+
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    assert found is not None  # noqa: S101
+    return found
+
+
+def _call(name: str, tensors: list[Tensor | None], qkv: Tensor, bias: Tensor, kinds: Tensor) -> None:
+    """One function of the kernel, on the addresses of tensors."""
+    heads, tokens, _ = bias.shape
+    width = qkv.shape[1] // 3 // heads
+    addresses = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+    sizes = ctypes.c_int64(len(kinds)), tokens, heads, width, torch.get_num_threads()
+    getattr(_loaded(), f"window_{name}_{NAMES[qkv.dtype]}")(*addresses, *sizes)

@@ -1,0 +1,366 @@
+// Attention within windows, forward and backward, in one pass over each window and head; float32 inside.
+//
+// The matrix of a head is held transposed, keys down and queries across the lanes, so that softmax needs no sum over
+// lanes and head widths such as 12 fill them. Queries go in blocks of LANES, so the matrix stays in the nearest cache.
+// Windows are dealt out in a number of parts that does not depend on the threads: sums come out the same with any.
+//
+// Plain C interface, no PyTorch headers: it compiles in seconds, and OpenMP's symbols are those that PyTorch has loaded.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int W = 16;
+constexpr int GROUP = 4;  // vectors of lanes handled together: registers hold 4 x GROUP sums
+#else
+constexpr int W = 8;
+constexpr int GROUP = 2;
+#endif
+constexpr int LANES = 64;
+constexpr int PARTS = 16;
+
+typedef float V __attribute__((vector_size(W * 4)));
+typedef int32_t I __attribute__((vector_size(W * 4)));
+
+inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline V largest(V a, V b) { return a > b ? a : b; }
+
+inline V exponential(V x) {
+    const V magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const I kept = x > -87.0f;
+    x = largest(x, V{} - 87.0f);
+    const V t = x * 1.44269504088896341f + magic;
+    const V n = t - magic;
+    const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    V p = V{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (V)(((I)p + ((I)t << 23)) & kept);
+}
+
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, uint16_t* to) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    *to = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+int up(int n, int step) { return (n + step - 1) / step * step; }
+
+struct Sizes {
+    int64_t windows;
+    int tokens, heads, width, threads;
+};
+
+// Sizes of the padded copies of one head.
+struct Shape {
+    int tokens, width, rows, deep, lanes;
+    explicit Shape(const Sizes& s)
+        : tokens(s.tokens), width(s.width), rows(up(s.tokens, 8)), deep(up(s.width, W)), lanes(up(s.tokens, W)) {}
+};
+
+using Buffer = std::unique_ptr<float[], decltype(&std::free)>;
+Buffer buffer(size_t count) {
+    const size_t bytes = up(int(count * 4 % 64), 64) + count * 4 / 64 * 64;
+    float* p = static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64)));
+    std::memset(p, 0, bytes);
+    return Buffer(p, &std::free);
+}
+
+// Rows of one head of one window, side by side: to[token][deep].
+template <typename T>
+void gather(const T* from, const int32_t* order, int64_t stride, const Shape& n, float scale, float* to) {
+    for (int i = 0; i < n.tokens; ++i) {
+        const T* row = from + order[i] * stride;
+        float* out = to + i * n.deep;
+        for (int c = 0; c < n.width; ++c) out[c] = widen(row[c]) * scale;
+    }
+}
+
+// across[c][lane] = rows[first + lane][c]
+void turn(const float* rows, const Shape& n, int first, int count, float* across) {
+    for (int lane = 0; lane < count; ++lane)
+        for (int c = 0; c < n.width; ++c) across[c * LANES + lane] = rows[(first + lane) * n.deep + c];
+}
+
+// to[key][lane] = from[key][lane] + sum over c of rows[key][c] * across[c][lane]
+template <int K, int G>
+inline void product(const float* rows, int deep, const float* across, int width, const float* from, int stride, float* to) {
+    V sum[K][G];
+    for (int k = 0; k < K; ++k)
+        for (int g = 0; g < G; ++g) sum[k][g] = from ? load(from + k * stride + g * W) : V{};
+    for (int c = 0; c < width; ++c) {
+        V lane[G];
+        for (int g = 0; g < G; ++g) lane[g] = load(across + c * LANES + g * W);
+        for (int k = 0; k < K; ++k)
+            for (int g = 0; g < G; ++g) sum[k][g] += lane[g] * rows[k * deep + c];
+    }
+    for (int k = 0; k < K; ++k)
+        for (int g = 0; g < G; ++g) store(to + k * LANES + g * W, sum[k][g]);
+}
+
+template <int G>
+void products(const float* rows, const float* across, const Shape& n, int lane, const float* from, float* to) {
+    int key = 0;
+    const float* start = from ? from + lane : nullptr;
+    for (; key + 4 <= n.tokens; key += 4)
+        product<4, G>(rows + key * n.deep, n.deep, across + lane, n.width, start ? start + key * n.lanes : nullptr,
+                      n.lanes, to + key * LANES + lane);
+    for (; key < n.tokens; ++key)
+        product<1, G>(rows + key * n.deep, n.deep, across + lane, n.width, start ? start + key * n.lanes : nullptr,
+                      n.lanes, to + key * LANES + lane);
+}
+
+void all_products(const float* rows, const float* across, const Shape& n, int lanes, const float* from, float* to) {
+    int lane = 0;
+    for (; lane + GROUP * W <= lanes; lane += GROUP * W) products<GROUP>(rows, across, n, lane, from, to);
+    for (; lane < lanes; lane += W) products<1>(rows, across, n, lane, from, to);
+}
+
+// to[c][lane] = sum over keys of rows[key][c] * matrix[key][lane]
+template <int C, int G>
+inline void mixture(const float* rows, const Shape& n, const float* matrix, float* to) {
+    V sum[C][G] = {};
+    for (int key = 0; key < n.tokens; ++key) {
+        V lane[G];
+        for (int g = 0; g < G; ++g) lane[g] = load(matrix + key * LANES + g * W);
+        for (int c = 0; c < C; ++c)
+            for (int g = 0; g < G; ++g) sum[c][g] += lane[g] * rows[key * n.deep + c];
+    }
+    for (int c = 0; c < C; ++c)
+        for (int g = 0; g < G; ++g) store(to + c * LANES + g * W, sum[c][g]);
+}
+
+template <int G>
+void mixtures(const float* rows, const Shape& n, const float* matrix, float* to) {
+    int c = 0;
+    for (; c + 6 <= n.width; c += 6) mixture<6, G>(rows + c, n, matrix, to + c * LANES);
+    for (; c + 2 <= n.width; c += 2) mixture<2, G>(rows + c, n, matrix, to + c * LANES);
+    for (; c < n.width; ++c) mixture<1, G>(rows + c, n, matrix, to + c * LANES);
+}
+
+void all_mixtures(const float* rows, const Shape& n, const float* matrix, int lanes, float* to) {
+    int lane = 0;
+    for (; lane + GROUP * W <= lanes; lane += GROUP * W) mixtures<GROUP>(rows, n, matrix + lane, to + lane);
+    for (; lane < lanes; lane += W) mixtures<1>(rows, n, matrix + lane, to + lane);
+}
+
+// first[key][c] += sum over lanes of a[key][lane] * x[lane][c], and second from b and y
+template <int K>
+inline void back_mixture(const float* a, const float* x, const float* b, const float* y, int count, int deep,
+                         float* first, float* second) {
+    V one[K], two[K];
+    for (int k = 0; k < K; ++k) one[k] = load(first + k * deep), two[k] = load(second + k * deep);
+    for (int lane = 0; lane < count; ++lane) {
+        const V from_x = load(x + lane * deep), from_y = load(y + lane * deep);
+        for (int k = 0; k < K; ++k) one[k] += from_x * a[k * LANES + lane];
+        for (int k = 0; k < K; ++k) two[k] += from_y * b[k * LANES + lane];
+    }
+    for (int k = 0; k < K; ++k) store(first + k * deep, one[k]), store(second + k * deep, two[k]);
+}
+
+void back_mixtures(const float* a, const float* x, const float* b, const float* y, const Shape& n, int count,
+                   float* first, float* second) {
+    constexpr int K = W == 16 ? 8 : 4;  // `rows` is a multiple of 8; matrices have as many rows, the last of zeros
+    for (int c = 0; c < n.deep; c += W)
+        for (int key = 0; key < n.rows; key += K)
+            back_mixture<K>(a + key * LANES, x + c, b + key * LANES, y + c, count, n.deep, first + key * n.deep + c,
+                            second + key * n.deep + c);
+}
+
+// What is added to the logits: bias of each head and mask, padded to whole vectors.
+void prepare(const float* bias, const float* mask, const Sizes& s, const Shape& n, float* added) {
+    for (int h = 0; h < s.heads; ++h)
+        for (int j = 0; j < n.tokens; ++j)
+            for (int i = 0; i < n.tokens; ++i)
+                added[(h * n.tokens + j) * n.lanes + i] =
+                    bias[(h * n.tokens + j) * n.tokens + i] + mask[j * n.tokens + i];
+}
+
+struct FlushDenormals {
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+};
+
+int64_t bound(const Sizes& s, int part) { return s.windows * part / PARTS; }
+
+template <typename T>
+void forward(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind, const float* masks, T* out,
+             float* statistics, const Sizes s) {
+    const Shape n(s);
+    const int64_t wide = int64_t(s.heads) * s.width, square = int64_t(n.tokens) * n.tokens;
+    const float scale = 1.0f / __builtin_sqrtf(float(s.width));
+#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+    for (int part = 0; part < PARTS; ++part) {
+        const FlushDenormals flushed;
+        if (bound(s, part) == bound(s, part + 1)) continue;
+        const size_t rows = size_t(n.rows) * n.deep;
+        Buffer added = buffer(size_t(s.heads) * n.tokens * n.lanes), query = buffer(rows), key = buffer(rows),
+               value = buffer(rows), across = buffer(size_t(n.deep) * LANES), mixed = buffer(size_t(n.deep) * LANES),
+               matrix = buffer(size_t(n.rows) * LANES);
+        int held = -1;
+        for (int64_t w = bound(s, part); w < bound(s, part + 1); ++w) {
+            if (kind[w] != held) {
+                held = kind[w];
+                prepare(bias, masks + held * square, s, n, added.get());
+            }
+            const int32_t* place = order + w * n.tokens;
+            for (int h = 0; h < s.heads; ++h) {
+                gather(qkv + h * s.width, place, 3 * wide, n, scale, query.get());
+                gather(qkv + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
+                gather(qkv + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
+                for (int first = 0; first < n.tokens; first += LANES) {
+                    const int count = std::min(LANES, n.tokens - first), lanes = up(count, W);
+                    turn(query.get(), n, first, count, across.get());
+                    all_products(key.get(), across.get(), n, lanes, added.get() + size_t(h) * n.tokens * n.lanes + first,
+                                 matrix.get());
+                    float peak[LANES], share[LANES];
+                    for (int lane = 0; lane < lanes; lane += W) {
+                        float* m = matrix.get() + lane;
+                        V top = load(m), sum = {};
+                        for (int j = 1; j < n.tokens; ++j) top = largest(top, load(m + j * LANES));
+                        for (int j = 0; j < n.tokens; ++j) {
+                            const V p = exponential(load(m + j * LANES) - top);
+                            sum += p;
+                            store(m + j * LANES, p);
+                        }
+                        store(peak + lane, top);
+                        store(share + lane, 1.0f / sum);
+                    }
+                    all_mixtures(value.get(), n, matrix.get(), lanes, mixed.get());
+                    for (int lane = 0; lane < count; ++lane) {
+                        T* to = out + place[first + lane] * wide + h * s.width;
+                        for (int c = 0; c < n.width; ++c) narrow(mixed[c * LANES + lane] * share[lane], to + c);
+                    }
+                    if (statistics) {
+                        float* kept = statistics + (w * s.heads + h) * 2 * n.tokens + first;
+                        std::copy(peak, peak + count, kept);
+                        std::copy(share, share + count, kept + n.tokens);
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <typename T>
+void backward(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind, const float* masks,
+              const float* statistics, const T* gradient, T* into, float* bias_parts, const Sizes s) {
+    const Shape n(s);
+    const int64_t wide = int64_t(s.heads) * s.width, square = int64_t(n.tokens) * n.tokens;
+    const float scale = 1.0f / __builtin_sqrtf(float(s.width));
+#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+    for (int part = 0; part < PARTS; ++part) {
+        const FlushDenormals flushed;
+        if (bound(s, part) == bound(s, part + 1)) continue;
+        const size_t rows = size_t(n.rows) * n.deep, matrices = size_t(n.rows) * LANES, turned = size_t(n.deep) * LANES;
+        Buffer added = buffer(size_t(s.heads) * n.tokens * n.lanes), query = buffer(rows), key = buffer(rows),
+               value = buffer(rows), coming = buffer(rows), across = buffer(turned), back = buffer(turned),
+               mixed = buffer(turned), matrix = buffer(matrices), slope = buffer(matrices), to_key = buffer(rows),
+               to_value = buffer(rows), bias_sum = buffer(size_t(s.heads) * n.tokens * n.lanes);
+        int held = -1;
+        for (int64_t w = bound(s, part); w < bound(s, part + 1); ++w) {
+            if (kind[w] != held) {
+                held = kind[w];
+                prepare(bias, masks + held * square, s, n, added.get());
+            }
+            const int32_t* place = order + w * n.tokens;
+            for (int h = 0; h < s.heads; ++h) {
+                gather(qkv + h * s.width, place, 3 * wide, n, scale, query.get());
+                gather(qkv + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
+                gather(qkv + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
+                gather(gradient + h * s.width, place, wide, n, 1.0f, coming.get());
+                std::fill_n(to_key.get(), rows, 0.0f);
+                std::fill_n(to_value.get(), rows, 0.0f);
+                for (int first = 0; first < n.tokens; first += LANES) {
+                    const int count = std::min(LANES, n.tokens - first), lanes = up(count, W);
+                    const size_t corner = size_t(h) * n.tokens * n.lanes + first;
+                    turn(query.get(), n, first, count, across.get());
+                    turn(coming.get(), n, first, count, back.get());
+                    all_products(key.get(), across.get(), n, lanes, added.get() + corner, matrix.get());
+                    all_products(value.get(), back.get(), n, lanes, nullptr, slope.get());
+                    float peak[LANES] = {}, share[LANES] = {};
+                    const float* kept = statistics + (w * s.heads + h) * 2 * n.tokens + first;
+                    std::copy(kept, kept + count, peak);
+                    std::copy(kept + n.tokens, kept + n.tokens + count, share);
+                    for (int lane = 0; lane < lanes; lane += W) {
+                        float *m = matrix.get() + lane, *d = slope.get() + lane, *b = bias_sum.get() + corner + lane;
+                        const V top = load(peak + lane), part_of = load(share + lane);
+                        V dot = {};
+                        for (int j = 0; j < n.tokens; ++j) {
+                            const V p = exponential(load(m + j * LANES) - top) * part_of;
+                            dot += p * load(d + j * LANES);
+                            store(m + j * LANES, p);
+                        }
+                        for (int j = 0; j < n.tokens; ++j) {
+                            const V ds = load(m + j * LANES) * (load(d + j * LANES) - dot);
+                            store(d + j * LANES, ds);
+                            store(b + j * n.lanes, load(b + j * n.lanes) + ds);
+                        }
+                    }
+                    all_mixtures(key.get(), n, slope.get(), lanes, mixed.get());
+                    back_mixtures(slope.get(), query.get() + first * n.deep, matrix.get(), coming.get() + first * n.deep,
+                                  n, count, to_key.get(), to_value.get());
+                    for (int lane = 0; lane < count; ++lane) {
+                        T* to = into + place[first + lane] * 3 * wide + h * s.width;
+                        for (int c = 0; c < n.width; ++c) narrow(mixed[c * LANES + lane] * scale, to + c);
+                    }
+                }
+                for (int j = 0; j < n.tokens; ++j) {
+                    T* to = into + place[j] * 3 * wide + wide + h * s.width;
+                    for (int c = 0; c < n.width; ++c) {
+                        narrow(to_key[j * n.deep + c], to + c);
+                        narrow(to_value[j * n.deep + c], to + wide + c);
+                    }
+                }
+            }
+        }
+        float* sums = bias_parts + part * s.heads * square;
+        for (int r = 0; r < s.heads * n.tokens; ++r)
+            std::copy_n(bias_sum.get() + size_t(r) * n.lanes, n.tokens, sums + size_t(r) * n.tokens);
+    }
+}
+
+}  // namespace
+
+// qkv: (rows, 3, heads, width); bias: (heads, keys, queries); order: the row of each token of each window; kind: for
+// each window its mask; out: (rows, heads, width); statistics: (windows, heads, 2, queries) or null;
+// bias_parts: (PARTS, heads, keys, queries), zeros.
+#define EXPORTED(NAME, T)                                                                                              \
+    extern "C" void window_forward_##NAME(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind,  \
+                                          const float* masks, T* out, float* statistics, int64_t windows, int tokens,  \
+                                          int heads, int width, int threads) {                                         \
+        forward<T>(qkv, bias, order, kind, masks, out, statistics, {windows, tokens, heads, width, threads});          \
+    }                                                                                                                  \
+    extern "C" void window_backward_##NAME(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind, \
+                                           const float* masks, const float* statistics, const T* gradient, T* into,    \
+                                           float* bias_parts, int64_t windows, int tokens, int heads, int width,       \
+                                           int threads) {                                                              \
+        backward<T>(qkv, bias, order, kind, masks, statistics, gradient, into, bias_parts,                             \
+                    {windows, tokens, heads, width, threads});                                                         \
+    }
+
+EXPORTED(float32, float)
+EXPORTED(bfloat16, uint16_t)
+
+extern "C" int window_parts() { return PARTS; }

@@ -1,0 +1,177 @@
+"""The compiled window attention against the same written out in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from runpy import run_path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.profiler import profile
+
+from dagman.nets import kernel
+from dagman.nets.window import FORBIDDEN, WindowAttention
+
+ROOT = Path(__file__).parents[2]
+needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="the kernel was not compiled here")
+
+
+def written_out(qkv: Tensor, bias: Tensor, order: Tensor, kinds: Tensor, masks: Tensor) -> Tensor:
+    heads, tokens, _ = bias.shape
+    windows = qkv[order.long()].view(len(kinds), tokens, 3, heads, -1)
+    query, key, value = windows.permute(2, 0, 3, 1, 4)
+    logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5 + bias + masks.to(qkv.dtype)[kinds.long()][:, None]
+    mixed = (logits.softmax(-1) @ value).transpose(1, 2).reshape(len(order), -1)
+    return torch.empty_like(mixed).index_copy(0, order.long(), mixed)
+
+
+def case(windows: int, tokens: int, heads: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Rows in any order, windows of three kinds."""
+    rows = windows * tokens
+    regions = torch.rand(3, tokens) < torch.tensor([[1.0], [0.5], [0.2]])
+    masks = torch.where(regions[:, :, None] == regions[:, None], 0.0, FORBIDDEN)
+    return [
+        torch.randn(rows, 3 * heads * width).to(dtype).requires_grad_(),
+        torch.randn(heads, tokens, tokens).mul(0.5).requires_grad_(),
+        torch.randperm(rows).int(),
+        torch.randint(0, 3, (windows,)).int(),
+        masks,
+    ]
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    return ((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-9)).item()
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=60)
+@given(
+    windows=st.integers(1, 37),
+    tokens=st.one_of(st.just(64), st.integers(2, 80), st.sampled_from([125, 216, 343])),
+    heads=st.integers(1, 4),
+    width=st.one_of(st.integers(6, 24), st.sampled_from([1, 3, 32, 40])),
+    seed=st.integers(0, 2**16),
+)
+def test_outputs_and_all_gradients_equal_float64(windows, tokens, heads, width, seed):
+    torch.manual_seed(seed)
+    given_ = case(windows if tokens < 100 else min(windows, 3), tokens, heads, width)
+    exact = [given_[0].detach().double().requires_grad_(), given_[1].detach().double().requires_grad_(), *given_[2:]]
+    mixed, expected = kernel.attention(*given_), written_out(*exact)
+    probe = torch.randn(mixed.shape)
+    found = torch.autograd.grad((mixed * probe).sum(), given_[:2])
+    wanted = torch.autograd.grad((expected * probe).sum(), exact[:2])
+    assert gap(mixed, expected) < 1e-6
+    assert (mixed - expected).abs().max() < 1e-5
+    for ours, plain in zip(found, wanted, strict=True):
+        assert gap(ours, plain) < 1e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize(("tokens", "width"), [(64, 12), (64, 24), (27, 7)])
+def test_bfloat16_is_rounded_only_at_the_door(tokens, width):
+    torch.manual_seed(0)
+    rounded = case(9, tokens, 2, width, torch.bfloat16)
+    exact = [rounded[0].detach().double().requires_grad_(), rounded[1].detach().double().requires_grad_(), *rounded[2:]]
+    mixed, expected = kernel.attention(*rounded), written_out(*exact)
+    assert mixed.dtype == torch.bfloat16
+    assert gap(mixed, expected) < 2**-8
+    probe = torch.randn(mixed.shape).bfloat16()
+    found = torch.autograd.grad((mixed * probe).sum(), rounded[:2])
+    wanted = torch.autograd.grad((expected * probe.double()).sum(), exact[:2])
+    assert found[0].dtype == torch.bfloat16
+    assert found[1].dtype == torch.float32
+    assert gap(found[0], wanted[0]) < 2**-8
+    assert gap(found[1], wanted[1]) < 1e-5
+
+
+@needs_kernel
+def test_threads_change_no_bit():
+    torch.manual_seed(0)
+    given_, before, results = case(50, 64, 2, 12), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            mixed = kernel.attention(*given_)
+            results.append([mixed, *torch.autograd.grad(mixed.square().sum(), given_[:2])])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@needs_kernel
+def test_logits_far_apart_give_no_nan():
+    given_ = case(3, 64, 1, 12)
+    mixed = kernel.attention(given_[0] * 100, *given_[1:])
+    mixed.sum().backward()
+    assert mixed.isfinite().all()
+    assert given_[0].grad.isfinite().all()
+
+
+def ran(x: Tensor, **sizes: int) -> set[str]:
+    """Which window attention computes on `x`, by the profiler."""
+    module = WindowAttention(x.shape[-1], num_heads=2, window=4, shift=sizes.get("shift", 2)).to(x.dtype)
+    with profile() as record:
+        module(x).sum().backward()
+        with torch.no_grad():
+            module(x)
+    names = {event.key for event in record.key_averages()}
+    return {"kernel"} & {"kernel" for name in names if name.startswith("WindowKernel")} | {
+        "pytorch" for name in names if "scaled_dot_product" in name or name == "aten::softmax"
+    }
+
+
+@needs_kernel
+@pytest.mark.parametrize("grid", [(8, 8, 8), (8, 4, 12), (2, 2, 2), (6, 8, 8)])
+def test_the_kernel_runs_where_it_can(grid):
+    assert ran(torch.randn(2, *grid, 12)) == {"kernel"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ran(torch.randn(2, *grid, 12)) == {"kernel"}
+
+
+def test_pytorch_runs_for_what_it_cannot_take():
+    assert ran(torch.randn(1, 8, 8, 8, 12, dtype=torch.float64)) == {"pytorch"}
+
+
+@pytest.mark.parametrize(("grid", "shift"), [((8, 8, 8), 2), ((8, 8, 8), 0), ((6, 8, 12), 2), ((2, 4, 8), 2)])
+def test_the_module_computes_the_same_with_and_without_it(grid, shift, monkeypatch):
+    torch.manual_seed(0)
+    module = WindowAttention(24, num_heads=2, window=4, shift=shift)
+    x = torch.randn(2, *grid, 24, requires_grad=True)
+    results = []
+    for _ in range(2):
+        y = module(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])])
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    for one, other in zip(*results, strict=True):
+        assert gap(one, other) < 1e-5
+
+
+def test_it_can_be_switched_off():
+    code = "from dagman.nets import kernel; print(kernel.library(), kernel.describe())"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"DAGMAN_KERNEL": "off"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert told.startswith("None window attention in PyTorch alone")
+
+
+@pytest.mark.parametrize("compiler", [None, "/no/such/compiler", "false"])
+def test_no_compiler_is_no_error(compiler, tmp_path, monkeypatch, capsys):
+    hook = run_path(str(ROOT / "hatch_build.py"))
+    compiling = hook["compile_kernels"]
+    monkeypatch.setitem(compiling.__globals__, "SOURCE", tmp_path / "window_kernel.cpp")
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    else:
+        monkeypatch.setattr(hook["shutil"], "which", lambda name: None)
+    assert compiling() == []
+    assert "attention will run in PyTorch alone" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""A training step counts no more of what makes it slow than it did: a guard that no busy machine can disturb.
+
+Where a count falls, lower the limit here; where one grows, look for what was lost.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from dagman.nets import kernel
+from dagman.nets.heads import ProjectionHead
+from dagman.nets.swin import AttentionConfig, SwinConfig, WindowBlock
+from dagman.nets.window import WindowAttention
+from dagman.pretext import hiding
+from dagman.pretext.codistill import CoDistillation, Knobs
+from dagman.pretext.method import HeadConfig, MethodConfig
+from dagman.types import Views
+
+CROP = (64, 64, 64)
+CELLS = 64
+PAIRS = 2
+HIDDEN = hiding.floor_count(0.7, CELLS) - hiding.floor_count(0.1, CELLS)
+OTHER_PRODUCTS = 1
+"""Batched products outside attention."""
+KNOBS = Knobs(0.04, 0.04, attended=True)
+
+
+COPIES = ("aten::copy_", "aten::index_select", "aten::fill_")
+"""Operations that move numbers and compute nothing; the first of their inputs is as large as what they write."""
+
+
+class Step:
+    """A step of a small network at the smallest crop that has hints, shifts and hidden windows."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        encoder = SwinConfig(
+            embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 4), attention=AttentionConfig(num_heads=4)
+        )
+        method = MethodConfig(heads=HeadConfig(num_prototypes=64, hidden_width=32, bottleneck_width=16))
+        self.module = CoDistillation(encoder, method, mean_intensity=0.4, crop=CROP).train()
+        images = torch.rand(2, PAIRS, 1, *CROP)
+        self.views = Views(images[0], images[1], torch.arange(PAIRS), torch.zeros(PAIRS))
+
+    def take(self) -> None:
+        outcome = self.module(self.views, KNOBS, torch.Generator().manual_seed(0))
+        outcome.losses.total.backward()
+        self.module.zero_grad(set_to_none=True)
+
+
+@pytest.fixture(scope="module")
+def step() -> Step:
+    return Step()
+
+
+@pytest.fixture(params=["kernel", "pytorch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "pytorch":
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    elif kernel.library() is None:
+        pytest.skip("the kernel was not compiled here")
+    return request.param
+
+
+def test_only_hidden_cells_go_through_the_layer_of_k(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: Counter[int] = Counter()
+    plain = ProjectionHead.logits
+
+    def counted(self: ProjectionHead, bottleneck: torch.Tensor) -> torch.Tensor:
+        rows[bottleneck.shape[:-1].numel()] += 1
+        return plain(self, bottleneck)
+
+    monkeypatch.setattr(ProjectionHead, "logits", counted)
+    step.take()
+    views = 2 * PAIRS
+    # [CLS], pooled: student and teacher; hidden cells: student and teacher; the mean of each head for the centers
+    assert rows == {views: 4, views * HIDDEN: 2, 1: 3}
+
+
+def test_no_more_windows_are_computed_than_before(step: Step, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    tokens: Counter[str] = Counter()
+    names = {module: name for name, module in step.module.named_modules() if isinstance(module, WindowBlock)}
+    hooks = [
+        block.mlp.register_forward_pre_hook(
+            lambda _, given, name=name: tokens.update({name: given[0].shape[:-1].numel()})
+        )
+        for block, name in names.items()
+    ]
+    step.take()
+    for hook in hooks:
+        hook.remove()
+    every = 2 * PAIRS * (CROP[0] // 2) ** 3
+    shares = {name: count / every for name, count in tokens.items() if "stages.0" in name}
+    first, second = (f"{side}.encoder.stages.0.blocks.{{}}" for side in ("student", "teacher"))
+    assert shares[first.format(0)] < 0.42, "a hidden cell's windows stand for each other"
+    assert shares[second.format(0)] < 0.33, "and a dropped cell's"
+    assert shares[first.format(1)] < 0.85, "shifted windows within hidden cells too"
+    assert shares[second.format(1)] < 0.75
+
+
+def test_no_attention_falls_to_the_math_path(step: Step, path: str) -> None:
+    with profile() as record:
+        step.take()
+    calls = Counter(event.key for event in record.key_averages() for _ in range(event.count))
+    assert not [name for name in calls if "attention_math" in name]
+    blocks = sum(isinstance(module, WindowAttention) for module in step.module.student.modules())
+    if path == "kernel":
+        assert (calls["WindowKernel"], calls["WindowKernelBackward"]) == (2 * blocks, blocks)
+        assert calls["aten::bmm"] <= OTHER_PRODUCTS
+    else:
+        assert calls["aten::bmm"] <= OTHER_PRODUCTS + 6 * blocks, (
+            "two products forward, four backward, of the student alone"
+        )
+
+
+@pytest.mark.parametrize(("precision", "most"), [("float32", 115.0), ("bf16", 137.0)])
+def test_no_more_numbers_are_copied_than_before(step: Step, precision: str, most: float) -> None:
+    if kernel.library() is None:
+        pytest.skip("counted with the compiled kernel")
+    with profile(record_shapes=True) as record, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        step.take()
+    copied = sum(math.prod(event.input_shapes[0]) for event in record.events() if event.name in COPIES)
+    assert copied / 1e6 < most
