@@ -286,7 +286,18 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
 
     save_encoder(small_study.encoder(), tmp_path / "run" / "weights" / "model.safetensors", {"recipe": "small"})
     given = ["--input", str(store.folder), "--positive", "bright", "--folds", "2"]
-    quick = ["--steps", "6", "--batch-size", "4", "--check-every", "3", "--learning-rate", "0.003"]
+    quick = [
+        "--crop",
+        "32,32,64",
+        "--steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--check-every",
+        "3",
+        "--learning-rate",
+        "0.003",
+    ]
     run = str(tmp_path / "run")
     assert cli.run(["classify", "finetune", "--weights", run, *given, "-o", str(tmp_path / "ft"), *quick]) == 0
     assert cli.run(["embed", "--weights", run, "-i", str(store.folder), "-o", str(tmp_path / "f.csv")]) == 0
@@ -326,6 +337,13 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
     assert "E-FORMAT broken: " in shown or "broken.nii.gz" in shown
     attention = next(line for line in shown.splitlines() if line.startswith("Next: dagman attention --weights "))
     load_encoder(Path(attention.split()[4]))
+
+
+@pytest.mark.parametrize("sides", ["64,64", "64,64,x"])
+def test_a_crop_has_three_sides(store, tmp_path, capfd, sides):
+    given = ["--weights", "none", "-i", str(store.folder), "-o", str(tmp_path), "--crop", sides]
+    assert cli.run(["classify", "finetune", *given]) == ExitCode.USAGE
+    assert "give three sides, such as 64,64,64" in capfd.readouterr().err
 
 
 def test_scans_that_a_classifier_did_not_learn_from_are_said(study, store, tmp_path, capfd):

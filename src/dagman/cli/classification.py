@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from dagman.cli.watching import Output, Sources, Switch, next_step, progress, require, say
+from dagman.cli.watching import Crop, Output, Sources, Switch, next_step, progress, require, say
 from dagman.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def finetune(
     recipe: str = "dagman-tiny",
     network: Literal["encoder", "resnet50"] = "encoder",
     which: Literal["pooled", "cells", "cls", "all"] = "pooled",
-    crop: tuple[int, int, int] | None = None,
+    crop: Crop = None,
     positive: str | None = None,
     folds: int = 3,
     split: Switch = False,
@@ -209,7 +209,7 @@ def finetune(
         recipe: The encoder of `--weights none`.
         network: `resnet50` is MONAI's 3D ResNet-50, to be compared with.
         which: What the linear layer sees: as `dagman embed --which`.
-        crop: Voxels (x, y, z) of a crop; the encoder's own without.
+        crop: Voxels (x, y, z) of a crop, such as 64,64,64; the encoder's own without.
         positive: The positive one of two labels, where labels are words.
         folds: Number of folds.
         split: Use the store's column `split` (train, validation, test) in place of folds.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from dagman.cli.starting import starting_encoder
-from dagman.cli.watching import Output, Sources, Switch, next_step, progress, require, say
+from dagman.cli.watching import Crop, Output, Sources, Switch, next_step, progress, require, say
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def train(
     data: Data,
     output: Output,
     recipe: str = "dagman-tiny",
-    crop: tuple[int, int, int] | None = None,
+    crop: Crop = None,
     labels: str | None = None,
     folds: int = 3,
     fold: int | None = None,

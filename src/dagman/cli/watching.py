@@ -3,17 +3,30 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
+from dagman.config import convert
 from dagman.errors import DagmanError
 
 Sources = Annotated[list[Path], Parameter(name=["--input", "-i"], consume_multiple=True, negative=())]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Switch = Annotated[bool, Parameter(negative=())]
+
+
+def _sides(_: Any, tokens: Sequence[Token]) -> Any:
+    """Three numbers in one word, as in settings."""
+    try:
+        return convert(tuple[int, int, int], tokens[0].value, "--crop")
+    except DagmanError as error:
+        raise DagmanError("CONFIG", "--crop", error.problem, "give three sides, such as 64,64,64") from None
+
+
+Crop = Annotated[tuple[int, int, int] | None, Parameter(negative=(), n_tokens=1, converter=_sides, metavar="X,Y,Z")]
+"""Written `64,64,64`."""
 
 
 @runtime_checkable

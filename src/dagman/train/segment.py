@@ -214,7 +214,10 @@ def _with_crop(encoder: Encoder, config: SegmentConfig) -> Encoder:
     encoder.config.grid(crop)
     if all(side <= encoder.config.final_side for side in crop):
         raise DagmanError(
-            "CROP", f"crop {crop}", "has a single final token", f"double a side: --crop {2 * crop[0]} ..."
+            "CROP",
+            f"crop {crop}",
+            "has a single final token",
+            "double a side, such as --crop 64,64,64",
         )
     other = copy.deepcopy(encoder)
     other.preparation = replace(encoder.preparation, crop=crop)
