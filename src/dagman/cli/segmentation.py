@@ -300,12 +300,16 @@ def export_nnunet(
         )
     described = json.loads((folder / "dataset.json").read_text())
     say(f"wrote {described['numTraining']} cases to {folder}; classes {', '.join(list(described['labels'])[1:])}")
-    done = f"nnUNet_results/{folder.name}/nnUNetTrainer__nnUNetPlans__3d_fullres"
     say(f"nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity -c 3d_fullres")
     say(f"cp {folder / 'splits_final.json'} nnUNet_preprocessed/{folder.name}/")
-    say(f"nnUNetv2_train {number} 3d_fullres 0   (and the other folds)")
+    if split:
+        say(f"nnUNetv2_train {number} 3d_fullres 0")
+        found = "nnunet-predicted"
+        say(f"nnUNetv2_predict -i {folder / 'imagesTs'} -o {found} -d {number} -c 3d_fullres -f 0")
+    else:
+        say(f"nnUNetv2_train {number} 3d_fullres 0   (and the other folds)")
+        found = f"nnUNet_results/{folder.name}/nnUNetTrainer__nnUNetPlans__3d_fullres/fold_*/validation"
     next_step(
-        f"the three commands above, then dagman segment score -i {done}/fold_*/validation "
-        f"--reference {folder / 'cases.csv'} -o nnunet-scores"
+        f"the commands above, then dagman segment score -i {found} --reference {folder / 'cases.csv'} -o nnunet-scores"
     )
     return ExitCode.OK
