@@ -132,6 +132,29 @@ def test_planes_between_slices_belong_to_the_nearest(ct: tuple[Scan, Volume], tm
     assert dice(mask_of(*ct, path) == 1, HOLLOW) >= 0.98
 
 
+def test_contours_of_one_plane_may_differ_by_rounding(ct: tuple[Scan, Volume], tmp_path: Path) -> None:
+    """A hole stays one although its contour is written on the other side of a hundredth."""
+    lines = [
+        line + np.array([0, 0, 0.0049 if np.ptp(line[:, 0]) > 7 else 0.0051])
+        for line in outlines(HOLLOW)
+        if line[0, 2] == 7
+    ]
+    assert len({round(float(line[0, 2]), 2) for line in lines}) == 2
+    found = mask_of(*ct, rtstruct(tmp_path / "rt.dcm", ct[1], {"a": lines})) == 1
+    assert (found[:, :, 7] == HOLLOW[:, :, 7]).all()
+
+
+@pytest.mark.parametrize("order", [("gtv", "lung"), ("lung", "gtv", "empty")])
+def test_a_structure_asked_for_that_nobody_would_see_is_refused(
+    ct: tuple[Scan, Volume], tmp_path: Path, order: tuple[str, ...]
+) -> None:
+    drawn = {"lung": outlines(ball((10, 8, 7), 5)), "gtv": outlines(ball((10, 8, 7), 2)), "empty": []}
+    path = rtstruct(tmp_path / "rt.dcm", ct[1], drawn)
+    hidden = "gtv" if order[0] == "gtv" else "empty"
+    with pytest.raises(DagmanError, match=f"E-ROI .*no voxel of {hidden} to see"):
+        mask_of(*ct, path, *order)
+
+
 def test_planes_on_every_other_slice_fill_those_between(ct: tuple[Scan, Volume], tmp_path: Path) -> None:
     disc = np.zeros((22, 18, 16), bool)
     disc[5:12, 4:9, 3:12] = True

@@ -91,7 +91,7 @@ def test_a_mirrored_prediction_is_suspected(tmp_path):
     assert "left and right exchanged its Dice would be 1.00" in row.note
 
 
-def test_a_missing_prediction_and_one_without_reference_are_told(tmp_path, capsys):
+def test_a_missing_prediction_counts_as_missed_and_one_without_reference_is_told(tmp_path, capsys):
     for name in ("a", "b"):
         save(tmp_path / "truth" / f"{name}.nii.gz")
     for name in ("a", "c"):
@@ -99,9 +99,40 @@ def test_a_missing_prediction_and_one_without_reference_are_told(tmp_path, capsy
     command = ["segment", "score", "-i", str(tmp_path / "found"), "--reference", str(tmp_path / "truth")]
     assert run([*command, "-o", str(tmp_path / "out")]) == 3
     told = capsys.readouterr().err
-    assert "E-GONE b: has no prediction" in told
+    assert "1 references have no prediction, such as b, and count as missed; mean Dice of the others: label 1 1" in told
     assert "1 predictions have no reference, such as c.nii.gz" in told
-    assert "1 of 2 references were scored" in told
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["classes"]["label 1"]["states"] == {"both": 1, "neither": 0, "missed": 1, "invented": 0}
+    assert result["classes"]["label 1"]["all"]["dice"]["value"] == 0.5
+    assert result["without_prediction"] == ["b"]
+
+
+def test_no_prediction_of_an_empty_reference_is_no_merit(tmp_path):
+    for name, mask in {"a": TRUTH, "b": np.zeros_like(TRUTH)}.items():
+        save(tmp_path / "truth" / f"{name}.nii.gz", mask)
+    save(tmp_path / "found" / "a.nii.gz")
+    found = matching.score([tmp_path / "found"], tmp_path / "truth")
+    assert ([row.case_id for row in found.rows], found.missing) == (["a"], ("b",))
+
+
+def test_rows_of_a_table_that_cannot_be_used_are_named(tmp_path, capsys):
+    table = small_study.write_cases(tmp_path / "raw", {f"c{number}": small_study.case(number) for number in range(2)})
+    table.write_text(table.read_text() + "c2,c1.nii.gz,masks/gone.nii.gz,p\n")
+    command = ["segment", "score", "-i", str(tmp_path / "raw" / "masks"), "--reference", str(table)]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 3
+    told = capsys.readouterr().err
+    assert "masks/gone.nii.gz does not exist" in told
+    assert "2 of 3 references were scored" in told
+
+
+def test_label_values_that_no_reference_holds_are_named(tmp_path, capsys):
+    save(tmp_path / "truth" / "a.nii.gz")
+    strange = TRUTH.copy()
+    strange[0, 0, :2] = (7, 5)
+    save(tmp_path / "found" / "a.nii.gz", strange)
+    command = ["segment", "score", "-i", str(tmp_path / "found"), "--reference", str(tmp_path / "truth")]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 0
+    assert "a: its prediction holds label 5, 7, which no reference does" in capsys.readouterr().err
 
 
 def test_no_pair_at_all_and_two_files_of_one_case_are_refused(tmp_path):

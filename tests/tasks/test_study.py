@@ -77,6 +77,19 @@ def test_a_rare_class_stays_in_every_training_part_or_is_refused():
         parts(once, folds=3, seed=0)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.integers(3, 5))
+def test_the_best_step_is_chosen_on_cases_that_hold_every_class(seed, per_class):
+    labels = [{1}] * per_class + [{2}] * per_class + [set()] * 14
+    given_plan = study(Path("t"), cases([f"p{number}" for number in range(len(labels))], labels), labels=None)
+    for part in parts(given_plan, folds=2, seed=seed):
+        held = set().union(*(labels[row] for row in part.held_out))
+        learnt = [label for row in part.train for label in labels[row]]
+        assert {1, 2} <= set(learnt)
+        for label in (1, 2):  # It is held out unless training has it from one patient only.
+            assert label in held or learnt.count(label) == 1
+
+
 def test_one_patient_and_no_patient_are_refused():
     with pytest.raises(DagmanError, match=r"E-FOLDS.*1 patients"):
         parts(plan(["same"] * 5), folds=3, seed=0)

@@ -17,6 +17,7 @@ from dagman.errors import DagmanError
 from dagman.nets.encoder import new
 from dagman.nets.weights import save_encoder
 from dagman.tasks import leakage, segment, segmenter
+from dagman.tasks.classes import choose
 from dagman.train import segment as training
 from dagman.train.finetune import FinetuneConfig
 from dagman.train.segment import SegmentConfig
@@ -179,6 +180,30 @@ def test_from_scratch_a_plain_swinunetr_and_test_masks_that_nobody_opens_before_
     tested = json.loads((tmp_path / "fold-0" / "result.json").read_text())["identity"]["test"]
     assert opened
     assert not {store.rows[row]["case_id"] for row in opened} & set(tested)
+
+
+def test_predicting_nothing_on_empty_cases_is_no_merit(tmp_path):
+    hu, mask = small_study.case(0)
+    cases = {"full": (hu, mask), "bare": (hu, np.zeros_like(mask)), "next": (hu + np.int16(1), mask)}
+    store = small_study.store(tmp_path, cases)
+    names = [row["case_id"] for row in store.rows]
+
+    class Nothing(training.SegmentationNetwork):
+        def forward(self, images):
+            return torch.stack([torch.ones_like(images[:, 0]), torch.zeros_like(images[:, 0])], dim=1)
+
+    network = Nothing(small_study.encoder(), 2).eval()
+    lesson = training.SegmentLesson(
+        network=network,
+        dataset=torch.utils.data.TensorDataset(torch.zeros(1)),
+        identity=None,
+        store=store,
+        classes=choose(None, [1]),
+        held_out=(names.index("full"), names.index("bare")),
+    )
+    assert lesson.score() == 0
+    lesson.held_out = (names.index("bare"),)
+    assert lesson.score() is None
 
 
 def test_a_crop_of_one_final_token_is_refused_before_work(store, tmp_path):

@@ -12,6 +12,7 @@ from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
     from dagman.nets.encoder import Encoder
+    from dagman.tasks.matching import Scored
 
 segment = App(
     name="segment",
@@ -221,23 +222,39 @@ def score(
         "labels": dict(zip(found.classes.names, map(list, found.classes.labels), strict=True)),
         "not_scored": [str(error) for error in found.rejected],
         "predictions_without_reference": [path.name for path in found.unmatched],
+        "without_prediction": list(found.missing),
+        "dice_of_predicted": found.dice_of_predicted,
+        "labels_in_no_reference": {case: list(values) for case, values in found.strange.items()},
     }
     segmentation_scores.write(rows, result, output)
     picture = matching.draw(found, output)
+    for line in segmentation_scores.lines(result):
+        print(line)
+    _tell_left_out(found, output)
+    _warn(result)
+    num_scored = len(found.scored)
+    say(f"{num_scored} of {num_scored + len(found.rejected)} references were scored")
+    say(f"wrote {output / 'result.json'}, {output / 'cases.csv'}" + (f" and {picture}" if picture else ""))
+    next_step(f"look at the lowest rows of {output / 'cases.csv'}")
+    return ExitCode.REJECTED if found.rejected or found.unmatched or found.missing else ExitCode.OK
+
+
+def _tell_left_out(found: "Scored", output: Path) -> None:
+    """Name what does not fit together."""
     for error in found.rejected[:MOST_LINES]:
         say(str(error))
     if len(found.rejected) > MOST_LINES:
         say(f"... and {len(found.rejected) - MOST_LINES} more in {output / 'result.json'}")
     if found.unmatched:
         say(f"{len(found.unmatched)} predictions have no reference, such as {found.unmatched[0].name}")
-    for line in segmentation_scores.lines(result):
-        print(line)
-    _warn(result)
-    num_scored = len(found.scored)
-    say(f"{num_scored} of {num_scored + len(found.rejected)} references were scored")
-    say(f"wrote {output / 'result.json'}, {output / 'cases.csv'}" + (f" and {picture}" if picture else ""))
-    next_step(f"look at the lowest rows of {output / 'cases.csv'}")
-    return ExitCode.REJECTED if found.rejected or found.unmatched else ExitCode.OK
+    if found.missing:
+        dice = ", ".join(f"{name} {value:.3f}" for name, value in found.dice_of_predicted.items()) or "none"
+        say(
+            f"{len(found.missing)} references have no prediction, such as {found.missing[0]}, and count as missed; "
+            f"mean Dice of the others: {dice}"
+        )
+    for case, values in list(found.strange.items())[:MOST_LINES]:
+        say(f"{case}: its prediction holds label {', '.join(map(str, values))}, which no reference does")
 
 
 @segment.command
@@ -283,12 +300,16 @@ def export_nnunet(
         )
     described = json.loads((folder / "dataset.json").read_text())
     say(f"wrote {described['numTraining']} cases to {folder}; classes {', '.join(list(described['labels'])[1:])}")
-    done = f"nnUNet_results/{folder.name}/nnUNetTrainer__nnUNetPlans__3d_fullres"
     say(f"nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity -c 3d_fullres")
     say(f"cp {folder / 'splits_final.json'} nnUNet_preprocessed/{folder.name}/")
-    say(f"nnUNetv2_train {number} 3d_fullres 0   (and the other folds)")
+    if split:
+        say(f"nnUNetv2_train {number} 3d_fullres 0")
+        found = "nnunet-predicted"
+        say(f"nnUNetv2_predict -i {folder / 'imagesTs'} -o {found} -d {number} -c 3d_fullres -f 0")
+    else:
+        say(f"nnUNetv2_train {number} 3d_fullres 0   (and the other folds)")
+        found = f"nnUNet_results/{folder.name}/nnUNetTrainer__nnUNetPlans__3d_fullres/fold_*/validation"
     next_step(
-        f"the three commands above, then dagman segment score -i {done}/fold_*/validation "
-        f"--reference {folder / 'cases.csv'} -o nnunet-scores"
+        f"the commands above, then dagman segment score -i {found} --reference {folder / 'cases.csv'} -o nnunet-scores"
     )
     return ExitCode.OK

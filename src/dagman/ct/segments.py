@@ -4,7 +4,6 @@ Runs inside the guarded process. RTSTRUCT is filled by `dagman.ct.contours`: the
 DICOM images beside the contours or fill each contour alone, without its holes. SEG is read by highdicom.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,8 @@ from dagman.errors import DagmanError
 MODALITIES = ("RTSTRUCT", "SEG")
 TOLERANCE = 0.05
 """Frames of a SEG may lie this share of a voxel away from the image's voxels."""
+_SAME_PLANE = 0.05
+"""Contours that lie this share of a slice apart are of one plane."""
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _MOST_POINTS = 20_000_000
 _GRID = "give the CT it was drawn on"
@@ -56,23 +57,29 @@ def read(
         if pixels.word(header, "Modality") == "SEG":
             known = [Roi(int(one.SegmentNumber), str(one.SegmentLabel)) for one in header.SegmentSequence]
             _check_size(file, header, max_voxels)
-            masks = _segmented(file, _chosen(file, known, rois), shape, grid)
+            chosen = _chosen(file, known, rois)
+            masks = _segmented(file, chosen, shape, grid)
         else:
             known = [Roi(int(one.ROINumber), str(one.get("ROIName", ""))) for one in header.StructureSetROISequence]
-            masks = _drawn(file, header, _chosen(file, known, rois), shape, grid)
-        return None, _labels(file, masks, shape, refuse_overlap=not rois)
+            chosen = _chosen(file, known, rois)
+            masks = _drawn(file, header, chosen, shape, grid)
+        return None, _labels(file, masks, shape, chosen if rois else None)
 
 
-def _labels(path: Path, masks: Iterator[np.ndarray], shape: Sequence[int], *, refuse_overlap: bool) -> np.ndarray:
-    """A label map from the voxels (n, 3) of each structure."""
+def _labels(path: Path, masks: Iterator[np.ndarray], shape: Sequence[int], wanted: Sequence[Roi] | None) -> np.ndarray:
+    """A label map from the voxels (n, 3) of each structure; each of those asked for by name is in it."""
     labels = np.zeros(shape, np.int16)
     for label, voxels in enumerate(masks, 1):
         where = tuple(voxels.T)
-        if refuse_overlap and labels[where].any():
+        if wanted is None and labels[where].any():
             raise DagmanError("ROI", path, "holds structures that overlap", _SELECT)
         labels[where] = label
     if not labels.any():
         raise DagmanError("MASK", path, "holds no voxel of this CT", _GRID)
+    gone = [roi for label, roi in enumerate(wanted or (), 1) if not (labels == label).any()]
+    if gone:
+        problem = f"has no voxel of {gone[0].name or gone[0].number} to see: it is empty, or a later one covers it"
+        raise DagmanError("ROI", path, problem, "name it after the one that covers it, or leave it out")
     return labels
 
 
@@ -143,14 +150,12 @@ def _points(path: Path, contour: Any, affine: np.ndarray) -> np.ndarray:
 
 def _filled(path: Path, lines: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
     """Voxels inside: each slice shows the contours of the plane nearest to it, no farther than planes lie apart."""
-    planes: dict[float, list[np.ndarray]] = defaultdict(list)
     for line in lines:
         if np.ptp(line[:, 2]) > 0.5:
             raise DagmanError("MASK", path, "has contours that cross the slices of this CT", _GRID)
-        planes[round(float(line[:, 2].mean()), 2)].append(line[:, :2])
-    if not planes:
+    if not lines:
         return np.zeros((0, 3), np.int64)
-    places = np.array(sorted(planes))
+    places, planes = _planes(lines)
     if places[0] < -0.51 or places[-1] > shape[2] - 0.49:
         raise DagmanError("MASK", path, "has contours beyond the slices of this CT", _GRID)
     apart = float(np.median(np.diff(places))) if len(places) > 1 else 1.0
@@ -159,9 +164,18 @@ def _filled(path: Path, lines: Sequence[np.ndarray], shape: Sequence[int]) -> np
     near = np.abs(slices - places[nearest]) <= max(0.5, apart / 2) + 0.01
     found = []
     for k in slices[near].tolist():
-        layer = np.argwhere(contours.fill(planes[places[nearest[k]]], (shape[0], shape[1])))
+        layer = np.argwhere(contours.fill(planes[nearest[k]], (shape[0], shape[1])))
         found.append(np.column_stack([layer, np.full(len(layer), k)]))
     return np.concatenate(found) if found else np.zeros((0, 3), np.int64)
+
+
+def _planes(lines: Sequence[np.ndarray]) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """Places of the planes, and the contours (column, row) of each: those that lie closer than a gap are of one."""
+    where = np.array([line[:, 2].mean() for line in lines])
+    order = np.argsort(where, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(where[order]) > _SAME_PLANE) + 1)
+    places = np.array([where[group].mean() for group in groups])
+    return places, [[lines[index][:, :2] for index in group] for group in groups]
 
 
 def _check_size(path: Path, header: Any, max_voxels: int) -> None:

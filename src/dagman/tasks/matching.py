@@ -12,7 +12,7 @@ import numpy as np
 from dagman import files
 from dagman.ct import grid
 from dagman.ct.index import index
-from dagman.ct.read import read, read_mask
+from dagman.ct.read import read, read_mask, read_mask_of
 from dagman.errors import DagmanError, ExitCode
 from dagman.figures import segmentation as figure
 from dagman.tasks import segmentation_scores
@@ -55,8 +55,28 @@ def pairs(predictions: Sequence[Path], reference: Path) -> tuple[list[Pair], lis
         DagmanError: `E-GONE` for what does not exist; `E-DUPCASE`, exit code 4, for two files of one name;
             `E-NODATA` where nothing fits together.
     """
-    found = _by_name(predictions)
-    wanted = _table(reference) if reference.suffix.lower() == ".csv" else _folder(reference)
+    return _matched(_by_name(predictions), references(reference)[0], reference)
+
+
+def references(source: Path) -> tuple[list[Pair], list[DagmanError]]:
+    """The references of a folder or table, and its rows that cannot be used."""
+    if source.suffix.lower() != ".csv":
+        return _folder(source), []
+    scans, problems = index([source])
+    lost = [
+        DagmanError(each.code, each.source, each.problem, each.advice, exit_code=ExitCode.REFUSED)
+        for each in problems
+        if not each.ignored
+    ]
+    kept = [
+        Pair(case_id=scan.case_id, patient=scan.patient, reference=scan.mask, prediction=None, scan=scan)
+        for scan in scans
+        if scan.mask is not None
+    ]
+    return kept, lost
+
+
+def _matched(found: dict[str, Path], wanted: list[Pair], reference: Path) -> tuple[list[Pair], list[Path]]:
     matched = [
         replace(each, prediction=found.get(each.case_id.lower()) or found.get(_stem(each.reference).lower()))
         for each in wanted
@@ -79,21 +99,6 @@ def _folder(folder: Path) -> list[Pair]:
     named = _by_name([folder])
     return [
         Pair(case_id=_stem(path), patient=None, reference=path, prediction=None) for _, path in sorted(named.items())
-    ]
-
-
-def _table(path: Path) -> list[Pair]:
-    scans, _ = index([path])
-    return [
-        Pair(
-            case_id=scan.case_id,
-            patient=scan.patient,
-            reference=scan.mask,
-            prediction=None,
-            scan=scan,
-        )
-        for scan in scans
-        if scan.mask is not None
     ]
 
 
@@ -132,15 +137,16 @@ def _stem(path: Path) -> str:
 
 
 def read_pair(pair: Pair) -> tuple[Volume, Volume]:
-    """Prediction and reference, both turned to RAS+.
+    """Prediction and reference, both turned to RAS+; a case without prediction is predicted empty.
 
     Raises:
         DagmanError: As `ct.read.read_mask`; `E-MASK`, exit code 4, where they do not lie on one grid: other numbers of
             voxels, spacing, direction or place.
     """
+    reference = _reference(pair)
     if pair.prediction is None:
-        raise DagmanError("GONE", pair.case_id, "has no prediction", "predict it too, or leave its reference out")
-    predicted, reference = read_mask(pair.prediction), read_mask(pair.reference)
+        return replace(reference, hu=np.zeros_like(reference.hu)), reference
+    predicted = read_mask(pair.prediction)
     for problem in _differences(predicted, reference):
         raise DagmanError(
             "MASK",
@@ -150,6 +156,12 @@ def read_pair(pair: Pair) -> tuple[Volume, Volume]:
             exit_code=ExitCode.REFUSED,
         )
     return predicted, reference
+
+
+def _reference(pair: Pair) -> Volume:
+    """The reference; of a table, as it was drawn on its CT, such as structures of an RTSTRUCT."""
+    mask = read_mask_of(pair.scan, read(pair.scan)) if pair.scan else None
+    return mask or read_mask(pair.reference)
 
 
 def _differences(one: Volume, other: Volume) -> Iterator[str]:
@@ -179,11 +191,27 @@ class Scored:
     classes: Classes
     patients_known: bool
     rejected: tuple[DagmanError, ...]
-    """Cases that could not be compared; they are in no score."""
+    """References that could not be compared, and rows of the table that are none; they are in no score."""
     unmatched: tuple[Path, ...]
     """Predictions without reference."""
     scored: dict[str, Pair]
     """By case."""
+    strange: dict[str, tuple[int, ...]]
+    """Label values of predictions that no reference holds, by case; they count as background."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Cases without prediction: what their references hold counts as missed."""
+        return tuple(case for case, pair in self.scored.items() if pair.prediction is None)
+
+    @property
+    def dice_of_predicted(self) -> dict[str, float]:
+        """Mean Dice of each class over the cases that have a prediction."""
+        dice: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row.case_id not in self.missing:
+                dice.setdefault(row.name, []).append(row.scores.dice)
+        return {name: float(np.mean(values)) for name, values in dice.items()}
 
     @property
     def group_by(self) -> Literal["patient", "case"]:
@@ -209,26 +237,21 @@ def score(
     Raises:
         DagmanError: As `pairs`; `E-NODATA`, exit code 5, where no pair can be compared; `E-LABEL`.
     """
-    matched, unmatched = pairs(predictions, reference)
-    rejected: list[DagmanError] = []
+    wanted, lost = references(reference)
+    matched, unmatched = _matched(_by_name(predictions), wanted, reference)
     seen: set[int] = set()
     for pair in matched:
-        with _noted(rejected):
-            seen |= set(np.unique(read_mask(pair.reference).hu).tolist())
+        with _noted([]):
+            seen |= set(np.unique(_reference(pair).hu).tolist())
     classes = choose(labels, seen)
-    rejected.clear()
-    rows: list[Row] = []
+    rejected, rows, scored, strange = list(lost), list[Row](), dict[str, Pair](), dict[str, tuple[int, ...]]()
     for done, pair in enumerate(matched, 1):
         with _noted(rejected):
             predicted, truth = read_pair(pair)
-            rows += compare(
-                classes.numbers(predicted.hu),
-                classes.numbers(truth.hu),
-                classes,
-                truth.spacing_mm,
-                case_id=pair.case_id,
-                patient=pair.patient,
-            )
+            rows += _rows(pair, predicted, truth, classes)
+            scored[pair.case_id] = pair
+            if others := set(np.unique(predicted.hu).tolist()) - seen - {0}:
+                strange[pair.case_id] = tuple(sorted(others))
         if progress:
             progress(done, len(matched))
     if not rows:
@@ -239,8 +262,6 @@ def score(
             "mend the first, then run again",
             exit_code=ExitCode.NOTHING_USABLE,
         )
-    kept = {row.case_id for row in rows}
-    scored = {pair.case_id: pair for pair in matched if pair.case_id in kept}
     return Scored(
         rows=tuple(rows),
         classes=classes,
@@ -248,7 +269,23 @@ def score(
         rejected=tuple(rejected),
         unmatched=tuple(unmatched),
         scored=scored,
+        strange=strange,
     )
+
+
+def _rows(pair: Pair, predicted: Volume, truth: Volume, classes: Classes) -> list[Row]:
+    """Rows of one case; without prediction, of the classes that its reference holds."""
+    rows = compare(
+        classes.numbers(predicted.hu),
+        classes.numbers(truth.hu),
+        classes,
+        truth.spacing_mm,
+        case_id=pair.case_id,
+        patient=pair.patient,
+    )
+    if pair.prediction is not None:
+        return rows
+    return [replace(row, note="has no prediction") for row in rows if row.scores.state == "missed"]
 
 
 @contextlib.contextmanager

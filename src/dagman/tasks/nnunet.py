@@ -1,7 +1,8 @@
 """The same cases and folds for nnU-Net, so that it can stand beside us as a baseline.
 
 `nnUNet_raw/DatasetNNN_NAME` is written as nnU-Net v2 documents it; its predictions are label maps that
-`dagman segment score` reads, with `cases.csv` of that folder as reference.
+`dagman segment score` reads, with `cases.csv` of that folder as reference. With a split column, test cases go to
+`imagesTs` and `labelsTs`, where nnU-Net's planning and training do not look.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +14,15 @@ from jaxtyping import Num
 
 from dagman import files
 from dagman.ct.index import index
-from dagman.ct.read import read, read_mask
+from dagman.ct.read import read, read_mask_of
 from dagman.ct.store import MANIFEST, PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.tasks import study
+from dagman.tasks.folds import Part
 from dagman.tasks.segment import write_nifti
 from dagman.tasks.study import Case, Study
 from dagman.tasks.table import write_rows
+from dagman.types import Scan
 
 Triples = Iterator[tuple[int, Num[np.ndarray, "x y z"], np.ndarray, np.ndarray]]
 """Row, HU, label map and affine of each case that has a mask."""
@@ -74,39 +77,52 @@ def export(
     cases, volumes = _from_store(source) if is_store else _from_table(source)
     plan = study.study(source, cases, labels=labels, group_by=group_by)
     chosen = study.parts(plan, folds=folds, split=split, seed=seed)
-    names = [cases[row].case_id for row in plan.rows]
+    tested = set(chosen[0].test) if split else set()
+    temporary = folder.with_name(f".{folder.name}{files.TEMPORARY_SUFFIX}")
+    files.remove_folder(temporary)
     for done, (row, hu, label_map, affine) in enumerate(volumes(plan.rows), 1):
-        case = cases[row].case_id
-        write_nifti(hu, affine, folder / "imagesTr" / f"{case}_0000.nii.gz")
-        write_nifti(plan.classes.numbers(label_map), affine, folder / "labelsTr" / f"{case}.nii.gz")
+        image, mask = _places(cases[row].case_id, tested=row in tested)
+        write_nifti(hu, affine, temporary / image)
+        write_nifti(plan.classes.numbers(label_map), affine, temporary / mask)
         if progress:
-            progress(done, len(names))
-    splits = [
-        {"train": _names(cases, (*part.train, *part.held_out)), "val": _names(cases, part.test)} for part in chosen
-    ]
-    files.write_json(folder / "splits_final.json", splits)
-    _write_tables(folder, cases, plan)
+            progress(done, len(plan.rows))
+    files.write_json(temporary / "splits_final.json", [_fold(cases, part, split=split) for part in chosen])
+    _write_tables(temporary, cases, plan, tested, with_patients=group_by == "patient")
+    files.publish_folder(temporary, folder)
     return folder
+
+
+def _places(case: str, *, tested: bool) -> tuple[str, str]:
+    """Image and label map of a case in the folder."""
+    side = "Ts" if tested else "Tr"
+    return f"images{side}/{case}_0000.nii.gz", f"labels{side}/{case}.nii.gz"
+
+
+def _fold(cases: list[Case], part: Part, *, split: bool) -> dict[str, list[str]]:
+    """One of nnU-Net's folds: it validates on our test cases, or, where these are apart, on those held out."""
+    learnt, judged = (part.train, part.held_out) if split else ((*part.train, *part.held_out), part.test)
+    return {"train": _names(cases, learnt), "val": _names(cases, judged or learnt)}
 
 
 def _names(cases: list[Case], rows: tuple[int, ...]) -> list[str]:
     return sorted(cases[row].case_id for row in rows)
 
 
-def _write_tables(folder: Path, cases: list[Case], plan: Study) -> None:
-    """`cases.csv` for `segment score`, and `dataset.json` last: with it nnU-Net finds the data set."""
+def _write_tables(folder: Path, cases: list[Case], plan: Study, tested: set[int], *, with_patients: bool) -> None:
+    """`cases.csv` for `segment score`: what is tested, and patients where they are known; and `dataset.json`."""
+    judged = [each for each in zip(plan.rows, plan.groups, strict=True) if not tested or each[0] in tested]
     write_rows(
         folder / "cases.csv",
-        ("case_id", "image", "mask", "patient"),
+        ("case_id", "image", "mask", *(("patient",) if with_patients else ())),
         (
-            (case, f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz", group)
-            for case, group in zip((cases[row].case_id for row in plan.rows), plan.groups, strict=True)
+            (name := cases[row].case_id, *_places(name, tested=row in tested), *((group,) if with_patients else ()))
+            for row, group in judged
         ),
     )
     described = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, **{name: number for number, name in enumerate(plan.classes.names, 1)}},
-        "numTraining": len(plan.rows),
+        "numTraining": len(plan.rows) - len(tested),
         "file_ending": ".nii.gz",
     }
     files.write_json(folder / "dataset.json", described)
@@ -139,19 +155,22 @@ def _from_table(source: Path) -> tuple[list[Case], Callable[[tuple[int, ...]], T
             case_id=scan.case_id,
             patient=scan.patient,
             split=scan.split,
-            labels=_labels(scan.mask) if scan.mask else None,
+            labels=_labels(scan) if scan.mask else None,
         )
         for scan in scans
     ]
 
     def volumes(rows: tuple[int, ...]) -> Triples:
         for row in rows:
-            volume, mask = read(scans[row]), scans[row].mask
+            volume = read(scans[row])
+            mask = read_mask_of(scans[row], volume)
             assert mask is not None  # noqa: S101
-            yield row, volume.hu, read_mask(mask, volume).hu, volume.affine
+            yield row, volume.hu, mask.hu, volume.affine
 
     return cases, volumes
 
 
-def _labels(mask: Path) -> frozenset[int]:
-    return frozenset(map(int, np.unique(read_mask(mask).hu))) - {0}
+def _labels(scan: Scan) -> frozenset[int]:
+    mask = read_mask_of(scan, read(scan))
+    assert mask is not None  # noqa: S101
+    return frozenset(map(int, np.unique(mask.hu))) - {0}

@@ -204,12 +204,8 @@ def _part(
     patients = sorted({plan.groups[index] for index in train})
     order = [patients[i] for i in randomness.generator(seed, "segment.few", number).permutation(len(patients))]
     kept = order[: max(1, math.ceil(fraction * len(order) - 1e-9))]
-    held: list[str] = []
-    wanted = max(1, round(HELD_OUT_RATIO * len(kept))) if hold_out and len(kept) > 2 else 0
-    for patient in reversed(kept):
-        left = [index for index in train if plan.groups[index] in kept and plan.groups[index] not in {*held, patient}]
-        if len(held) < wanted and plan.holds[left].any(axis=0).all():
-            held.append(patient)
+    most = max(1, round(HELD_OUT_RATIO * len(kept))) if hold_out and len(kept) > 2 else 0
+    held = _held_out(plan, [index for index in train if plan.groups[index] in kept], list(reversed(kept)), most)
     learnt = [index for index in train if plan.groups[index] in kept and plan.groups[index] not in held]
     if not plan.holds[learnt].any(axis=0).all():
         raise DagmanError(
@@ -224,6 +220,25 @@ def _part(
         held_out=_rows(plan, [index for index in train if plan.groups[index] in held]),
         test=_rows(plan, test),
     )
+
+
+def _held_out(plan: Study, train: Sequence[int], patients: Sequence[str], wanted: int) -> list[str]:
+    """Patients to choose the best step on, of every class as far as the training part keeps every class too.
+
+    A class that no patient can stand for may cost more patients than wanted, up to half of them.
+    """
+    of = {patient: [index for index in train if plan.groups[index] == patient] for patient in patients}
+    cases = {patient: plan.holds[rows].sum(axis=0) for patient, rows in of.items()}
+    left, missing = plan.holds[list(train)].sum(axis=0), np.ones(len(plan.classes), bool)
+    held: list[str] = []
+    while wanted and len(held) < (max(wanted, len(patients) // 2) if missing.any() else wanted):
+        able = [each for each in patients if each not in held and (left - cases[each] > 0).all()]
+        gains = [int((missing & (cases[each] > 0)).sum()) for each in able]
+        if not able or (len(held) >= wanted and not max(gains)):
+            break
+        held.append(able[int(np.argmax(gains))])
+        left, missing = left - cases[held[-1]], missing & (cases[held[-1]] == 0)
+    return held
 
 
 def _rows(plan: Study, indices: Sequence[Any]) -> tuple[int, ...]:

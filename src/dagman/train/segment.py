@@ -101,10 +101,14 @@ class SegmentLesson:
         return found
 
     def score(self) -> float | None:
-        """Mean Dice on the held-out cases, over classes and cases."""
-        if not self.held_out:
+        """Mean Dice on the held-out cases; what is empty in both counts not: predicting nothing is no merit.
+
+        None where the held-out cases hold no class.
+        """
+        found = [row.scores for case in self.held_out for row in self.compared(case)[0]]
+        if not any(scores.lesions for scores in found):
             return None
-        return float(np.mean([row.scores.dice for case in self.held_out for row in self.compared(case)[0]]))
+        return float(np.mean([scores.dice for scores in found if scores.state != "neither"]))
 
     def compared(self, row: int) -> tuple[list[Row], Float32[np.ndarray, "classes x y z"]]:
         """Scores of one case on the store's grid, and the probabilities they come from."""

@@ -14,6 +14,7 @@ import pytest
 
 from dagman.cli import run
 from dagman.ct import guard, read
+from dagman.ct.index import index
 from dagman.ct.sources import lidc, lidc_files
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
@@ -154,6 +155,7 @@ def test_verb_writes_labels_masks_and_a_table_that_prepare_takes(
         for each in data:
             each.PixelSpacing = [2.0, 2.0]
             each.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+            each.PatientID = "LIDC-IDRI-9999"
 
     folder = tmp_path / "LIDC" / "a" / "b"
     folder.mkdir(parents=True)
@@ -181,7 +183,10 @@ def test_verb_writes_labels_masks_and_a_table_that_prepare_takes(
     assert "3 nodules from 4 readings (paper: 2,426, 2,594, 2,624)" in said
     assert run(["prepare", "-i", str(output / "nodules.csv"), "-o", str(tmp_path / "store"), "--workers", "1"]) == 0
     store = PreparedStore(tmp_path / "store")
-    assert [(row["label"], row["patient"]) for row in store.rows] == [("1", "LIDC-IDRI-9999"), ("0", "LIDC-IDRI-9999")]
+    [scan], _ = index([tmp_path / "LIDC"])
+    assert [(row["label"], row["patient"]) for row in store.rows] == [("1", scan.patient), ("0", scan.patient)]
+    assert "LIDC-IDRI" not in str(scan.patient)
+    assert {row["patient"] for row in rows} == {"LIDC-IDRI-9999"}
     assert [row["mask"]["voxels"]["1"] > 0 for row in store.rows] == [True, True]
 
 

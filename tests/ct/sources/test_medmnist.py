@@ -61,8 +61,8 @@ def test_every_item_keeps_its_class_split_and_voxels(tmp_path: Path) -> None:
     assert [scan.case_id for scan in scans if scan.split == "train"] == [
         f"cubes-train-{number:04d}" for number in range(5)
     ]
-    assert all(scan.patient == scan.case_id for scan in scans)
-    assert "every item is a patient of its own" in str(problems[0])
+    assert all(scan.patient is None for scan in scans)
+    assert "whose an item is stays unknown" in str(problems[0])
     [last] = [scan for scan in scans if scan.case_id == "cubes-val-0001"]
     assert (read(last).hu == hounsfield(arrays()["val_images"][1])).all()
 

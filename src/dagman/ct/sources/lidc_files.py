@@ -77,11 +77,9 @@ def write_masks(
         progress: Called with CTs done, CTs in all, and the case.
     """
     wanted: dict[str, list[Nodule]] = defaultdict(list)
-    key = (os.environ.get("DAGMAN_PATIENT_KEY") or PATIENT_KEY).encode()
     for nodule in nodules:
         if label(nodule.malignancy, rule) is not None:
-            digest = hmac.new(key, nodule.scan.series_uid.encode(), "sha256").hexdigest()[:10]
-            wanted[f"ct-{digest}"].append(nodule)
+            wanted[f"ct-{_hashed(nodule.scan.series_uid, 10)}"].append(nodule)
     scans, problems = index(sources)
     known = [(scan, wanted[name]) for scan in scans if (name := scan.case_id[: len("ct-") + 10]) in wanted]
     lost = [problem for problem in problems if not problem.ignored]
@@ -97,6 +95,12 @@ def write_masks(
     header: list[list[object]] = [["case_id", "image", "label", "mask", "patient"]]
     write_text(output / TABLE, _csv(header + sorted(rows, key=str)))
     return Written(nodules=len(rows), scans=len(known), problems=tuple(lost))
+
+
+def _hashed(identifier: str, digits: int) -> str:
+    """A PatientID or SeriesInstanceUID as `index` gives it, so that CTs and nodules of a patient go together."""
+    key = (os.environ.get("DAGMAN_PATIENT_KEY") or PATIENT_KEY).encode()
+    return hmac.new(key, identifier.encode(), "sha256").hexdigest()[:digits]
 
 
 def _scan_rows(
@@ -120,7 +124,7 @@ def _scan_rows(
         name = f"{MASKS}/{nodule.case_id}.nii.gz"
         _write_nifti(output / name, mask, grid)
         image = os.path.relpath(scan.source.absolute(), output.absolute())
-        rows.append([nodule.case_id, image, label(nodule.malignancy, rule), name, nodule.scan.patient])
+        rows.append([nodule.case_id, image, label(nodule.malignancy, rule), name, _hashed(nodule.scan.patient, 12)])
     return rows, problems
 
 

@@ -2,7 +2,7 @@
 
 The files hold grey values 0 to 255 without Hounsfield units, voxel size or patients. In a store, grey 0 to 255 stand
 for `WINDOW_HU`, the window encoders see by default, so that windowing gives back grey / 255 to the rounding of int16;
-voxels are of the store's own size, nothing is resampled or cropped, and every item counts as a patient of its own.
+voxels are of the store's own size, and nothing is resampled or cropped. Whose an item is stays unknown.
 """
 
 import ast
@@ -92,12 +92,12 @@ def scans(path: Path, survey: Survey) -> list[Scan]:
         "MEDMNIST",
         path,
         f"{len(labels)} cubes of side {facts['side']}: grey 0 to 255 stand for {low:g} to {high:g} HU, voxels are of "
-        "the store's size, every item is a patient of its own",
-        "look at them with an encoder of that window",
+        "the store's size, whose an item is stays unknown",
+        "look at them with an encoder of that window, and say --group-by case where you train on them",
         ignored=True,
     )
     return [
-        Scan(case_id=case, files=(path,), kind="medmnist", index=index, patient=case, label=words[label], split=split)
+        Scan(case_id=case, files=(path,), kind="medmnist", index=index, label=words[label], split=split)
         for index, (case, label, split) in enumerate(zip(case_ids, labels, parts, strict=True))
     ]
 
