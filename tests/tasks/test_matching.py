@@ -107,6 +107,14 @@ def test_a_missing_prediction_counts_as_missed_and_one_without_reference_is_told
     assert result["without_prediction"] == ["b"]
 
 
+def test_missing_predictions_alone_are_no_result(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / "truth" / f"{name}.nii.gz")
+    save(tmp_path / "found" / "a.nii.gz", TRUTH, moved(_2_3=701.8))
+    with pytest.raises(DagmanError, match=r"E-NODATA.*no prediction of 2 cases can be compared \(first: E-MASK"):
+        matching.score([tmp_path / "found"], tmp_path / "truth")
+
+
 def test_no_prediction_of_an_empty_reference_is_no_merit(tmp_path):
     for name, mask in {"a": TRUTH, "b": np.zeros_like(TRUTH)}.items():
         save(tmp_path / "truth" / f"{name}.nii.gz", mask)

@@ -175,6 +175,7 @@ def test_dicom_seg_refers_to_patient_and_slices(tmp_path, bright, series):
     for word in ("PatientID", "PatientName", "StudyInstanceUID", "FrameOfReferenceUID"):
         assert written.get(word) == first.get(word)
     assert [each.SegmentLabel for each in written.SegmentSequence] == ["dense", "bone"]
+    assert {each.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for each in written.SegmentSequence} == {"Tissue"}
     ordered = sorted(source.values(), key=lambda header: float(header.ImagePositionPatient[2]))
     uids = [header.SOPInstanceUID for header in ordered]
     frames = written.get_pixels_by_source_instance(uids, combine_segments=True, ignore_spatial_locations=True)

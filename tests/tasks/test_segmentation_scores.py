@@ -80,6 +80,23 @@ def test_intervals_are_over_patients():
     assert [alone["low"], alone["high"]] == pytest.approx([together["low"], together["high"]], rel=0.02)
 
 
+def test_intervals_over_cases_draw_cases_although_patients_are_known():
+    shifted = [(np.roll(CUBE, step, 0), CUBE) for step in range(8)]
+    one = summary(rows(*shifted, patients=["same"] * 8), group_by="case")
+    apart = summary(rows(*shifted), group_by="case")
+    dice = one["classes"]["label 1"]["all"]["dice"]
+    assert dice["low"] < dice["value"] < dice["high"]
+    assert one == apart
+
+
+def test_people_are_told_first_of_cases_that_hold_the_class():
+    told = scoring.lines(summary(rows((CUBE, CUBE), (NOTHING, CUBE), (NOTHING, NOTHING), (NOTHING, NOTHING))))
+    assert told[0].startswith("label 1: 2 cases that hold it, of 4")
+    assert told[1].split()[:2] == ["dice", "0.500"]
+    assert told[-1].split()[:5] == ["dice,", "empty", "references", "too", "0.750"]
+    assert scoring.mean_dice(rows((NOTHING, NOTHING))) is None
+
+
 def test_worst_median_and_best_are_shown_once_each():
     made = rows(*[(np.roll(CUBE, step, 0), CUBE) for step in (3, 0, 5, 1, 2)])
     assert scoring.ranked(made) == ["c2", "c0", "c4", "c3", "c1"]

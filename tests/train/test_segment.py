@@ -137,7 +137,7 @@ def test_predictions_lie_on_the_source_grid(short):
 
 def test_the_verbs_in_a_row(tmp_path, capsys):
     cases = {f"c{number}": small_study.case(number) for number in range(4)}
-    table = small_study.write_cases(tmp_path / "raw", cases)
+    table = small_study.write_cases(tmp_path / "raw", cases, affine=np.diag([-2.0, 2.0, 2.0, 1.0]))
     save_encoder(small_study.encoder(), tmp_path / "run" / "weights" / "model.safetensors", {"recipe": "small"})
     study, fold = tmp_path / "out", tmp_path / "out" / "fold-0"
     common = ["--steps", "2", "--folds", "2", "--check-every", "2", "--batch-size", "1"]
@@ -151,6 +151,8 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
     assert run([*predict, "-o", str(tmp_path / "found")]) == 0
     source, found = (nibabel.load(tmp_path / name / "c0.nii.gz") for name in ("raw", "found"))
     assert np.array_equal(source.affine, found.affine)
+    for path in study.glob("fold-*/predictions/*.nii.gz"):  # In the files' own order, although they run from left.
+        assert np.array_equal(nibabel.load(path).affine, source.affine)
     score = ["segment", "score", "-i", *map(str, sorted(study.glob("fold-*/predictions")))]
     assert run([*score, "--reference", str(table), "-o", str(tmp_path / "scores")]) == 0
     result = json.loads((tmp_path / "scores" / "result.json").read_text())
@@ -204,6 +206,13 @@ def test_predicting_nothing_on_empty_cases_is_no_merit(tmp_path):
     assert lesson.score() == 0
     lesson.held_out = (names.index("bare"),)
     assert lesson.score() is None
+
+
+@pytest.mark.parametrize("only", [[7], [-1], []])
+def test_a_fold_that_is_not_there_is_refused_in_one_line(store, tmp_path, only):
+    with pytest.raises(DagmanError, match=r"E-CONFIG fold: cannot be .*there are 3 folds, numbered from 0"):
+        training.train(small_study.encoder(), store, tmp_path / "out", SHORT, only=only)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_crop_of_one_final_token_is_refused_before_work(store, tmp_path):

@@ -139,6 +139,7 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
         "source_shape": list(volume.hu.shape),
         "source_spacing_mm": _plain(np.array(volume.spacing_mm)),
         "source_affine": _plain(volume.affine),
+        **_own(volume),
         "hu_percentiles": _percentiles(prepared.hu),
         **({"window_hu": list(medmnist.WINDOW_HU)} if scan.kind == "medmnist" else {}),
         "clipped_ratio": round(prepared.clipped_ratio, 9),
@@ -179,6 +180,12 @@ def _written(path: Path, array: np.ndarray) -> Row:
     """Write an array; its size and checksum."""
     store.write_array(path, array)
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _own(volume: Volume) -> Row:
+    """The grid of the file, before it was turned to RAS+."""
+    grid = volume.own_grid
+    return {} if grid is None else {"own_shape": list(map(int, grid.shape)), "own_affine": _plain(grid.affine)}
 
 
 def _percentiles(hu: Int16[np.ndarray, "x y z"]) -> dict[str, int]:

@@ -88,13 +88,14 @@ def _in_order(headers: Sequence[Any], grid: Grid, slices: Sequence[Path]) -> lis
 
 
 def _segment(highdicom: Any, number: int, name: str) -> Any:
+    """A class by its name; its code says no more than tissue, as 3D Slicer's for segments that nobody coded."""
     from pydicom.sr.codedict import codes
 
     return highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=name[:64],
-        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-        segmented_property_type=codes.SCT.Lesion,
+        segmented_property_category=codes.SCT.Tissue,
+        segmented_property_type=codes.SCT.Tissue,
         algorithm_type="AUTOMATIC",
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name="DAGMaN", family=codes.DCM.ArtificialIntelligence, version=_version()

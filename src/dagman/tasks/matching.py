@@ -254,11 +254,11 @@ def score(
                 strange[pair.case_id] = tuple(sorted(others))
         if progress:
             progress(done, len(matched))
-    if not rows:
+    if not any(pair.prediction for pair in scored.values()):
         raise DagmanError(
             "NODATA",
             reference,
-            f"none of {len(matched)} cases can be compared (first: {rejected[0]})",
+            f"no prediction of {len(matched)} cases can be compared (first: {rejected[0]})",
             "mend the first, then run again",
             exit_code=ExitCode.NOTHING_USABLE,
         )

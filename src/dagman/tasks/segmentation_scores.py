@@ -7,7 +7,7 @@ and those with less: small targets score lower for reasons of their own.
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,11 +94,15 @@ def summary(rows: Sequence[Row], *, group_by: Literal["patient", "case"] = "pati
         seed: Of the bootstrap.
     """
     names = list(dict.fromkeys(row.name for row in rows))
+    if group_by == "case":
+        rows = [replace(row, patient=row.case_id) for row in rows]
     return {
         "cases": len({row.case_id for row in rows}),
         "patients": len({row.patient for row in rows}) if group_by == "patient" else None,
         "group_by": group_by,
-        "warning": None if group_by == "patient" else "patients unknown: intervals count every case as its own patient",
+        "warning": None
+        if group_by == "patient"
+        else "patients unknown or set aside: intervals count every case as its own patient",
         "rules": RULES,
         "seed": seed,
         "classes": {name: _class_summary([row for row in rows if row.name == name], seed) for name in names},
@@ -159,16 +163,28 @@ def _cells(scores: Overlap) -> list[object]:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The main scores for people, a line for each class and score."""
+    """The main scores for people, a line for each class and score: first over the cases whose reference holds it."""
     told = []
     for name, found in result["classes"].items():
         states = found["states"]
         told.append(
-            f"{name}: {found['all']['cases']} cases, {states['neither']} empty in both, {states['missed']} missed, "
-            f"{states['invented']} where there is none, {found['above_3cc']['cases']} above 3 cc"
+            f"{name}: {found['with_reference']['cases']} cases that hold it, of {found['all']['cases']}, "
+            f"{states['neither']} empty in both, {states['missed']} missed, {states['invented']} where there is none, "
+            f"{found['above_3cc']['cases']} above 3 cc"
         )
-        told += [f"  {score.replace('_', ' '):30s} {statistics.Estimate(**found['all'][score])}" for score in TOLD]
+        told += [_line(score, found["with_reference"][score]) for score in TOLD]
+        told.append(_line("dice, empty references too", found["all"]["dice"]))
     return told
+
+
+def _line(score: str, estimate: dict[str, Any]) -> str:
+    return f"  {score.replace('_', ' '):30s} {statistics.Estimate(**estimate)}"
+
+
+def mean_dice(rows: Sequence[Row]) -> float | None:
+    """Over the rows whose reference holds the class; None without."""
+    dice = [row.scores.dice for row in rows if row.scores.lesions]
+    return float(np.mean(dice)) if dice else None
 
 
 def ranked(rows: Sequence[Row]) -> list[str]:

@@ -127,6 +127,17 @@ class SegmentLesson:
         return rows, found
 
 
+def _own_grid(said: dict[str, Any]) -> Grid:
+    """The file's own voxels; turned to RAS+ in stores that do not know them."""
+    x, y, z = said.get("own_shape") or said["source_shape"]
+    return Grid((x, y, z), np.array(said.get("own_affine") or said["source_affine"]))
+
+
+def _rows(result: dict[str, Any]) -> list[Row]:
+    """Scores as a fold's `result.json` has them."""
+    return [Row(**{**row, "scores": Overlap(**row["scores"])}) for row in result["rows"]]
+
+
 def _reference(store: PreparedStore, row: int, classes: Classes) -> np.ndarray:
     mask = store.mask(row)
     assert mask is not None  # noqa: S101
@@ -186,6 +197,11 @@ def train(
         source=source,
         weights=weights,
     )
+    if only is not None and (not only or not set(only) <= {part.number for part in work.parts}):
+        there = f"there are {len(work.parts)} folds, numbered from 0"
+        raise DagmanError(
+            "CONFIG", "fold", f"cannot be {', '.join(map(str, only)) or 'none'}: {there}", "give one of them"
+        )
     done: dict[int, dict[str, Any]] = {}
     for part in work.parts:
         lesson = work.lesson(part)
@@ -201,8 +217,9 @@ def train(
             if not fitted.finished:
                 return None
             result = work.conclude(part, lesson, fitted, started, progress)
-            dice = np.mean([row["scores"]["dice"] for row in result["rows"]])
-            say(f"fold {part.number}: best step {fitted.best_step}, mean Dice {dice:.3f} on its test cases")
+            dice = segmentation_scores.mean_dice(_rows(result))
+            told = "no test case holds a class" if dice is None else f"mean Dice {dice:.3f} on test cases with a mask"
+            say(f"fold {part.number}: best step {fitted.best_step}, {told}")
         if result is not None:
             done[part.number] = result
     return work.summarise(done)
@@ -319,8 +336,7 @@ class _Work:
         for done, row in enumerate(part.test, 1):
             found, likely = lesson.compared(row)
             said = self.store.rows[row]
-            x, y, z = said["source_shape"]
-            own = Grid((x, y, z), np.array(said["source_affine"]))
+            own = _own_grid(said)
             numbers = segment.most_likely(likely, np.array(said["affine"]), own)
             path = self.place(part) / "predictions" / f"{said['case_id']}.nii.gz"
             segment.write_nifti(lesson.classes.label_map(numbers), own.affine, path)
@@ -335,9 +351,7 @@ class _Work:
 
     def summarise(self, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
         """The study over its finished folds: `cases.csv`, `result.json`, `cases.png`."""
-        rows = [
-            Row(**{**row, "scores": Overlap(**row["scores"])}) for fold in sorted(done) for row in done[fold]["rows"]
-        ]
+        rows = [row for fold in sorted(done) for row in _rows(done[fold])]
         config = self.config
         found = {
             **segmentation_scores.summary(rows, group_by=config.group_by, seed=config.finetune.seed),
