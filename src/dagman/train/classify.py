@@ -23,6 +23,7 @@ from dagman import config as configs
 from dagman import files
 from dagman.ct import crops
 from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError
 from dagman.figures import roc
 from dagman.nets.classifier import EncoderClassifier, Network, ResNet50, Which
 from dagman.nets.encoder import Encoder
@@ -67,6 +68,11 @@ class ClassifyConfig:
     positive: str | None = None
     """The positive one of two classes, where labels are words."""
     unlabelled: Unlabelled = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.network == "resnet50" and self.finetune.batch_size < 2:
+            problem = "cannot be 1: the norms of a ResNet need several crops"
+            raise DagmanError("CONFIG", "finetune.batch_size", problem, "give at least 2")
 
 
 class CaseCrop(NamedTuple):
