@@ -238,6 +238,9 @@ def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path):
     torch.save(other.resnet.state_dict(), tmp_path / "pickle.pth")
     with pytest.raises(DagmanError, match=r"E-WEIGHTS.*is a pickle"):
         network.load(tmp_path / "pickle.pth")
+    assert network.resnet.conv1.stride == (2, 2, 2)
+    with pytest.raises(DagmanError, match=r"E-CONFIG finetune.batch_size: cannot be 1"):
+        ClassifyConfig(network="resnet50", finetune=dataclasses.replace(QUICK, batch_size=1))
     config = dataclasses.replace(
         STUDY,
         network="resnet50",

@@ -65,7 +65,7 @@ class EncoderClassifier(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """MONAI's 3D ResNet-50, with the parameters of MedicalNet's.
+    """MONAI's 3D ResNet-50 as MedicalNet has it: no bias in the shortcuts, a first convolution of stride 2.
 
     Args:
         num_classes: Outputs.
@@ -78,7 +78,9 @@ class ResNet50(nn.Module):
 
         self.preparation = preparation
         self.report: LoadReport | None = None
-        self.resnet = resnet50(spatial_dims=3, n_input_channels=1, num_classes=num_classes, bias_downsample=False)
+        self.resnet = resnet50(
+            spatial_dims=3, n_input_channels=1, num_classes=num_classes, conv1_t_stride=2, bias_downsample=False
+        )
 
     def forward(self, images: Float[Tensor, "batch 1 x y z"]) -> Float[Tensor, "batch classes"]:
         """Logits."""

@@ -72,6 +72,11 @@ class ClassifyConfig:
     keep_sides: bool = False
     """Do not mirror crops in training: for classes that depend on the side of the body."""
 
+    def __post_init__(self) -> None:
+        if self.network == "resnet50" and self.finetune.batch_size < 2:
+            problem = "cannot be 1: the norms of a ResNet need several crops"
+            raise DagmanError("CONFIG", "finetune.batch_size", problem, "give at least 2")
+
 
 class CaseCrop(NamedTuple):
     """A crop of a case and its class, or a batch of them."""
@@ -225,6 +230,8 @@ def finetune(
         lesson, place = study.lesson(part), folder / f"fold-{part.number}"
         result = finished(place, lesson.identity)
         if result is None:
+            if isinstance(lesson.network, ResNet50) and lesson.network.report:
+                say(str(lesson.network.report))
             say(
                 f"fold {part.number}: {len(part.train)} cases to learn from, {len(part.held_out)} to choose the best "
                 f"step on, {len(part.test)} to test"
