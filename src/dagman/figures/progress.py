@@ -138,6 +138,9 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
             axes.plot(step[there], values[there], style, color=colour, marker="o", markersize=3, label=label or None)
         else:
             _curve(axes, step[there], values[there], colour, style=style, label=label)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not part of this run", ha="center", va="center", transform=axes.transAxes, color="grey")
+        return
     for label, height in panel.lines.items():
         axes.axhline(height, color="black", linestyle=":", linewidth=1, label=label)
     if panel.logarithmic:
@@ -146,8 +149,6 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
         axes.ticklabel_format(axis="y", useOffset=False)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, loc="best")
-    else:
-        axes.text(0.5, 0.5, "not part of this run", ha="center", va="center", transform=axes.transAxes, color="grey")
 
 
 def _curve(axes: Axes, step: np.ndarray, values: np.ndarray, colour: str, *, style: str, label: str) -> None:
