@@ -442,16 +442,21 @@ def test_sigkill_and_sigterm_end_every_worker_and_the_same_command_continues(tmp
     PreparedStore(tmp_path / "out").verify()
 
 
+CTRL_C = """
+import os, signal, sys
+from pathlib import Path
+from dagman.ct.prepare import prepare
+from dagman.errors import DagmanError
+try:
+    prepare([Path(sys.argv[1])], Path(sys.argv[2]), workers=1, progress=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+except DagmanError as error:
+    sys.exit(error.exit_code)
+"""
+
+
 def test_ctrl_c_stops_one_worker_cleanly(table, whole, tmp_path):
-    child = os.fork()
-    if child == 0:
-        try:
-            prepare([table], tmp_path / "out", workers=1, progress=lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        except DagmanError as error:
-            os._exit(error.exit_code)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ExitCode.STOPPED
+    ended = subprocess.run([sys.executable, "-c", CTRL_C, str(table), str(tmp_path / "out")], check=False)
+    assert ended.returncode == ExitCode.STOPPED
     check_finishes_as(whole, table, tmp_path / "out")
 
 

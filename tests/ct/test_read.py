@@ -252,6 +252,7 @@ def test_read_beyond_its_memory_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ended_by", "code"), [(signal.SIGKILL, "MEMORY"), (signal.SIGSEGV, "CRASH")])
+@pytest.mark.usefixtures("one_server")
 def test_killed_read_costs_only_its_scan(ended_by: int, code: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.nii")
     FILES["good.nii"][1](tmp_path / "good.nii")
@@ -271,11 +272,18 @@ def test_killed_read_costs_only_its_scan(ended_by: int, code: str, tmp_path: Pat
     assert same_scan(outcome(tmp_path / "good.nii"))
 
 
+@pytest.fixture
+def one_server() -> None:
+    """No server of an earlier test is idle, so that the next read starts the only one."""
+    guard.close()
+
+
 def guard_process() -> psutil.Process:
     (found,) = [p for p in psutil.Process().children() if "dagman.ct.guard" in p.cmdline()]
     return found
 
 
+@pytest.mark.usefixtures("one_server")
 def test_lost_server_is_replaced(tmp_path: Path) -> None:
     FILES["good.nii"][1](tmp_path / "good.nii")
     scan = index([tmp_path / "good.nii"])[0][0]
@@ -285,6 +293,7 @@ def test_lost_server_is_replaced(tmp_path: Path) -> None:
     assert same_scan(read(scan))
 
 
+@pytest.mark.usefixtures("one_server")
 def test_no_descriptor_and_no_process_is_left_over(tmp_path: Path) -> None:
     FILES["good.nii.gz"][1](tmp_path / "good.nii.gz")
     FILES["cut-half.nii.gz"][1](tmp_path / "bad.nii.gz")

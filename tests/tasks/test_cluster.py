@@ -4,6 +4,7 @@ import importlib.util
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import silhouette_score
@@ -179,8 +180,9 @@ def test_unknown_patients_are_refused_unless_others_are_named():
 @needs_umap
 @pytest.mark.umap
 def test_the_map_is_the_same_for_the_same_seed_and_keeps_far_things_apart():
-    made = blobs(2, 10, spread=0.1)
+    made, threads = blobs(2, 10, spread=0.1), torch.get_num_threads()
     first, again, other = (cluster.cluster(made, seed=seed) for seed in (0, 0, 1))
+    assert torch.get_num_threads() == threads
     np.testing.assert_array_equal(first.map, again.map)
     assert (first.map != other.map).any()
     assert first.estimate("map_ratio").value < 0.5

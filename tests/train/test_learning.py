@@ -41,7 +41,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_a_short_run_learns(phantoms: PreparedStore, tmp_path: Path, seed: int) -> None:
     recipe = recipes.with_length(recipes.get("dagman-tiny"), STEPS, None)
     changes: dict[str, Any] = {"data.window_hu": "-1000,400", "optimisation.batch_size": 8, "optimisation.seed": seed}

@@ -10,6 +10,7 @@ the map's own units, as in the paper, and as the ratio intra / inter, which has 
 Reference: paper, task 4, figures 7, 9 and 10: intra- and inter-cluster Euclidean distance in a UMAP.
 """
 
+import contextlib
 import importlib.util
 import warnings
 from collections import Counter
@@ -257,7 +258,9 @@ def lay_out(features: Float[np.ndarray, "crops width"], *, seed: int) -> Float[n
     Reference:
         McInnes et al., UMAP, JOSS 2018.
     """
-    with warnings.catch_warnings():
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings(), contextlib.ExitStack() as afterwards:
+        afterwards.callback(torch.set_num_threads, threads)  # numba sets OpenMP's threads for the whole process
         warnings.simplefilter("ignore")  # of parts that are not installed, and of small or disconnected data
         import umap
 
