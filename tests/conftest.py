@@ -14,6 +14,7 @@ from dagman.nets.weights import MODEL_FILE, save_encoder
 from dagman.types import Preparation
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 

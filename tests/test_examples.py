@@ -1,6 +1,7 @@
-"""The examples run as they stand."""
+"""The examples run as they stand, in a process of their own."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,23 +11,41 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def example(name: str, output: Path) -> subprocess.CompletedProcess[str]:
+def example(name: str, output: Path) -> str:
     command = [sys.executable, str(EXAMPLES / name), str(output)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout
 
 
 @pytest.mark.umap
 @pytest.mark.skipif(importlib.util.find_spec("umap") is None, reason="umap-learn is not installed")
 def test_clusters_of_organs(tmp_path: Path) -> None:
-    result = example("cluster_organs.py", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "classes in 3 cases" in result.stdout
-    assert all(name in result.stdout for name in ("encoder", "untrained", "raw voxels"))
+    said = example("cluster_organs.py", tmp_path)
+    assert "classes in 3 cases" in said
+    assert all(name in said for name in ("encoder", "untrained", "raw voxels"))
     assert (tmp_path / "clusters" / "clusters.png").exists()
 
 
 def test_attention_maps(tmp_path: Path) -> None:
-    result = example("attention_maps.py", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("gain on the nodule") == 1
+    assert example("attention_maps.py", tmp_path).count("gain on the nodule") == 1
     assert len(list((tmp_path / "attention").glob("*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_a_classifier_is_finetuned(tmp_path: Path) -> None:
+    said = example("finetune_classifier.py", tmp_path)
+    assert "linear probe: AUC" in said
+    assert "first minus this" in said
+    assert "16 cases are called malignant" in said
+    assert (tmp_path / "tuned" / "roc.png").exists()
+
+
+@pytest.mark.slow
+def test_tumours_are_segmented(tmp_path: Path) -> None:
+    assert "3 cases scored" in example("segment_tumours.py", tmp_path)
+    result = json.loads((tmp_path / "scores" / "result.json").read_text())
+    assert result["group_by"] == "patient"
+    assert 0 <= result["classes"]["label 1"]["all"]["dice"]["value"] <= 1
+    assert (tmp_path / "predicted" / "0_image.nii.gz").exists()
+    assert (tmp_path / "scores" / "cases.png").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -65,6 +66,8 @@ class Job:
     optimizer: torch.optim.Optimizer = field(init=False)
     skipped_in_a_row: int = 0
     skipped: int = 0
+    drawn: float = field(default_factory=time.monotonic)
+    """When the picture of the run was last drawn."""
 
     @property
     def identity(self) -> str:
@@ -196,7 +199,6 @@ def save(job: Job, done: int) -> None:
     save_encoder(job.module.teacher.encoder, folder / "model.safetensors", card | {"role": "teacher"})
     tensors = checkpoints.state(job.module, job.optimizer)
     checkpoints.save(job.run.checkpoints, done, tensors, job.identity, keep=job.keep)
-    draw(job)
 
 
 def draw_crops(job: Job, step: int, images: Tensor) -> None:

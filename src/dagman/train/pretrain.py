@@ -21,7 +21,7 @@ from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
 from dagman.tasks import watching
 from dagman.train import cost, engine
-from dagman.train.job import Job, Listener, batches, describe, draw_crops, prepare, resume, save
+from dagman.train.job import Job, Listener, batches, describe, draw, draw_crops, prepare, resume, save
 from dagman.train.record import Recorder
 from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
 from dagman.types import Views
@@ -29,6 +29,8 @@ from dagman.types import Views
 __all__ = ["Listener", "OptimisationConfig", "PretrainConfig", "Result", "pretrain"]
 
 MOST_SKIPPED_IN_A_ROW = 5
+DRAW_SECONDS = 30
+"""Between two drawings of the run, but for the last."""
 EXAMINE_EVERY = 100
 """Steps between two examinations of the teacher; the first and the last step have one too."""
 PICTURED = 4
@@ -136,7 +138,7 @@ def _loop(
             if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
                 raise _unhealthy(job, step)
             if due or stop.agreed:
-                _checkpoint(job, done)
+                _checkpoint(job, done, last=stop.agreed or done == job.total)
             if stop.agreed:
                 return done
     return job.total
@@ -298,10 +300,13 @@ def _examine(job: Job, step: int) -> dict[str, float]:
         return examine(job.module, batches, job.rates(step).knobs)
 
 
-def _checkpoint(job: Job, done: int) -> None:
-    """Write weights and state; the other ranks wait."""
+def _checkpoint(job: Job, done: int, *, last: bool) -> None:
+    """Write weights and state, and now and then the picture; the other ranks wait."""
     if job.fabric.is_global_zero:
         save(job, done)
+        if last or time.monotonic() - job.drawn > DRAW_SECONDS:
+            draw(job)
+            job.drawn = time.monotonic()
     job.fabric.barrier()
 
 
