@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from dagman import recipes
+from dagman import config, recipes
 from dagman.errors import DagmanError
 from dagman.nets.encoder import build
+from dagman.nets.vit import ViTConfig
 from dagman.pretext import hiding
 from dagman.pretext.codistill import CoDistillation, Knobs
 from dagman.types import Views
@@ -131,3 +132,13 @@ def test_bfloat16_gives_the_losses_of_single_precision(name: str) -> None:
 def test_blocks_fit_the_tiny_grid() -> None:
     hidden = [hiding.blocks((4, 4, 4), ratio=0.5, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
     assert all(int(one.sum()) == 32 for one in hidden)
+
+
+def test_the_encoder_says_which_crops_it_takes() -> None:
+    flags: dict[str, object] = {"data.crop": "48,48,48"}
+    with pytest.raises(DagmanError, match="E-CROP crop 48x48x48: sides must be multiples of 32 voxels; choose 64x64x64"):
+        config.override(recipes.get("dagman-tiny"), flags)
+    vit = recipes.get("dagman-vit-tiny")
+    assert isinstance(vit.encoder, ViTConfig)
+    assert 48 % vit.encoder.patch_side == 0
+    assert config.override(vit, flags).data.crop == (48, 48, 48)

@@ -91,6 +91,9 @@ class PretrainConfig:
     method: MethodConfig
     optimisation: OptimisationConfig
 
+    def __post_init__(self) -> None:
+        self.encoder.grid(self.data.crop)  # E-CROP: a crop that the encoder cannot take
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
