@@ -136,7 +136,7 @@ def test_blocks_fit_the_tiny_grid() -> None:
 
 def test_the_encoder_says_which_crops_it_takes() -> None:
     flags: dict[str, object] = {"data.crop": "48,48,48"}
-    with pytest.raises(DagmanError, match="E-CROP crop 48x48x48: sides must be multiples of 32 voxels; choose 64x64x64"):
+    with pytest.raises(DagmanError, match="sides must be multiples of 32 voxels; choose 64x64x64"):
         config.override(recipes.get("dagman-tiny"), flags)
     vit = recipes.get("dagman-vit-tiny")
     assert isinstance(vit.encoder, ViTConfig)
