@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int16, Integer
 
 from dagman.ct import read, resample, store
-from dagman.ct.sources import medmnist
+from dagman.ct.sources import medmnist, medmnist_files
 from dagman.ct.survey import Problem
 from dagman.errors import DagmanError, ExitCode, printable
 from dagman.files import fault_point, sha256_file
@@ -141,7 +141,7 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
         "source_affine": _plain(volume.affine),
         **_own(volume),
         "hu_percentiles": _percentiles(prepared.hu),
-        **({"window_hu": list(medmnist.WINDOW_HU)} if scan.kind == "medmnist" else {}),
+        **({"window_hu": list(medmnist_files.WINDOW_HU)} if scan.kind == "medmnist" else {}),
         "clipped_ratio": round(prepared.clipped_ratio, 9),
         "voxel_sha256": hashlib.sha256(repr(prepared.hu.shape).encode() + prepared.hu.tobytes()).hexdigest(),
         **_written(store.array_path(output, "volumes", scan.case_id, config.storage), prepared.hu),

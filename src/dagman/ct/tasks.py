@@ -9,7 +9,7 @@ import numpy.ma  # np.percentile imports it at first use, which every fork would
 import pydicom
 
 from dagman.ct import dicom, grid, hounsfield, nifti, pixels, segments, sniff, textheader
-from dagman.ct.sources import medmnist
+from dagman.ct.sources import medmnist_files
 from dagman.errors import DagmanError
 
 _Result = tuple[Any, np.ndarray | None]
@@ -75,6 +75,6 @@ TASKS = {
     "volume": read_volume,
     "mask": read_mask,
     "segments": segments.read,
-    "medmnist": medmnist.read_file,
+    "medmnist": medmnist_files.read_file,
 }
 os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")

@@ -10,7 +10,8 @@ import pytest
 from dagman.cli import run
 from dagman.ct.index import index
 from dagman.ct.read import read
-from dagman.ct.sources.medmnist import INFO, WINDOW_HU, hounsfield
+from dagman.ct.sources.medmnist import INFO
+from dagman.ct.sources.medmnist_files import WINDOW_HU, hounsfield
 from dagman.ct.store import PreparedStore
 
 
