@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from dagman.nets import gpu
 from dagman.nets.swin import WindowBlock
-from dagman.nets.window import WindowAttention, effective_window, relative_position_index
+from dagman.nets.window import WindowAttention
+from dagman.nets.windows import effective_window, relative_position_index
 
 
 def partition(x: Tensor, sides: tuple[int, int, int]) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.profiler import profile
 
 from dagman.nets import kernel
-from dagman.nets.window import FORBIDDEN, WindowAttention
+from dagman.nets.window import WindowAttention
+from dagman.nets.windows import FORBIDDEN
 
 ROOT = Path(__file__).parents[2]
 needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="the kernel was not compiled here")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dagman.nets import gpu
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder, WindowBlock
-from dagman.nets.window import WindowAttention, effective_window
+from dagman.nets.window import WindowAttention
+from dagman.nets.windows import effective_window
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # older interpreters cannot count in a loop with numpy 2.4

@@ -6,15 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dagman.nets.window import (
-    WindowAttention,
-    fused_attention,
-    partition,
-    relative_position_index,
-    reverse,
-    wide_heads,
-    window_layout,
-)
+from dagman.nets.window import WindowAttention, fused_attention, wide_heads
+from dagman.nets.windows import partition, relative_position_index, reverse, window_layout
 
 CPU = torch.device("cpu")
 GRIDS = st.tuples(*[st.integers(1, 9)] * 3)

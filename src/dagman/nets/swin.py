@@ -14,8 +14,8 @@ from dagman.errors import DagmanError
 from dagman.nets import cells, gpu
 from dagman.nets.cells import Size
 from dagman.nets.transformer import MLP, DropPath, GlobalBlock, check_heads, sine_cosine_position
-from dagman.nets.window import (
-    WindowAttention,
+from dagman.nets.window import WindowAttention
+from dagman.nets.windows import (
     blank_windows,
     in_whole_windows,
     merge_layout,

@@ -21,7 +21,7 @@ from dagman import config, files
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import Encoder, EncoderConfig, build
 from dagman.nets.swin import SwinConfig, SwinEncoder
-from dagman.nets.window import relative_position_index
+from dagman.nets.windows import relative_position_index
 from dagman.types import LoadReport, Preparation
 
 FORMAT = 1

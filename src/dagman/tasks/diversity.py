@@ -27,7 +27,8 @@ from dagman.nets.encoder import Encoder
 from dagman.nets.swin import PATCH_SIDE
 from dagman.nets.transformer import GlobalBlock
 from dagman.nets.vit import ViTEncoder
-from dagman.nets.window import WindowAttention, effective_window, partition, window_layout
+from dagman.nets.window import WindowAttention
+from dagman.nets.windows import effective_window, partition, window_layout
 from dagman.randomness import generator
 from dagman.tasks import statistics
 from dagman.tasks.embed import suited

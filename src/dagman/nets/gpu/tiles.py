@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from dagman.nets.cells import Size
-from dagman.nets.window import FORBIDDEN, effective_window
+from dagman.nets.windows import FORBIDDEN, effective_window
 
 FAR = tl.constexpr(FORBIDDEN)
 ROWS = 64
