@@ -44,8 +44,8 @@ def learned_token(width: int) -> nn.Parameter:
 
 def replaced(
     patches: Float[Tensor, "batch *places width"],
-    hidden: Bool[Tensor, "batch *places"] | None,
-    dropped: Bool[Tensor, "batch *places"] | None,
+    hidden: Bool[Tensor, " batch *places"] | None,
+    dropped: Bool[Tensor, " batch *places"] | None,
     token: Float[Tensor, " width"] | None,
 ) -> Float[Tensor, "batch *places width"]:
     """Embedded patches, the hidden ones replaced by the token and the dropped ones by 0.

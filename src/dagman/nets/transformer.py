@@ -42,7 +42,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.chance = chance
 
-    def forward(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+    def forward(self, x: Float[Tensor, " batch *shape"]) -> Float[Tensor, " batch *shape"]:
         """Drop with the module's chance; the identity in eval mode."""
         factors = self.factors(x.shape[0], x)
         return x if factors is None else x * factors.view(-1, *(1,) * (x.ndim - 1))
