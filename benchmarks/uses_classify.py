@@ -23,8 +23,8 @@ from dagman.nets.encoder import Encoder
 from dagman.run import describe_environment
 from dagman.tasks import classify as probing
 from dagman.tasks import leakage, predictions
-from dagman.tasks.cohort import Protocol
 from dagman.tasks.embed import untrained
+from dagman.tasks.protocol import Protocol
 from dagman.train.classify import ClassifyConfig, finetune
 from dagman.train.finetune import FinetuneConfig
 

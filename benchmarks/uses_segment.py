@@ -22,6 +22,7 @@ import torch
 from dagman import PreparedStore, load_encoder, prepare
 from dagman.nets.encoder import new
 from dagman.tasks import statistics
+from dagman.tasks.protocol import Protocol
 from dagman.train import segment
 from dagman.train.finetune import FinetuneConfig
 
@@ -66,7 +67,9 @@ def settings(name: str, fraction: float, arguments: argparse.Namespace) -> segme
         precision=arguments.precision,
         seed=arguments.seed,
     )
-    return segment.SegmentConfig(finetune=finetune, crop=(arguments.crop,) * 3, fraction=fraction)
+    return segment.SegmentConfig(
+        finetune=finetune, crop=(arguments.crop,) * 3, protocol=Protocol(fraction=fraction, seed=arguments.seed)
+    )
 
 
 def run(name: str, fold: int, fraction: float, store: PreparedStore, arguments: argparse.Namespace) -> dict | None:

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from dagman.errors import DagmanError, ExitCode
 from dagman.tasks import classify, cohort, folds, predictions
-from dagman.tasks.cohort import Protocol
+from dagman.tasks.protocol import Protocol
 from dagman.tasks.table import Table
 
 
@@ -164,13 +164,13 @@ def test_more_features_than_cases_separable_and_constant_columns_converge_withou
     [
         (make(np.zeros((20, 3)), np.arange(20) < 9), {}, "FEATURES", "all 3 features are the same for all 20"),
         (make(np.full((20, 3), np.nan), np.arange(20) < 9), {}, "FEATURES", "20 cases with NaN"),
-        (planted(), {"folds": 1}, "FOLDS", "1 folds"),
+        (planted(), {"folds": 1}, "CONFIG", "folds: cannot be 1"),
         (make(np.eye(9), np.arange(9) < 2), {}, "FOLDS", "2 with positive and 7 with negative"),
         (make(np.eye(4), np.arange(4) < 2), {"folds": 2}, "FOLDS", "training part of a fold"),
         (make(np.eye(9), np.arange(9) < 4, [0] * 9), {}, "FOLDS", "1 patients"),
         (make(np.eye(9), np.zeros(9)), {}, "LABEL", "1 classes over 9 cases"),
         (make(np.zeros((0, 2)), []), {}, "LABEL", "0 classes over 0 cases"),
-        (planted(), {"split": True}, "FOLDS", "no test case"),
+        (planted(), {"split": True}, "FOLDS", "90 train and 0 test cases"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_training(table, options, code, says, monkeypatch):
@@ -289,7 +289,9 @@ def test_a_fixed_test_set_is_the_only_one_tested():
 
 def test_a_patient_on_two_sides_is_refused():
     table = dataclasses.replace(planted(), splits=("train", "test") * 45)
-    with pytest.raises(DagmanError, match=r"E-LEAK.*45 patients stand on two sides \(p0, p1") as caught:
+    with pytest.raises(
+        DagmanError, match=r"E-LEAK.*45 patients stand on two sides of the column split \(p0, p1"
+    ) as caught:
         classify.probe(table, Protocol(split=True), positive="malignant")
     assert caught.value.exit_code == ExitCode.REFUSED
 

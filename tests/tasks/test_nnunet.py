@@ -14,6 +14,7 @@ from dagman.ct import read as ct
 from dagman.ct.index import index
 from dagman.errors import DagmanError
 from dagman.tasks import matching, nnunet, study
+from dagman.tasks.protocol import Protocol
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_store_and_table_get_the_folds_of_segment_train(source, tmp_path):
 
     store = PreparedStore(source / "store")
     plan = study.study(store.folder, study.stored(store), labels="1")
-    ours = [sorted(store.rows[row]["case_id"] for row in part.test) for part in study.parts(plan, folds=3, seed=0)]
+    ours = [sorted(store.rows[row]["case_id"] for row in part.test) for part in study.parts(plan, Protocol())]
     assert splits[0] == splits[1]
     assert [split["val"] for split in splits[0]] == ours
 
@@ -145,7 +146,7 @@ def test_structures_of_a_table_are_read_with_their_ct(tmp_path, series_with_stru
     image, structures = series_with_structures
     rows = [f"c{number},{image},{structures}#{name},p{number}" for number, name in enumerate(("GTV-1", "Lung"))]
     table.write_text("\n".join(["case_id,image,mask,patient", *rows]) + "\n")
-    folder = nnunet.export(table, tmp_path, folds=2)
+    folder = nnunet.export(table, tmp_path, protocol=Protocol(folds=2))
     found = matching.score([folder / "labelsTr"], table)
     assert [row.scores.dice for row in found.rows] == [1, 1]
     assert not found.rejected

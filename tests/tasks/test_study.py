@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dagman.errors import DagmanError
 from dagman.tasks.classes import choose
+from dagman.tasks.protocol import Protocol
 from dagman.tasks.study import Case, parts, study
 
 
@@ -33,9 +34,9 @@ def test_no_patient_on_two_sides_and_every_case_tested_once(patients, folds, see
     given_plan = plan([f"p{patient}" for patient in patients])
     if len(set(patients)) < folds:
         with pytest.raises(DagmanError, match="E-FOLDS"):
-            parts(given_plan, folds=folds, seed=seed)
+            parts(given_plan, Protocol(folds=folds, seed=seed))
         return
-    made = parts(given_plan, folds=folds, seed=seed)
+    made = parts(given_plan, Protocol(folds=folds, seed=seed))
     assert sorted(row for part in made for row in part.test) == list(range(len(patients)))
     for part in made:
         sides = [{patients[row] for row in rows} for rows in (part.train, part.held_out, part.test)]
@@ -50,7 +51,7 @@ def test_smaller_fractions_lie_inside_larger_ones_and_are_tested_alike(num_patie
     given_plan = plan([f"p{number}" for number in range(num_patients)])
     before = None
     for fraction in (0.25, 0.5, 1.0):
-        made = parts(given_plan, folds=3, fraction=fraction, seed=seed)
+        made = parts(given_plan, Protocol(folds=3, fraction=fraction, seed=seed))
         if before:
             for small, large in zip(before, made, strict=True):
                 assert {*small.train, *small.held_out} <= {*large.train, *large.held_out}
@@ -59,22 +60,22 @@ def test_smaller_fractions_lie_inside_larger_ones_and_are_tested_alike(num_patie
 
 
 def test_the_order_of_patients_names_not_of_rows_decides():
-    one = parts(plan(["a", "b", "c", "d", "e", "f"]), folds=3, seed=4)
-    assert one == parts(plan(["a", "b", "c", "d", "e", "f"]), folds=3, seed=4)
-    assert one != parts(plan(["a", "b", "c", "d", "e", "f"]), folds=3, seed=5)
+    one = parts(plan(["a", "b", "c", "d", "e", "f"]), Protocol(folds=3, seed=4))
+    assert one == parts(plan(["a", "b", "c", "d", "e", "f"]), Protocol(folds=3, seed=4))
+    assert one != parts(plan(["a", "b", "c", "d", "e", "f"]), Protocol(folds=3, seed=5))
 
 
 def test_a_rare_class_stays_in_every_training_part_or_is_refused():
     rare = [{1, 2}, {1, 2}, {1}, {1}, {1}, {1}]
     patients = list("abcdef")
-    made = parts(plan(patients, labels=None), folds=3, seed=0)
+    made = parts(plan(patients, labels=None), Protocol(folds=3, seed=0))
     assert len(made) == 3
     with_rare = study(Path("t"), cases(patients, rare), labels=None)
-    for part in parts(with_rare, folds=3, seed=0):
+    for part in parts(with_rare, Protocol(folds=3, seed=0)):
         assert {0, 1} & set(part.train)
     once = study(Path("t"), cases(patients, [{1, 2}] + [{1}] * 5), labels=None)
     with pytest.raises(DagmanError, match=r"E-FOLDS.*1 with label 2"):
-        parts(once, folds=3, seed=0)
+        parts(once, Protocol(folds=3, seed=0))
 
 
 @settings(max_examples=30, deadline=None)
@@ -82,7 +83,7 @@ def test_a_rare_class_stays_in_every_training_part_or_is_refused():
 def test_the_best_step_is_chosen_on_cases_that_hold_every_class(seed, per_class):
     labels = [{1}] * per_class + [{2}] * per_class + [set()] * 14
     given_plan = study(Path("t"), cases([f"p{number}" for number in range(len(labels))], labels), labels=None)
-    for part in parts(given_plan, folds=2, seed=seed):
+    for part in parts(given_plan, Protocol(folds=2, seed=seed)):
         held = set().union(*(labels[row] for row in part.held_out))
         learnt = [label for row in part.train for label in labels[row]]
         assert {1, 2} <= set(learnt)
@@ -92,20 +93,24 @@ def test_the_best_step_is_chosen_on_cases_that_hold_every_class(seed, per_class)
 
 def test_one_patient_and_no_patient_are_refused():
     with pytest.raises(DagmanError, match=r"E-FOLDS.*1 patients"):
-        parts(plan(["same"] * 5), folds=3, seed=0)
+        parts(plan(["same"] * 5), Protocol(folds=3, seed=0))
     with pytest.raises(DagmanError, match=r"E-PATIENT.*c000"):
         plan([None, "a", "b"])
-    assert study(Path("t"), cases([None, "a", None]), labels=None, group_by="case").groups == ("c000", "c001", "c002")
+    assert study(Path("t"), cases([None, "a", None]), labels=None, group_by="case").groups.tolist() == [
+        "c000",
+        "c001",
+        "c002",
+    ]
 
 
 def test_the_split_column_is_taken_as_it_is_and_a_torn_patient_is_refused():
     sides = ["train", "train", "validation", "test", "test"]
-    (part,) = parts(plan(list("abcde"), splits=sides), folds=3, split=True, seed=0)
+    (part,) = parts(plan(list("abcde"), splits=sides), Protocol(split=True))
     assert (part.train, part.held_out, part.test) == ((0, 1), (2,), (3, 4))
     with pytest.raises(DagmanError, match=r"E-LEAK.*1 patients.*\(a\)"):
-        parts(plan(list("abcda"), splits=sides), folds=3, split=True, seed=0)
-    with pytest.raises(DagmanError, match=r"E-FOLDS.*unknown dev"):
-        parts(plan(list("abc"), splits=["train", "dev", "test"]), folds=3, split=True, seed=0)
+        parts(plan(list("abcda"), splits=sides), Protocol(split=True))
+    with pytest.raises(DagmanError, match=r"E-FOLDS.*and dev"):
+        parts(plan(list("abc"), splits=["train", "dev", "test"]), Protocol(split=True))
 
 
 def test_empty_masks_are_cases():

@@ -20,7 +20,7 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import EncoderClassifier, ResNet50, vector, width_of
 from dagman.nets.weights import load_encoder
 from dagman.tasks import classifier, embed, predictions
-from dagman.tasks.cohort import Protocol
+from dagman.tasks.protocol import Protocol
 from dagman.train import classify
 from dagman.train.classify import CaseCrops, ClassifyConfig, finetune
 from dagman.train.finetune import FinetuneConfig

@@ -18,6 +18,7 @@ from dagman.nets.encoder import new
 from dagman.nets.weights import save_encoder
 from dagman.tasks import leakage, segment, segmenter
 from dagman.tasks.classes import choose
+from dagman.tasks.protocol import Protocol
 from dagman.train import segment as training
 from dagman.train.finetune import FinetuneConfig
 from dagman.train.segment import SegmentConfig
@@ -127,6 +128,14 @@ def test_it_learns_and_a_frozen_encoder_stays(store, tmp_path):
     assert all(torch.equal(value, kept[name]) for name, value in start.state_dict().items())
 
 
+def test_mirrored_crops_would_swap_sides(store, tmp_path):
+    sided = replace(SHORT, labels="kidney_left=1")
+    with pytest.raises(DagmanError, match=r"E-CONFIG keep_sides.*kidney_left.*--keep-sides"):
+        training.train(small_study.encoder(), store, tmp_path, sided)
+    done = training.train(small_study.encoder(), store, tmp_path, replace(sided, keep_sides=True), only=[0])
+    assert list(done["classes"]) == ["kidney_left"]
+
+
 def test_predictions_lie_on_the_source_grid(short):
     folder, _ = short
     for path in folder.glob("fold-*/predictions/*.nii.gz"):
@@ -226,7 +235,7 @@ def test_an_empty_mask_counts_and_a_case_without_mask_is_told(tmp_path):
     cases["bare"] = (small_study.case(9)[0], None)
     split = {name: "test" if name in ("empty", "c0") else "train" for name in cases}
     store = small_study.store(tmp_path, cases, split=split)
-    one = replace(SHORT, split=True)
+    one = replace(SHORT, protocol=Protocol(split=True))
     result = training.train(small_study.encoder(), store, tmp_path / "out", one)
     states = result["classes"]["label 1"]["states"]
     assert (result["cases"], result["folds"], result["protocol"]) == (2, 1, "split column")

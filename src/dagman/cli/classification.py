@@ -9,8 +9,8 @@ from dagman.cli.watching import Crop, Output, Sources, Switch, next_step, progre
 from dagman.errors import ExitCode
 
 if TYPE_CHECKING:
-    from dagman.tasks.cohort import Protocol
     from dagman.tasks.embed import Origin
+    from dagman.tasks.protocol import Protocol
     from dagman.tasks.table import Table
     from dagman.types import Preparation
 
@@ -49,16 +49,16 @@ def probe(
         labels: CSV `case_id,label`, in place of the labels of the prepared store.
         positive: The positive one of two labels, where labels are words.
         folds: Folds of the cross-validation.
-        split: Use the column `split` (train, validation, test) in place of folds.
-        fraction: Of the training patients, for few-shot studies: 0.25, 0.5.
+        split: Use the column `split` (train, validation, test; or fold-0, fold-1, ...) in place of our folds.
+        fraction: Of the patients to learn from and to choose on, for few-shot studies: 0.25, 0.5.
         draws: Of the fraction; each is a study of its own, in draw-0, draw-1, ...
         seed: Of the folds and the bootstrap.
         group_by: `case` where patients are unknown; the result is stamped.
         unlabelled: What to do about cases without label.
     """
-    from dagman.tasks.cohort import Protocol
     from dagman.tasks.embed import read_origin
     from dagman.tasks.labels import override
+    from dagman.tasks.protocol import Protocol
     from dagman.tasks.table import read_csv
 
     require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
@@ -212,8 +212,8 @@ def finetune(
         crop: Voxels (x, y, z) of a crop, such as 64,64,64; the encoder's own without.
         positive: The positive one of two labels, where labels are words.
         folds: Number of folds.
-        split: Use the store's column `split` (train, validation, test) in place of folds.
-        fraction: Of the training patients, for few-shot studies: 0.25, 0.5.
+        split: Use the store's column `split` (train, validation, test; or fold-0, fold-1, ...) in place of our folds.
+        fraction: Of the patients to learn from and to choose on, for few-shot studies: 0.25, 0.5.
         draws: Of the fraction; each is a study of its own, in draw-0, draw-1, ...
         steps: Optimizer steps of a fold.
         batch_size: Crops of a step.
@@ -231,7 +231,7 @@ def finetune(
     """
     from dagman.cli.starting import starting_encoder
     from dagman.ct.store import PreparedStore
-    from dagman.tasks.cohort import Protocol
+    from dagman.tasks.protocol import Protocol
     from dagman.train import classify as training
     from dagman.train.finetune import FinetuneConfig
 

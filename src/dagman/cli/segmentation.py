@@ -43,6 +43,7 @@ def train(
     layer_decay: float | None = None,
     check_every: int = 50,
     frozen: Switch = False,
+    keep_sides: Switch = False,
     group_by: Literal["patient", "case"] = "patient",
     seed: int = 0,
     device: Literal["cpu", "cuda"] | None = None,
@@ -60,14 +61,15 @@ def train(
         labels: Such as `2,5`, or `tumour=1+2,node=5` to join labels; all labels without.
         folds: Number of folds.
         fold: Do this fold only, from 0.
-        split: Use the store's column `split` (train, validation, test) in place of folds.
-        fraction: Of the training patients, for few-shot studies: 0.25, 0.5.
+        split: Use the store's column `split` (train, validation, test; or fold-0, fold-1, ...) in place of our folds.
+        fraction: Of the patients to learn from and to choose on, for few-shot studies: 0.25, 0.5.
         steps: Optimizer steps of a fold.
         batch_size: Crops of a step.
         learning_rate: Of the decoder, at its peak.
         layer_decay: From each layer of the encoder to the one before; 0.75, or 1 with `--weights none`.
         check_every: Steps between two scores on the patients held out of the training part.
         frozen: Leave the encoder as it is.
+        keep_sides: Do not mirror crops in training: for classes that depend on the side of the body.
         group_by: `case` where patients are unknown; the result is stamped.
         seed: Of folds, crops and the decoder's first weights.
         device: Where to compute; by default the GPU where there is one.
@@ -76,6 +78,7 @@ def train(
     """
     from dagman.ct.store import PreparedStore
     from dagman.tasks import segmentation_scores
+    from dagman.tasks.protocol import Protocol
     from dagman.train import segment as training
     from dagman.train.finetune import FinetuneConfig
 
@@ -94,10 +97,8 @@ def train(
         ),
         crop=crop,
         labels=labels,
-        folds=folds,
-        split=split,
-        fraction=fraction,
-        group_by=group_by,
+        protocol=Protocol(folds=folds, split=split, fraction=fraction, group_by=group_by, seed=seed),
+        keep_sides=keep_sides,
     )
     store = PreparedStore(data)
     masked = sum(row["mask"] is not None for row in store.rows)
@@ -284,6 +285,7 @@ def export_nnunet(
         group_by: As `segment train`.
     """
     from dagman.tasks import nnunet
+    from dagman.tasks.protocol import Protocol
 
     with progress("Exporting") as tell:
         folder = nnunet.export(
@@ -292,10 +294,7 @@ def export_nnunet(
             number=number,
             name=name,
             labels=labels,
-            folds=folds,
-            split=split,
-            seed=seed,
-            group_by=group_by,
+            protocol=Protocol(folds=folds, split=split, group_by=group_by, seed=seed),
             progress=tell,
         )
     described = json.loads((folder / "dataset.json").read_text())

@@ -21,8 +21,9 @@ from dagman.tasks import cohort as cohorts
 from dagman.tasks import folds as folding
 from dagman.tasks import labels as label_rules
 from dagman.tasks import predictions
-from dagman.tasks.cohort import Cohort, Protocol
+from dagman.tasks.cohort import Cohort
 from dagman.tasks.predictions import Predictions
+from dagman.tasks.protocol import Part, Protocol
 from dagman.tasks.table import Table
 
 TASK = "classification"
@@ -97,7 +98,7 @@ def probe(
 
 
 def predicted(
-    cohort: Cohort, part: folding.Part, probabilities: Float[np.ndarray, "cases classes"], threshold: float
+    cohort: Cohort, part: Part, probabilities: Float[np.ndarray, "cases classes"], threshold: float
 ) -> Predictions:
     """Probabilities of a part's test cases, as predictions of one model."""
     rows = list(part.test)

@@ -1,53 +1,23 @@
 """Labelled cases, and which of them a classifier learns from, chooses on and is tested with."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from dagman import randomness
 from dagman.ct.store import PreparedStore
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError
 from dagman.tasks import folds as folding
 from dagman.tasks import labels as label_rules
-from dagman.tasks.folds import Part
+from dagman.tasks import protocol as protocols
+from dagman.tasks.protocol import HELD_OUT_RATIO, Part, Protocol, Sides
 from dagman.tasks.table import Table
 
-HELD_OUT_RATIO = 0.2
-"""Of each class's patients of a training part, to choose the best step on."""
 LEAST_TO_SPARE = 3
 """Patients that every class must have before one is held out."""
-_SIDES = ("train", "validation", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How a labelled study is cut into parts to learn from and to be tested on."""
-
-    folds: int = 3
-    """The paper's."""
-    split: bool = False
-    """Take the column `split` (train, validation, test) in place of folds."""
-    fraction: float = 1.0
-    """Of the training patients of each class; a smaller part of a draw lies inside a larger one."""
-    draw: int = 0
-    """Which draw of the fraction."""
-    group_by: Literal["patient", "case"] = "patient"
-    """`case` where patients are unknown; it is then written into the result."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise DagmanError("CONFIG", "fraction", f"cannot be {self.fraction}", "give a share above 0, up to 1")
-
-    @property
-    def words(self) -> str:
-        """For a person."""
-        how = "split column" if self.split else f"{self.folds} folds by {self.group_by}"
-        return how if self.fraction == 1 else f"{how}, {self.fraction:.0%} of the training patients, draw {self.draw}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,11 +38,9 @@ class Cohort:
 
     @property
     def together(self) -> dict[str, str]:
-        """What keeps cases on one side, by their names: the patient, or the side itself where the table says it."""
-        if not self.protocol.split:
-            return dict(zip(self.table.case_ids, map(str, self.groups), strict=True))
-        sides = {"training": (*self.parts[0].train, *self.parts[0].held_out), "test": self.parts[0].test}
-        return {case: side for side, rows in sides.items() for case in names(self.table, rows)}
+        """As `protocol.together`."""
+        group_of = dict(enumerate(map(str, self.groups)))
+        return protocols.together(self.table.case_ids, group_of, self.parts, self.protocol)
 
 
 def stored(store: PreparedStore) -> Table:
@@ -109,104 +77,60 @@ def cohort(
     """
     table, num_unlabelled = label_rules.labelled(table, unlabelled)
     classes = label_rules.classes([str(label) for label in table.labels], positive)
-    groups = _groups(table, protocol.group_by)
+    groups = protocols.groups(table.case_ids, table.patients, protocol.group_by, "cases")
     if protocol.split:
-        sides = [_by_column(table, classes, groups)]
+        sides = protocols.from_column(table.splits or [None] * len(groups), groups, "cases")
     else:
-        fold = folding.fold_plan(classes.numbers, groups, folds=protocol.folds, seed=protocol.seed)
-        sides = [
-            (np.flatnonzero(fold != k), np.array([], int), np.flatnonzero(fold == k)) for k in range(protocol.folds)
-        ]
-    parts = tuple(
-        _part(number, *side, classes=classes, groups=groups, protocol=protocol, hold_out=hold_out)
-        for number, side in enumerate(sides)
-    )
+        plan = folding.fold_plan(classes.numbers, groups, folds=protocol.folds, seed=protocol.seed)
+        sides = protocols.from_folds(plan)
+    parts = tuple(_part(each, classes=classes, groups=groups, protocol=protocol, hold_out=hold_out) for each in sides)
     return Cohort(
         table=table, classes=classes, groups=groups, parts=parts, num_unlabelled=num_unlabelled, protocol=protocol
     )
 
 
-def _groups(table: Table, group_by: str) -> np.ndarray:
-    if group_by == "case":
-        return np.array(table.case_ids)
-    without = [case for case, patient in zip(table.case_ids, table.patients, strict=True) if not patient]
-    if without:
-        raise DagmanError(
-            "PATIENT",
-            "cases",
-            f"{len(without)} of {len(table.case_ids)} cases have no patient ({', '.join(without[:5])}): "
-            "one patient's scans could stand in training and test",
-            "add a patient column, or say --group-by case, which is then written into the result",
-            exit_code=ExitCode.REFUSED,
-        )
-    return np.array([str(patient) for patient in table.patients])
-
-
-def _by_column(table: Table, classes: label_rules.Classes, groups: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Rows to train on, to choose on, and to test on, as the column `split` says; all else is in training."""
-    column = np.array([split or "train" for split in table.splits] or ["train"] * len(groups))
-    unknown = sorted(set(column) - set(_SIDES))
-    if unknown:
-        raise DagmanError(
-            "FOLDS", "column split", f"holds {', '.join(unknown[:5])}", "write train, validation and test"
-        )
-    torn = [name for name in np.unique(groups) if len(set(column[groups == name])) > 1]
-    if torn:
-        raise DagmanError(
-            "LEAK",
-            "column split",
-            f"{len(torn)} patients stand on two sides ({', '.join(map(str, torn[:5]))})",
-            "put every patient on one side",
-            exit_code=ExitCode.REFUSED,
-        )
-    train, chosen, test = (np.flatnonzero(column == side) for side in _SIDES)
-    present = set(classes.numbers[train])
-    lacking = [name for number, name in enumerate(classes.names) if number not in present]
-    if lacking or not len(test):
-        what = f"no training case of {', '.join(lacking[:5])}" if lacking else "no test case"
-        raise DagmanError("FOLDS", "column split", f"leaves {what}", "give train and test cases of every class")
-    return train, chosen, test
-
-
 def _part(
-    number: int,
-    train: np.ndarray,
-    chosen: np.ndarray,
-    test: np.ndarray,
-    *,
-    classes: label_rules.Classes,
-    groups: np.ndarray,
-    protocol: Protocol,
-    hold_out: bool,
+    sides: Sides, *, classes: label_rules.Classes, groups: np.ndarray, protocol: Protocol, hold_out: bool
 ) -> Part:
     """Few-shot and early choice by whole patients of each class, in one drawn order."""
-    draws = randomness.generator(protocol.seed, "few", protocol.draw, number)
-    class_of = {name: int(classes.numbers[train][groups[train] == name].max()) for name in np.unique(groups[train])}
-    learnt, held, kept_of = set(), set(), {}
-    for wanted in range(len(classes.names)):
-        patients = sorted(name for name, held_class in class_of.items() if held_class == wanted)
-        order = [patients[place] for place in draws.permutation(len(patients))]
-        kept_of[wanted] = order[: math.ceil(protocol.fraction * len(order) - 1e-9)]
-    for kept in kept_of.values():
+    draws = randomness.generator(protocol.seed, "few", protocol.draw, sides.number)
+    kept_of = [protocol.kept(order) for order in _orders(sides.train, classes, groups, draws)]
+    learnt, held = set(), set()
+    for kept in kept_of:
         # A held-out part without one of the classes would choose a network that never says it.
-        spare = hold_out and not len(chosen) and min(map(len, kept_of.values())) >= LEAST_TO_SPARE
+        spare = hold_out and not len(sides.chosen) and min(map(len, kept_of)) >= LEAST_TO_SPARE
         apart = max(1, round(HELD_OUT_RATIO * len(kept))) if spare else 0
         learnt |= set(kept[: len(kept) - apart])
         held |= set(kept[len(kept) - apart :])
+    chosen = {patient for order in _orders(sides.chosen, classes, groups, draws) for patient in protocol.kept(order)}
     part = Part(
-        number=number,
-        train=_rows(train, groups, learnt),
-        held_out=_rows(train, groups, held) or tuple(chosen.tolist()),
-        test=tuple(test.tolist()),
+        number=sides.number,
+        train=_rows(sides.train, groups, learnt),
+        held_out=_rows(sides.train, groups, held) or _rows(sides.chosen, groups, chosen),
+        test=tuple(sides.test.tolist()),
     )
-    if len(set(classes.numbers[list(part.train)])) < len(classes.names):
+    present = set(classes.numbers[list(part.train)].tolist())
+    lacking = [name for number, name in enumerate(classes.names) if number not in present]
+    if lacking:
         raise DagmanError(
             "FOLDS",
-            f"fold {number}",
-            f"{protocol.fraction:.0%} of its training patients do not hold every class",
+            f"fold {sides.number}",
+            f"has no training case of {', '.join(lacking[:5])} in {protocol.fraction:.0%} of its training patients",
             "take a larger fraction, or label more patients",
         )
     return part
+
+
+def _orders(
+    rows: np.ndarray, classes: label_rules.Classes, groups: np.ndarray, draws: np.random.Generator
+) -> list[list[str]]:
+    """The patients of some rows in a drawn order, class by class; the highest class of a patient counts."""
+    class_of = {name: int(classes.numbers[rows][groups[rows] == name].max()) for name in np.unique(groups[rows])}
+    found = []
+    for wanted in range(len(classes.names)):
+        patients = sorted(name for name, held_class in class_of.items() if held_class == wanted)
+        found.append([patients[place] for place in draws.permutation(len(patients))])
+    return found
 
 
 def _rows(among: np.ndarray, groups: np.ndarray, wanted: set[Any]) -> tuple[int, ...]:

@@ -1,7 +1,5 @@
 """Cross-validation plans: patients whole, classes spread evenly, every class in every fold, or a refusal."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Int, Shaped
 
@@ -9,17 +7,6 @@ from dagman import randomness
 from dagman.errors import DagmanError
 
 _PLAN_ATTEMPTS = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One fold, as row numbers."""
-
-    number: int
-    train: tuple[int, ...]
-    held_out: tuple[int, ...]
-    """Of the training part, of every class, to choose the best step on; empty where a class has too few patients."""
-    test: tuple[int, ...]
 
 
 def fold_plan(

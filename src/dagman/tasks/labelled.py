@@ -41,16 +41,24 @@ class LabelledCrops(Dataset[LabelledCrop]):
         classes: What the labels mean.
         preparation: Crop and window.
         seed: Of all draws.
+        mirrored: Mirror half of the crops along each axis.
 
     Reference:
         MONAI's `RandCropByPosNegLabel` at 1:1; flips, scale and shift as in the training of SwinUNETR.
     """
 
     def __init__(
-        self, store: PreparedStore, rows: Sequence[int], classes: Classes, preparation: Preparation, seed: int
+        self,
+        store: PreparedStore,
+        rows: Sequence[int],
+        classes: Classes,
+        preparation: Preparation,
+        seed: int,
+        *,
+        mirrored: bool = True,
     ) -> None:
         self.store, self.rows, self.classes = store, tuple(rows), classes
-        self.preparation, self.seed = preparation, seed
+        self.preparation, self.seed, self.mirrored = preparation, seed, mirrored
 
     def __getitem__(self, sample: int) -> LabelledCrop:
         epoch, place = divmod(sample, len(self.rows))
@@ -75,7 +83,7 @@ class LabelledCrops(Dataset[LabelledCrop]):
         both = ["image", "numbers"]
         return transforms.Compose(
             [
-                *(transforms.RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in range(3)),
+                *(transforms.RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in range(3 if self.mirrored else 0)),
                 transforms.RandScaleIntensityd("image", factors=0.1, prob=1.0),
                 transforms.RandShiftIntensityd("image", offsets=0.1, prob=1.0),
             ]

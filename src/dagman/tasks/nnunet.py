@@ -7,7 +7,6 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Num
@@ -18,7 +17,7 @@ from dagman.ct.read import read, read_mask_of
 from dagman.ct.store import MANIFEST, PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.tasks import study
-from dagman.tasks.folds import Part
+from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
 from dagman.tasks.segment import write_nifti
 from dagman.tasks.study import Case, Study
 from dagman.tasks.table import write_rows
@@ -35,10 +34,7 @@ def export(
     number: int = 501,
     name: str = "CT",
     labels: str | None = None,
-    folds: int = 3,
-    split: bool = False,
-    seed: int = 0,
-    group_by: Literal["patient", "case"] = "patient",
+    protocol: Protocol = BY_PATIENT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a data set with our folds.
@@ -49,10 +45,7 @@ def export(
         number: Of the data set, 1 to 999.
         name: Of the data set.
         labels: As `classes.choose`; classes are numbered from 1, as nnU-Net wants them.
-        folds: As `segment train`.
-        split: As `segment train`.
-        seed: As `segment train`.
-        group_by: As `segment train`.
+        protocol: As of `segment train`, whose folds are the same.
         progress: Hears of each finished case.
 
     Returns:
@@ -75,9 +68,9 @@ def export(
         )
     is_store = (source / MANIFEST).is_file()
     cases, volumes = _from_store(source) if is_store else _from_table(source)
-    plan = study.study(source, cases, labels=labels, group_by=group_by)
-    chosen = study.parts(plan, folds=folds, split=split, seed=seed)
-    tested = set(chosen[0].test) if split else set()
+    plan = study.study(source, cases, labels=labels, group_by=protocol.group_by)
+    chosen = study.parts(plan, protocol)
+    tested = set(chosen[0].test) if len(chosen) == 1 else set()
     temporary = folder.with_name(f".{folder.name}{files.TEMPORARY_SUFFIX}")
     files.remove_folder(temporary)
     for done, (row, hu, label_map, affine) in enumerate(volumes(plan.rows), 1):
@@ -86,8 +79,8 @@ def export(
         write_nifti(plan.classes.numbers(label_map), affine, temporary / mask)
         if progress:
             progress(done, len(plan.rows))
-    files.write_json(temporary / "splits_final.json", [_fold(cases, part, split=split) for part in chosen])
-    _write_tables(temporary, cases, plan, tested, with_patients=group_by == "patient")
+    files.write_json(temporary / "splits_final.json", [_fold(cases, part, apart=bool(tested)) for part in chosen])
+    _write_tables(temporary, cases, plan, tested, with_patients=protocol.group_by == "patient")
     files.publish_folder(temporary, folder)
     return folder
 
@@ -98,9 +91,9 @@ def _places(case: str, *, tested: bool) -> tuple[str, str]:
     return f"images{side}/{case}_0000.nii.gz", f"labels{side}/{case}.nii.gz"
 
 
-def _fold(cases: list[Case], part: Part, *, split: bool) -> dict[str, list[str]]:
+def _fold(cases: list[Case], part: Part, *, apart: bool) -> dict[str, list[str]]:
     """One of nnU-Net's folds: it validates on our test cases, or, where these are apart, on those held out."""
-    learnt, judged = (part.train, part.held_out) if split else ((*part.train, *part.held_out), part.test)
+    learnt, judged = (part.train, part.held_out) if apart else ((*part.train, *part.held_out), part.test)
     return {"train": _names(cases, learnt), "val": _names(cases, judged or learnt)}
 
 

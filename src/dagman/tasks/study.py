@@ -1,21 +1,20 @@
 """Which cases a segmentation learns from, chooses on and is tested with: patients whole, classes present."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Shaped
 
 from dagman import randomness
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
+from dagman.tasks import protocol as protocols
 from dagman.tasks.classes import Classes, choose
-from dagman.tasks.folds import Part
+from dagman.tasks.protocol import HELD_OUT_RATIO, GroupBy, Part, Protocol, Sides
 
-HELD_OUT_RATIO = 0.2
-"""Of a fold's training patients, to choose the best step on."""
 _ATTEMPTS = 50
 
 
@@ -37,11 +36,11 @@ class Study:
     source: Path
     rows: tuple[int, ...]
     """Of the store or table."""
-    splits: tuple[str, ...]
-    groups: tuple[str, ...]
+    splits: tuple[str | None, ...]
+    groups: Shaped[np.ndarray, " cases"]
     """Patient of each."""
-    holds: np.ndarray
-    """(cases, classes): whether a case holds a class."""
+    holds: Bool[np.ndarray, "cases classes"]
+    """Whether a case holds a class."""
     classes: Classes
     left_out: dict[str, int]
     """Why other cases are not in it, and how many."""
@@ -60,9 +59,7 @@ def stored(store: PreparedStore) -> list[Case]:
     ]
 
 
-def study(
-    source: Path, cases: Sequence[Case], *, labels: str | None, group_by: Literal["patient", "case"] = "patient"
-) -> Study:
+def study(source: Path, cases: Sequence[Case], *, labels: str | None, group_by: GroupBy = "patient") -> Study:
     """Cases with masks, their patients and classes.
 
     Args:
@@ -84,142 +81,88 @@ def study(
             "give a table with a mask column",
             exit_code=ExitCode.NOTHING_USABLE,
         )
-    nameless = [case.case_id for _, case, _ in masked if not case.patient]
-    if group_by == "patient" and nameless:
-        raise DagmanError(
-            "PATIENT",
-            source,
-            f"{len(nameless)} of {len(masked)} cases have no patient ({', '.join(nameless[:5])}): one patient's scans "
-            "could stand in training and test",
-            "add a patient column, or say --group-by case, which is then written into the result",
-            exit_code=ExitCode.REFUSED,
-        )
+    ids, patients = [case.case_id for _, case, _ in masked], [case.patient for _, case, _ in masked]
+    groups = protocols.groups(ids, patients, group_by, source)
     classes = choose(labels, set().union(*(present for _, _, present in masked)))
     return Study(
         source=source,
         rows=tuple(number for number, _, _ in masked),
-        splits=tuple(case.split or "train" for _, case, _ in masked),
-        groups=tuple(str(case.patient if group_by == "patient" else case.case_id) for _, case, _ in masked),
+        splits=tuple(case.split for _, case, _ in masked),
+        groups=groups,
         holds=np.array([[not present.isdisjoint(values) for values in classes.labels] for _, _, present in masked]),
         classes=classes,
         left_out={"no mask": len(cases) - len(masked)} if len(masked) < len(cases) else {},
     )
 
 
-def parts(plan: Study, *, folds: int, split: bool = False, fraction: float = 1.0, seed: int) -> tuple[Part, ...]:
-    """Folds by patient, or the one that the column `split` gives.
+def parts(plan: Study, protocol: Protocol) -> tuple[Part, ...]:
+    """Folds by patient, or what the column `split` gives.
 
     Args:
-        plan: From `study`.
-        folds: Their number.
-        split: Take the column.
-        fraction: Of the training patients that are used; smaller ones lie inside larger ones.
-        seed: Of the draws.
+        plan: From `study`, grouped as the protocol says.
+        protocol: How it is cut.
 
     Raises:
         DagmanError: `E-FOLDS` where a training part would lack a class or be empty; `E-LEAK`, exit code 4, where the
             column puts a patient on two sides.
     """
-    if split:
-        return (_by_column(plan, fraction, seed),)
-    patients = sorted(set(plan.groups))
-    for attempt in range(_ATTEMPTS):
-        if len(patients) < folds:
-            break
-        test_of = _draw(plan, folds, seed, attempt)
-        trained = [[index for index in range(len(plan.rows)) if test_of[index] != number] for number in range(folds)]
-        if all(plan.holds[part].any(axis=0).all() for part in trained):
-            return tuple(
-                _part(
-                    plan,
-                    number,
-                    part,
-                    [i for i in range(len(plan.rows)) if test_of[i] == number],
-                    fraction=fraction,
-                    seed=seed,
-                )
-                for number, part in enumerate(trained)
-            )
-    counts = [len({plan.groups[i] for i in np.flatnonzero(column)}) for column in plan.holds.T]
+    sides = protocols.from_column(plan.splits, plan.groups, plan.source) if protocol.split else _drawn(plan, protocol)
+    return tuple(_part(plan, each, protocol) for each in sides)
+
+
+def _drawn(plan: Study, protocol: Protocol) -> list[Sides]:
+    """Folds of about one size, patients whole, every class in every training part."""
+    from sklearn.model_selection import GroupKFold
+
+    num_patients, folds = len(set(plan.groups)), protocol.folds
+    for attempt in range(_ATTEMPTS if num_patients >= folds else 0):
+        state = randomness.torch_seed(protocol.seed, "segment.folds", attempt) % 2**32
+        fold = np.empty(len(plan.rows), dtype=np.int64)
+        splitter = GroupKFold(folds, shuffle=True, random_state=state)
+        for number, (_, test) in enumerate(splitter.split(plan.holds, groups=plan.groups)):
+            fold[test] = number
+        if all(plan.holds[fold != number].any(axis=0).all() for number in range(folds)):
+            return protocols.from_folds(fold)
+    counts = [len(set(plan.groups[column])) for column in plan.holds.T]
     told = ", ".join(f"{count} with {name}" for count, name in zip(counts, plan.classes.names, strict=True))
     raise DagmanError(
         "FOLDS",
         plan.source,
-        f"{len(patients)} patients, {told}: not every training part of {folds} folds can hold every class",
+        f"{num_patients} patients, {told}: not every training part of {folds} folds can hold every class",
         "segment more patients, leave rare classes out with --labels, or change --folds",
     )
 
 
-def _draw(plan: Study, folds: int, seed: int, attempt: int) -> np.ndarray:
-    """Test fold of each case: patients whole, folds of about one size."""
-    from sklearn.model_selection import GroupKFold
-
-    state = randomness.torch_seed(seed, "segment.folds", attempt) % 2**32
-    splitter = GroupKFold(folds, shuffle=True, random_state=state)
-    fold = np.empty(len(plan.rows), dtype=np.int64)
-    for number, (_, test) in enumerate(splitter.split(plan.holds, groups=np.array(plan.groups))):
-        fold[test] = number
-    return fold
-
-
-def _by_column(plan: Study, fraction: float, seed: int) -> Part:
-    unknown = set(plan.splits) - {"train", "validation", "test"}
-    sides: dict[str, set[str]] = {}
-    for group, side in zip(plan.groups, plan.splits, strict=True):
-        sides.setdefault(group, set()).add(side)
-    torn = sorted(group for group, where in sides.items() if len(where) > 1)
-    if torn:
-        raise DagmanError(
-            "LEAK",
-            plan.source,
-            f"{len(torn)} patients stand on two sides of the column split ({', '.join(torn[:5])})",
-            "put every patient on one side",
-            exit_code=ExitCode.REFUSED,
-        )
-    train, chosen, test = (
-        [i for i, side in enumerate(plan.splits) if side == word] for word in ("train", "validation", "test")
-    )
-    if unknown or not train or not test or not plan.holds[train].any(axis=0).all():
-        problem = f"{len(train)} train and {len(test)} test cases" + (
-            f", unknown {', '.join(unknown)}" if unknown else ""
-        )
-        raise DagmanError(
-            "FOLDS", plan.source, f"column split gives {problem}", "write train, validation, test; every class in train"
-        )
-    part = _part(plan, 0, train, test, fraction=fraction, seed=seed, hold_out=not chosen)
-    return part if not chosen else Part(number=0, train=part.train, held_out=_rows(plan, chosen), test=part.test)
-
-
-def _part(
-    plan: Study,
-    number: int,
-    train: Sequence[int],
-    test: Sequence[int],
-    *,
-    fraction: float,
-    seed: int,
-    hold_out: bool = True,
-) -> Part:
+def _part(plan: Study, sides: Sides, protocol: Protocol) -> Part:
     """Few-shot and early choice, both by whole patients in one drawn order."""
-    patients = sorted({plan.groups[index] for index in train})
-    order = [patients[i] for i in randomness.generator(seed, "segment.few", number).permutation(len(patients))]
-    kept = order[: max(1, math.ceil(fraction * len(order) - 1e-9))]
-    most = max(1, round(HELD_OUT_RATIO * len(kept))) if hold_out and len(kept) > 2 else 0
-    held = _held_out(plan, [index for index in train if plan.groups[index] in kept], list(reversed(kept)), most)
-    learnt = [index for index in train if plan.groups[index] in kept and plan.groups[index] not in held]
+    draws = randomness.generator(protocol.seed, "segment.few", protocol.draw, sides.number)
+    kept, chosen = (protocol.kept(_order(plan, rows, draws)) for rows in (sides.train, sides.chosen))
+    most = max(1, round(HELD_OUT_RATIO * len(kept))) if not chosen and len(kept) > 2 else 0
+    held = _held_out(plan, _of(plan, sides.train, kept), list(reversed(kept)), most)
+    learnt = _of(plan, sides.train, set(kept) - set(held))
     if not plan.holds[learnt].any(axis=0).all():
         raise DagmanError(
             "FOLDS",
-            f"fold {number}",
-            f"the {len(kept)} patients of the fraction {fraction:g} do not hold every class",
+            f"fold {sides.number}",
+            f"the {len(kept)} patients of the fraction {protocol.fraction:g} do not hold every class",
             "take a larger fraction, or leave rare classes out with --labels",
         )
     return Part(
-        number=number,
+        number=sides.number,
         train=_rows(plan, learnt),
-        held_out=_rows(plan, [index for index in train if plan.groups[index] in held]),
-        test=_rows(plan, test),
+        held_out=_rows(plan, _of(plan, sides.train, held) or _of(plan, sides.chosen, chosen)),
+        test=_rows(plan, sides.test),
     )
+
+
+def _order(plan: Study, rows: np.ndarray, draws: np.random.Generator) -> list[str]:
+    patients = sorted(set(plan.groups[rows].tolist()))
+    return [patients[place] for place in draws.permutation(len(patients))]
+
+
+def _of(plan: Study, rows: np.ndarray, patients: Collection[str]) -> list[int]:
+    """Those of the rows that are of these patients."""
+    return [int(row) for row in rows if plan.groups[row] in patients]
 
 
 def _held_out(plan: Study, train: Sequence[int], patients: Sequence[str], wanted: int) -> list[str]:
@@ -241,5 +184,5 @@ def _held_out(plan: Study, train: Sequence[int], patients: Sequence[str], wanted
     return held
 
 
-def _rows(plan: Study, indices: Sequence[Any]) -> tuple[int, ...]:
+def _rows(plan: Study, indices: Iterable[Any]) -> tuple[int, ...]:
     return tuple(plan.rows[index] for index in indices)

@@ -10,8 +10,8 @@ from dagman.errors import DagmanError
 from dagman.nets.encoder import Encoder
 from dagman.tasks import classify
 from dagman.tasks import cohort as cohorts
-from dagman.tasks.cohort import Protocol
 from dagman.tasks.embed import embed, suited
+from dagman.tasks.protocol import Protocol
 from dagman.tasks.statistics import Estimate
 from dagman.types import Preparation
 

@@ -7,7 +7,6 @@ not learnt again; one under way goes on bit for bit.
 
 import copy
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,12 +34,12 @@ from dagman.tasks import cohort as cohorts
 from dagman.tasks import leakage, predictions
 from dagman.tasks.classifier import Classifier
 from dagman.tasks.classify import TASK, predicted, threshold
-from dagman.tasks.cohort import Cohort, Protocol
+from dagman.tasks.cohort import Cohort
 from dagman.tasks.embed import suited
-from dagman.tasks.folds import Part
 from dagman.tasks.labels import Unlabelled
 from dagman.tasks.predictions import Predictions
-from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, forget, weights_digest
+from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
+from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, forget, refuse_mirrored_sides, weights_digest
 from dagman.types import Preparation
 
 SHIFT_RATIO = 0.125
@@ -52,8 +51,6 @@ Say = Callable[[str], None]
 
 TINY = FinetuneConfig(batch_size=16)
 """Minutes on two cores."""
-BY_PATIENT = Protocol()
-"""Three folds, the paper's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +219,7 @@ def finetune(
         resnet=resnet,
         seen=leakage.seen(store, resnet or weights),
     )
-    _refuse_mirrored_sides(study.cohort.classes.names, config)
+    refuse_mirrored_sides(study.cohort.classes.names, keep_sides=config.keep_sides)
     leakage.refuse(study.seen, leakage.twins(store), study.cohort.together, TASK)
     found: list[Predictions] = []
     results: list[dict[str, Any]] = []
@@ -245,17 +242,6 @@ def finetune(
         found.append(predicted(study.cohort, part, np.array(result["probabilities"]), result["threshold"]))
         say(f"fold {part.number}: best step {result['best_step']}, AUC {found[-1].auc()}")
     return study.summarise(predictions.together(found), results)
-
-
-def _refuse_mirrored_sides(names: Sequence[str], config: ClassifyConfig) -> None:
-    sided = [name for name in names if {"left", "right"} & set(re.findall(r"[a-z]+", name.lower()))]
-    if sided and not config.keep_sides:
-        raise DagmanError(
-            "CONFIG",
-            "keep_sides",
-            f"is off, and classes name a side ({', '.join(sided[:4])}), which mirrored crops swap",
-            "add --keep-sides",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -29,15 +29,16 @@ from dagman.nets.unetr import SegmentationNetwork
 from dagman.randomness import torch_seed
 from dagman.run import package_version
 from dagman.tasks import leakage, segment, segmentation_scores, segmenter
+from dagman.tasks import protocol as protocols
 from dagman.tasks.classes import Classes
 from dagman.tasks.embed import suited
-from dagman.tasks.folds import Part
 from dagman.tasks.labelled import LabelledCrop, LabelledCrops
 from dagman.tasks.overlap import Overlap
+from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
 from dagman.tasks.segmentation_scores import Row
 from dagman.tasks.segmenter import Segmenter
 from dagman.tasks.study import Study, parts, stored, study
-from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, forget, weights_digest
+from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, forget, refuse_mirrored_sides, weights_digest
 from dagman.types import Grid
 
 TASK = "segmentation"
@@ -62,20 +63,9 @@ class SegmentConfig:
     """Voxels (x, y, z), multiples of the encoder's; the encoder's own where None."""
     labels: str | None = None
     """Such as `2,5` or `tumour=1+2,node=5`; all labels where None."""
-    folds: int = 3
-    """The paper's."""
-    split: bool = False
-    """Take the table's column `split` (train, validation, test) in place of folds."""
-    fraction: float = 1.0
-    """Of the training patients of each fold; a smaller part lies inside a larger one."""
-    group_by: Literal["patient", "case"] = "patient"
-    """`case` where patients are unknown; it is then written into the result."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise DagmanError("CONFIG", "fraction", f"cannot be {self.fraction}", "give a share above 0, up to 1")
-        if self.folds < 2:
-            raise DagmanError("CONFIG", "folds", f"cannot be {self.folds}", "give at least 2, or use the split column")
+    protocol: Protocol = BY_PATIENT
+    keep_sides: bool = False
+    """Do not mirror crops in training."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -183,15 +173,17 @@ def train(
     """
     config = config or SegmentConfig()
     suited(store, encoder.preparation)
-    plan = study(store.folder, stored(store), labels=config.labels, group_by=config.group_by)
-    sides = ["test" if split == "test" else "training" for split in plan.splits] if config.split else plan.groups
-    together = {str(store.rows[row]["case_id"]): side for row, side in zip(plan.rows, sides, strict=True)}
+    plan = study(store.folder, stored(store), labels=config.labels, group_by=config.protocol.group_by)
+    refuse_mirrored_sides(plan.classes.names, keep_sides=config.keep_sides)
+    chosen = parts(plan, config.protocol)
+    names, group_of = [str(row["case_id"]) for row in store.rows], dict(zip(plan.rows, plan.groups, strict=True))
+    together = protocols.together(names, group_of, chosen, config.protocol)
     leakage.refuse(leakage.seen(store, weights), leakage.twins(store), together, TASK)
     work = _Work(
         encoder=_with_crop(encoder, config),
         store=store,
         plan=plan,
-        parts=parts(plan, folds=config.folds, split=config.split, fraction=config.fraction, seed=config.finetune.seed),
+        parts=chosen,
         folder=folder,
         config=config,
         source=source,
@@ -279,7 +271,9 @@ class _Work:
         }
         return SegmentLesson(
             network=network,
-            dataset=LabelledCrops(self.store, part.train, classes, self.encoder.preparation, seed),
+            dataset=LabelledCrops(
+                self.store, part.train, classes, self.encoder.preparation, seed, mirrored=not self.config.keep_sides
+            ),
             identity=json.loads(json.dumps(identity)),
             store=self.store,
             classes=classes,
@@ -354,11 +348,11 @@ class _Work:
         rows = [row for fold in sorted(done) for row in _rows(done[fold])]
         config = self.config
         found = {
-            **segmentation_scores.summary(rows, group_by=config.group_by, seed=config.finetune.seed),
-            "protocol": "split column" if config.split else f"{config.folds} folds by {config.group_by}",
+            **segmentation_scores.summary(rows, group_by=config.protocol.group_by, seed=config.finetune.seed),
+            "protocol": config.protocol.words,
             "folds_finished": sorted(done),
             "folds": len(self.parts),
-            "fraction": config.fraction,
+            "fraction": config.protocol.fraction,
             "source": sorted({result["source"] for result in done.values()}),
             "grid": f"scores on the store's voxels of {self.store.settings['spacing_mm']:g} mm",
             "left_out": self.plan.left_out,
