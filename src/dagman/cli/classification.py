@@ -297,7 +297,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
             probe.
         sources: CT files, folders, DICOM trees, a CSV (with masks, if the classifier learnt around masks), or a
             prepared store.
-        output: Folder for predictions.csv; the prepared scans go to its folder `prepared`.
+        output: Folder for predictions.csv, with all scans prepared into its folder `prepared`, by this call or earlier.
         workers: Processes that prepare scans.
         device: `cpu` or `cuda`.
     """
