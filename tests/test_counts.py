@@ -10,12 +10,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagman.nets import kernel
 from dagman.nets.heads import ProjectionHead
 from dagman.nets.swin import AttentionConfig, SwinConfig, WindowBlock
 from dagman.nets.window import WindowAttention
-from dagman.pretext import hiding
+from dagman.pretext import comparison, hiding
 from dagman.pretext.codistill import CoDistillation, Knobs
 from dagman.pretext.method import HeadConfig, MethodConfig
 from dagman.types import Views
@@ -36,12 +37,13 @@ COPIES = ("aten::copy_", "aten::index_select", "aten::fill_")
 class Step:
     """A step of a small network at the smallest crop that has hints, shifts and hidden windows."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: HeadConfig | None = None) -> None:
         torch.manual_seed(0)
         encoder = SwinConfig(
             embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 4), attention=AttentionConfig(num_heads=4)
         )
-        method = MethodConfig(heads=HeadConfig(num_prototypes=64, hidden_width=32, bottleneck_width=16))
+        heads = heads or HeadConfig(num_prototypes=64, hidden_width=32, bottleneck_width=16)
+        method = MethodConfig(heads=heads)
         self.module = CoDistillation(encoder, method, mean_intensity=0.4, crop=CROP).train()
         images = torch.rand(2, PAIRS, 1, *CROP)
         self.views = Views(images[0], images[1], torch.arange(PAIRS), torch.zeros(PAIRS))
@@ -79,6 +81,46 @@ def test_only_hidden_cells_go_through_the_layer_of_k(step: Step, monkeypatch: py
     views = 2 * PAIRS
     # [CLS], pooled: student and teacher; hidden cells: student and teacher; the mean of each head for the centers
     assert rows == {views: 4, views * HIDDEN: 2, 1: 3}
+
+
+class WidestRows(TorchDispatchMode):
+    """The most rows of K numbers that any operation gives out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = func(*args, **(kwargs or {}))
+        for each in given if isinstance(given, tuple | list) else (given,):
+            if isinstance(each, torch.Tensor) and each.ndim > 1 and each.shape[-1] == self.width:
+                held = each.untyped_storage().nbytes() // each.element_size()  # less than its numbers where expanded
+                self.rows = max(self.rows, held // self.width)
+        return given
+
+
+def test_the_logits_of_many_cells_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prototypes, views = 251, 2 * PAIRS  # a width that nothing else has
+    step = Step(HeadConfig(num_prototypes=prototypes, hidden_width=32, bottleneck_width=16))
+
+    def taken() -> tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        with WidestRows(prototypes) as widest:
+            outcome = step.module(step.views, KNOBS, torch.Generator().manual_seed(0))
+            outcome.losses.total.backward()
+        gradients = {name: each.grad.clone() for name, each in step.module.named_parameters() if each.grad is not None}
+        step.module.zero_grad(set_to_none=True)
+        return widest.rows, outcome.losses._asdict() | outcome.diagnostics, gradients
+
+    step.module.student.encoder.eval()  # no drop-path: both passes draw alike
+    at_once, values, gradients = taken()
+    assert at_once == views * HIDDEN
+    monkeypatch.setattr(comparison, "MOST_LOGITS", 40 * prototypes)
+    in_chunks, same_values, same_gradients = taken()
+    assert in_chunks == 40
+    for name, value in values.items():
+        torch.testing.assert_close(same_values[name], value, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
 def test_no_more_windows_are_computed_than_before(step: Step, monkeypatch: pytest.MonkeyPatch, path: str) -> None:

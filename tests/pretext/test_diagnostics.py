@@ -53,21 +53,37 @@ def test_attention_that_is_uniform_and_attention_on_one_cell() -> None:
     assert found["hidden_dropped_ratio"].item() == pytest.approx(8 / 16)
 
 
+def entropy_share(rows: torch.Tensor, counted: torch.Tensor | None = None) -> float:
+    return diagnostics.entropy_share(diagnostics.told(rows, counted)).item()
+
+
+def variety(rows: torch.Tensor, counted: torch.Tensor | None = None) -> float:
+    return diagnostics.variety(diagnostics.told(rows, counted)).item()
+
+
 def test_entropy_share_counts_hidden_rows_only() -> None:
-    rows = torch.stack([torch.full((8,), 1 / 8), torch.eye(8)[0], torch.eye(8)[1]])[None]
-    assert diagnostics.entropy_share(rows).item() == pytest.approx(1 / 3)
-    assert diagnostics.entropy_share(rows, torch.tensor([[True, True, False]])).item() == pytest.approx(1 / 2)
-    assert diagnostics.entropy_share(rows, torch.zeros(1, 3, dtype=torch.bool)).item() == 0
+    rows = torch.stack([torch.full((8,), 1 / 8), torch.eye(8)[0], torch.eye(8)[1]])
+    assert entropy_share(rows) == pytest.approx(1 / 3)
+    assert entropy_share(rows, torch.tensor([True, True, False])) == pytest.approx(1 / 2)
+    assert entropy_share(rows, torch.zeros(3, dtype=torch.bool)) == 0
 
 
 def test_variety_is_what_tells_rows_apart() -> None:
     same, apart = torch.eye(8)[[3, 3, 3, 3]], torch.eye(8)[:4]
-    assert diagnostics.variety(same).item() == 0
-    assert diagnostics.variety(apart).item() == pytest.approx(1)
-    assert diagnostics.variety(torch.full((4, 8), 1 / 8)).item() == pytest.approx(0, abs=1e-6)
-    assert diagnostics.variety(torch.eye(8)[[0, 1, 0, 1]]).item() == pytest.approx(1 / 2)
-    assert diagnostics.variety(apart, torch.tensor([True, True, False, False])).item() == pytest.approx(1)
-    assert diagnostics.variety(apart, torch.tensor([True, False, False, False])).item() == 0
+    assert variety(same) == 0
+    assert variety(apart) == pytest.approx(1)
+    assert variety(torch.full((4, 8), 1 / 8)) == pytest.approx(0, abs=1e-6)
+    assert variety(torch.eye(8)[[0, 1, 0, 1]]) == pytest.approx(1 / 2)
+    assert variety(apart, torch.tensor([True, True, False, False])) == pytest.approx(1)
+    assert variety(apart, torch.tensor([True, False, False, False])) == 0
+
+
+def test_what_chunks_say_adds_up_to_what_all_rows_say() -> None:
+    rows, counted = drawn(12, 8).softmax(dim=1), torch.arange(12) % 3 > 0
+    whole = diagnostics.told(rows, counted)
+    parts = diagnostics.told(rows[:5], counted[:5]) + diagnostics.told(rows[5:], counted[5:])
+    for mine, others in zip(whole, parts, strict=True):
+        torch.testing.assert_close(mine, others)
 
 
 def test_visible_mean_leaves_hidden_voxels_out() -> None:

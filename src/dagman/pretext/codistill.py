@@ -4,6 +4,7 @@ The methods it is compared with differ from it only in what is hidden from whom 
 """
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from dagman.nets.encoder import EncoderConfig
 from dagman.nets.heads import VoxelHead
 from dagman.nets.swin import SwinEncoder
 from dagman.pretext import diagnostics, hiding, losses
+from dagman.pretext.comparison import Compared, Heads, Rows, compare
 from dagman.pretext.method import MethodConfig, check_fit
 from dagman.pretext.network import Network
 from dagman.types import Features, Losses, Views
@@ -38,14 +40,6 @@ class Outcome(NamedTuple):
     """Mean teacher logits over all tokens of this batch by head, for `move_centers` once the step is accepted."""
     diagnostics: dict[str, Tensor]
     """Detached scalars; the names are those of `diagnostics.MEANINGS`."""
-
-
-class Compared(NamedTuple):
-    """Student against teacher at one head."""
-
-    loss: Tensor
-    watched: dict[str, Tensor]
-    """Of `diagnostics.MEANINGS`, without the head's name before it."""
 
 
 class Targets(NamedTuple):
@@ -268,17 +262,22 @@ class CoDistillation(nn.Module):
         hidden: Tensor | None = None,
     ) -> Compared:
         """Cross-entropy of the student's features against what the teacher says, through the heads of that name."""
-        targets = self.targets(name, bottleneck, temperature, center, counted=hidden)
-        logits = self.student.logits(name, self.student.head(name).project(features))
-        rows = losses.cross_entropy(logits, targets, temperature=self.method.student_temperature)
-        loss = rows.mean() if hidden is None else losses.mean_over_hidden(rows, hidden)
-        with torch.no_grad():
-            guesses = (logits / self.method.student_temperature).softmax(dim=-1)
-            watched = {}
-            for side, said in {"teacher": targets, "student": guesses}.items():
-                watched[f"{side}_entropy"] = diagnostics.entropy_share(said, hidden)
-                watched[f"{side}_variety"] = diagnostics.variety(said, hidden)
-        return Compared(loss, watched)
+        teacher, center = bottleneck.flatten(0, -2), self.center(name) if center is None else center
+        rows = Rows(
+            student=self.student.head(name).project(features).flatten(0, -2),
+            teacher=teacher,
+            center=center.expand(len(teacher), -1) if center.ndim == 1 else center.flatten(0, -2),
+            counted=None if hidden is None else hidden.flatten(),
+        )
+        heads = Heads(
+            logits=functools.partial(self.student.logits, name),
+            targets=lambda said, center, counted: self.targets(name, said, temperature, center, counted),
+            temperature=self.method.student_temperature,
+            balanced=self.method.balance != "centering",
+        )
+        values, watched = compare(heads, rows)
+        values = values.view(features.shape[:-1])
+        return Compared(values.mean() if hidden is None else losses.mean_over_hidden(values, hidden), watched)
 
     def head_input(self, name: str, features: Features) -> Tensor:
         """What a head works on: [CLS] tokens, cell tokens or pooled tokens."""

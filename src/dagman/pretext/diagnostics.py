@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -82,17 +83,35 @@ def effective_rank(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
     return losses.entropy(singular / singular.sum().clamp_min(1e-30)).exp().to(torch.float32)
 
 
-def entropy_share(
-    probabilities: Float[Tensor, "*rows prototypes"], hidden: Bool[Tensor, "*rows"] | None = None
-) -> Float[Tensor, ""]:
-    """Mean entropy of the rows over its maximum, ln K.
+class Told(NamedTuple):
+    """Sums over distributions: those of the chunks of a batch add up to its own."""
+
+    rows: Float[Tensor, ""]
+    """Rows that were counted."""
+    entropy: Float[Tensor, ""]
+    """Nats."""
+    mass: Float[Tensor, " prototypes"]
+    """Of each prototype."""
+
+    def __add__(self, other: "Told") -> "Told":  # type: ignore[override]
+        return Told(*(mine + others for mine, others in zip(self, other, strict=True)))
+
+
+@torch.no_grad()
+def told(probabilities: Float[Tensor, "rows prototypes"], counted: Bool[Tensor, " rows"] | None = None) -> Told:
+    """What rows of distributions over K prototypes say.
 
     Args:
-        probabilities: Distributions over K prototypes.
-        hidden: Rows to count; all without it.
+        probabilities: One distribution a row.
+        counted: Rows to count; all without it.
     """
-    rows = losses.entropy(probabilities) / math.log(probabilities.shape[-1])
-    return rows.mean() if hidden is None else (rows * hidden).sum() / hidden.sum().clamp_min(1)
+    weight = torch.ones_like(probabilities[:, 0]) if counted is None else counted.to(probabilities.dtype)
+    return Told(weight.sum(), weight @ losses.entropy(probabilities), weight @ probabilities)
+
+
+def entropy_share(said: Told) -> Float[Tensor, ""]:
+    """Mean entropy of the rows over its maximum, ln K; 0 without rows."""
+    return said.entropy / said.rows.clamp_min(1) / math.log(len(said.mass))
 
 
 @torch.no_grad()
@@ -101,21 +120,11 @@ def size(values: Tensor) -> Float[Tensor, ""]:
     return values.square().mean().sqrt().clamp_min(1e-12)
 
 
-def variety(
-    probabilities: Float[Tensor, "*rows prototypes"], hidden: Bool[Tensor, "*rows"] | None = None
-) -> Float[Tensor, ""]:
-    """Mutual information of row and prototype over the largest that so many rows and prototypes allow.
-
-    Args:
-        probabilities: Distributions over K prototypes.
-        hidden: Rows to count; all without it.
-    """
-    rows = probabilities.flatten(0, -2)
-    weight = torch.ones_like(rows[:, 0]) if hidden is None else hidden.flatten().to(rows.dtype)
-    total = weight.sum().clamp_min(1)
-    between = losses.entropy((rows * weight[:, None]).sum(dim=0) / total)
-    within = (losses.entropy(rows) * weight).sum() / total
-    most = total.clamp(max=rows.shape[1]).log().clamp_min(math.log(2))
+def variety(said: Told) -> Float[Tensor, ""]:
+    """Mutual information of row and prototype over the largest that so many rows and prototypes allow."""
+    total = said.rows.clamp_min(1)
+    between, within = losses.entropy(said.mass / total), said.entropy / total
+    most = total.clamp(max=len(said.mass)).log().clamp_min(math.log(2))
     return ((between - within) / most).clamp_min(0)
 
 
