@@ -142,7 +142,7 @@ class CoDistillation(nn.Module):
             values["amip"], watched["image_error_ratio"] = self._predict(student.pyramid[-1], images, hidden)
         return Outcome(self._weigh(values), teacher.means, watched)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _teach(self, images: Tensor, generator: torch.Generator) -> Targets:
         """The teacher's pass over both views, in the midst of its noise."""
         dropped = self.draw_dropped(len(images), generator, images.device)
