@@ -39,7 +39,10 @@ demo: setup
 
 bench: setup
 	$(BIN)/python benchmarks/store.py $(if $(BENCH_DATA),--data $(BENCH_DATA)) --json benchmarks/results/store.json
-	$(BIN)/python benchmarks/step.py --ladder --parts --json benchmarks/results/step.json
+	$(BIN)/python benchmarks/step.py --crops 64 --ladder --parts --json benchmarks/results/step.json
+	$(BIN)/python benchmarks/input.py $(if $(BENCH_SERIES),--series $(BENCH_SERIES)) --json benchmarks/results/input.json
+	rm -f benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(BIN)/dagman demo --output $(DEMO)
 	cp $(DEMO)/summary.json benchmarks/results/demo.json
 

@@ -1,9 +1,11 @@
 """Draw the figures of README and docs from `benchmarks/results/learning/*.json`; `make docs` runs this."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from tables import with_ratios
 
 from dagman.figures import learning, progress
@@ -26,8 +28,39 @@ def runs(corpus: str, name: str = "tiny") -> list[dict[str, Any]]:
     return [result for result in found if result["probes"] and result["probes"][-1]["step"] == result["steps"]]
 
 
+def scaling(result: dict[str, Any]) -> bytes:
+    """What a sample costs against each quantity: level where nothing grows faster than the work."""
+    panels = {
+        "crop": ("side of the crop, voxels", "microseconds a voxel"),
+        "batch": ("pairs of views a step", "seconds a pair"),
+        "volumes": ("volumes of the store", "milliseconds a pair of crops"),
+        "workers": ("loader processes", "seconds a pair"),
+        "ranks": ("ranks (gloo)", "seconds a pair"),
+    }
+    figure = Figure(figsize=(15, 3.4), dpi=80, layout="constrained")
+    for axes, (quantity, (across, up)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        points = [point for point in result["points"] if point["quantity"] == quantity]
+        values = [point["value"] for point in points]
+        costs = [point["pair_ms" if quantity == "volumes" else "seconds_a_pair"] for point in points]
+        if quantity == "crop":
+            costs = [1e6 * cost / (2 * side**3) for cost, side in zip(costs, values, strict=True)]
+        axes.plot(values, costs, marker="o")
+        axes.set(xlabel=across, ylabel=up, ylim=(0, 1.25 * max(costs, default=1)))
+        if quantity in ("batch", "volumes"):
+            axes.set_xscale("log", base=2 if quantity == "batch" else 10)
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
 def main() -> None:
     """Draw what there are results for."""
+    if (RESULTS.parent / "scaling.json").exists():
+        (ROOT / "docs" / "scaling.png").write_bytes(scaling(json.loads((RESULTS.parent / "scaling.json").read_text())))
+        print("wrote docs/scaling.png")
     for corpus in ("phantoms", "real"):
         found = runs(corpus)
         if not found:

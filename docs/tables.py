@@ -29,6 +29,9 @@ READINGS = {
 }
 
 
+NOT_YET = "No run has finished yet."
+
+
 def load(name: str) -> dict[str, Any]:
     """One result file."""
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
@@ -131,6 +134,48 @@ def step_parts() -> str:
         for row in found
     ]
     return rows(["crop, pairs, precision, allocator", "variant", *found[0]["parts"]], body)
+
+
+def measured(name: str) -> dict[str, Any] | None:
+    """A result file that may not be there yet."""
+    return load(name) if (RESULTS / f"{name}.json").exists() else None
+
+
+def input_rates() -> str:
+    """Crops a second, preparing beside MONAI, and waiting."""
+    result = measured("input")
+    if result is None:
+        return NOT_YET
+    taken = [
+        [f"{row['processes']} loader processes", f"{row['crops_a_second']:.0f} crops a second"]
+        for row in result["crops"]
+    ]
+    prepared = [
+        [
+            f"{row['scan']}, {row['slices']} slices to 2 mm",
+            f"{row['antialiased']:.2f} s anti-aliased, {row['linear']:.2f} s linear, {row['monai']:.2f} s by MONAI",
+        ]
+        for row in result.get("preparing", [])
+    ]
+    waited = [[f"`dagman-tiny` without a batch, {name}", f"{share:.2%}"] for name, share in result["waiting"].items()]
+    note = f"Views of 128^3 of volumes of 300^3 for the crops; load of the machine {result['machine']['load']}"
+    return rows(["what", "measured"], [*taken, *prepared, *waited]) + f"\n\n{note}. {machine(result)}."
+
+
+def scaling() -> str:
+    """What a sample costs as everything around it grows."""
+    result = measured("scaling")
+    if result is None:
+        return NOT_YET
+    body = []
+    for point in result["points"]:
+        if point["quantity"] == "volumes":
+            told = f"{point['pair_ms']:.2f} ms a pair of crops, {point['open_ms']:.0f} ms to open the store"
+        else:
+            told = f"{point['seconds_a_pair']:.3f} s a pair, {point['seconds_a_step']:.2f} s a step"
+        body.append([point["quantity"], str(point["value"]), told])
+    note = f"load of the machine {result['machine']['load']}. {machine(result)}."
+    return rows(["what grows", "to", "costs"], body) + f"\n\nMedians; {note}"
 
 
 def tour() -> str:
@@ -512,6 +557,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "store": store,
     "tour": tour,
     "uses-attention": uses_attention,
+    "input": input_rates,
+    "scaling": scaling,
     "uses-classify": uses_classify,
     "uses-cluster": uses_cluster,
     "uses-diversity": uses_diversity,
