@@ -19,6 +19,7 @@ from dagman.nets.weights import save_encoder
 from dagman.tasks import leakage, segment, segmenter
 from dagman.tasks.classes import choose
 from dagman.tasks.protocol import Protocol
+from dagman.train import parts
 from dagman.train import segment as training
 from dagman.train.finetune import FinetuneConfig
 from dagman.train.segment import SegmentConfig
@@ -175,7 +176,7 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
 
 
 def test_from_scratch_a_plain_swinunetr_and_test_masks_that_nobody_opens_before_the_end(store, tmp_path, monkeypatch):
-    opened, fit, mask = set(), training.fit, type(store).mask
+    opened, fit, mask = set(), parts.fit, type(store).mask
 
     def watched(lesson, *given, **more):
         monkeypatch.setattr(type(store), "mask", lambda self, row, *rest: opened.add(row) or mask(self, row, *rest))
@@ -183,7 +184,7 @@ def test_from_scratch_a_plain_swinunetr_and_test_masks_that_nobody_opens_before_
         monkeypatch.setattr(type(store), "mask", mask)
         return ended
 
-    monkeypatch.setattr(training, "fit", watched)
+    monkeypatch.setattr(parts, "fit", watched)
     plain = new(replace(small_study.SMALL, attention=None), small_study.PREPARATION, 0)
     result = training.train(plain, store, tmp_path, SHORT, only=[0])
     assert result["source"] == ["new random weights"]

@@ -7,8 +7,7 @@ not learnt again; one under way goes on bit for bit.
 
 import copy
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,7 +38,8 @@ from dagman.tasks.embed import suited
 from dagman.tasks.labels import Unlabelled
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
-from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, forget, refuse_mirrored_sides, weights_digest
+from dagman.train.finetune import FinetuneConfig, Fitted, weights_digest
+from dagman.train.parts import learn, place, refuse_mirrored_sides
 from dagman.types import Preparation
 
 SHIFT_RATIO = 0.125
@@ -221,27 +221,11 @@ def finetune(
     )
     refuse_mirrored_sides(study.cohort.classes.names, keep_sides=config.keep_sides)
     leakage.refuse(study.seen, leakage.twins(store), study.cohort.together, TASK)
-    found: list[Predictions] = []
-    results: list[dict[str, Any]] = []
-    for part in study.cohort.parts:
-        lesson, place = study.lesson(part), folder / f"fold-{part.number}"
-        result = finished(place, lesson.identity)
-        if result is None:
-            if isinstance(lesson.network, ResNet50) and lesson.network.report:
-                say(str(lesson.network.report))
-            say(
-                f"fold {part.number}: {len(part.train)} cases to learn from, {len(part.held_out)} to choose the best "
-                f"step on, {len(part.test)} to test"
-            )
-            started = time.monotonic()
-            fitted = fit(lesson, config.finetune, place, device=device, workers=workers, progress=progress)
-            if not fitted.finished:
-                return None
-            result = study.conclude(part, lesson, fitted, time.monotonic() - started)
-        results.append(result)
-        found.append(predicted(study.cohort, part, np.array(result["probabilities"]), result["threshold"]))
-        say(f"fold {part.number}: best step {result['best_step']}, AUC {found[-1].auc()}")
-    return study.summarise(predictions.together(found), results)
+    parts = study.cohort.parts
+    if resnet:
+        say(str(study.network(parts[0]).report))
+    done = learn(study, parts, config.finetune, device=device, workers=workers, progress=progress, say=say)
+    return None if done is None else study.summarise(done)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -308,7 +292,7 @@ class _Study:
 
     def conclude(self, part: Part, lesson: ClassifyLesson, fitted: Fitted, seconds: float) -> dict[str, Any]:
         """Predict a part's test cases, write its classifier, and its result last."""
-        place, names = self.folder / f"fold-{part.number}", self.cohort.classes.names
+        folder, names = place(self, part), self.cohort.classes.names
         cut = self._threshold(lesson)
         card = {
             "task": TASK,
@@ -326,8 +310,8 @@ class _Study:
         assert isinstance(network, EncoderClassifier | ResNet50)  # noqa: S101
         made = Classifier(network=network, names=names, threshold=cut, card=card)
         learnt = () if self.config.finetune.frozen else self.rows([*part.train, *part.held_out])
-        leakage.record([self.store.rows[row] for row in learnt], place, task=TASK, start=self.weights)
-        classifiers.save(made, place)
+        leakage.record([self.store.rows[row] for row in learnt], folder, task=TASK, start=self.weights)
+        classifiers.save(made, folder)
         result = {
             **card,
             "held_out_log_likelihood": fitted.best_score,
@@ -336,9 +320,16 @@ class _Study:
             "probabilities": likely.tolist(),
             "identity": lesson.identity,
         }
-        files.write_json(place / "result.json", result)
-        forget(place)
+        files.write_json(folder / "result.json", result)
         return result
+
+    def predicted(self, part: Part, result: dict[str, Any]) -> Predictions:
+        """Of the test cases of a finished part."""
+        return predicted(self.cohort, part, np.array(result["probabilities"]), result["threshold"])
+
+    def told(self, part: Part, result: dict[str, Any]) -> str:
+        """Its AUC."""
+        return f"AUC {self.predicted(part, result).auc()}"
 
     def _threshold(self, lesson: ClassifyLesson) -> float:
         """Chosen on the held-out cases of the training part; one half where they lack a class."""
@@ -347,9 +338,10 @@ class _Study:
             return 0.5
         return threshold(lesson.likely(lesson.held_out)[:, 1], positive)
 
-    def summarise(self, found: Predictions, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def summarise(self, done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         """The study over its parts: `predictions.csv`, `result.json`, `roc.png`."""
-        config = self.config
+        config, results = self.config, list(done.values())
+        found = predictions.together([self.predicted(part, done[part.number]) for part in self.cohort.parts])
         more = {
             "method": f"fine-tuned {'head' if config.finetune.frozen else 'network'}, {config.network}",
             "source": results[0]["source"],

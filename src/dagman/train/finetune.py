@@ -5,9 +5,8 @@ Classification and segmentation are each one `Lesson`; how a lesson is learnt is
 
 import hashlib
 import json
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -314,22 +313,6 @@ def forget(folder: Path) -> None:
     (folder / SETTINGS).unlink(missing_ok=True)
     for weights in folder.glob(BEST):
         weights.unlink()
-
-
-def refuse_mirrored_sides(classes: Sequence[str], *, keep_sides: bool) -> None:
-    """Whoever mirrors crops swaps left and right.
-
-    Raises:
-        DagmanError: `E-CONFIG` where classes name a side and crops are mirrored.
-    """
-    sided = [name for name in classes if {"left", "right"} & set(re.findall(r"[a-z]+", name.lower()))]
-    if sided and not keep_sides:
-        raise DagmanError(
-            "CONFIG",
-            "keep_sides",
-            f"is off, and classes name a side ({', '.join(sided[:4])}), which mirrored crops swap",
-            "add --keep-sides",
-        )
 
 
 def _best_file(folder: Path, step: int) -> Path:

@@ -38,7 +38,8 @@ from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
 from dagman.tasks.segmentation_scores import Row
 from dagman.tasks.segmenter import Segmenter
 from dagman.tasks.study import Study, parts, stored, study
-from dagman.train.finetune import FinetuneConfig, Fitted, finished, fit, forget, refuse_mirrored_sides, weights_digest
+from dagman.train.finetune import FinetuneConfig, Fitted, weights_digest
+from dagman.train.parts import learn, place, refuse_mirrored_sides
 from dagman.types import Grid
 
 TASK = "segmentation"
@@ -188,33 +189,15 @@ def train(
         config=config,
         source=source,
         weights=weights,
+        progress=progress,
     )
     if only is not None and (not only or not set(only) <= {part.number for part in work.parts}):
         there = f"there are {len(work.parts)} folds, numbered from 0"
         raise DagmanError(
             "CONFIG", "fold", f"cannot be {', '.join(map(str, only)) or 'none'}: {there}", "give one of them"
         )
-    done: dict[int, dict[str, Any]] = {}
-    for part in work.parts:
-        lesson = work.lesson(part)
-        result = work.finished(part, lesson)
-        if result is None and (only is None or part.number in only):
-            say(
-                f"fold {part.number}: {len(part.train)} cases to learn from, {len(part.held_out)} to choose the best "
-                f"step on, {len(part.test)} to test"
-            )
-            started = time.monotonic()
-            place = work.place(part)
-            fitted = fit(lesson, config.finetune, place, device=device, workers=workers, progress=progress)
-            if not fitted.finished:
-                return None
-            result = work.conclude(part, lesson, fitted, started, progress)
-            dice = segmentation_scores.mean_dice(_rows(result))
-            told = "no test case holds a class" if dice is None else f"mean Dice {dice:.3f} on test cases with a mask"
-            say(f"fold {part.number}: best step {fitted.best_step}, {told}")
-        if result is not None:
-            done[part.number] = result
-    return work.summarise(done)
+    done = learn(work, chosen, config.finetune, only=only, device=device, workers=workers, progress=progress, say=say)
+    return None if done is None else work.summarise(done)
 
 
 def _with_crop(encoder: Encoder, config: SegmentConfig) -> Encoder:
@@ -249,10 +232,7 @@ class _Work:
     config: SegmentConfig
     source: str
     weights: Path | None
-
-    def place(self, part: Part) -> Path:
-        """The folder of a fold."""
-        return self.folder / f"fold-{part.number}"
+    progress: Tell | None
 
     def lesson(self, part: Part) -> SegmentLesson:
         """A fresh network on the same start, and what decides all it will compute."""
@@ -284,20 +264,17 @@ class _Work:
     def _names(self, rows: Sequence[int]) -> list[str]:
         return [self.store.rows[row]["case_id"] for row in rows]
 
-    def finished(self, part: Part, lesson: SegmentLesson) -> dict[str, Any] | None:
-        """The result of a fold that is done.
+    def told(self, part: Part, result: dict[str, Any]) -> str:
+        """Its mean Dice."""
+        dice = segmentation_scores.mean_dice(_rows(result))
+        if dice is None:
+            return "no test case holds a class"
+        return f"mean Dice {dice:.3f} on those of {len(part.test)} test cases that have a mask"
 
-        Raises:
-            DagmanError: `E-RESUME`.
-        """
-        return finished(self.place(part), lesson.identity)
-
-    def conclude(
-        self, part: Part, lesson: SegmentLesson, fitted: Fitted, started: float, progress: Tell | None
-    ) -> dict[str, Any]:
+    def conclude(self, part: Part, lesson: SegmentLesson, fitted: Fitted, seconds: float) -> dict[str, Any]:
         """Test a fold, write its segmenter, and its result last."""
-        place = self.place(part)
-        rows = self._test(part, lesson, progress)
+        started, folder = time.monotonic(), place(self, part)
+        rows = self._test(part, lesson)
         card = {
             "task": TASK,
             "dagman": package_version("dagman"),
@@ -310,21 +287,20 @@ class _Work:
         }
         network = lesson.network.cpu()
         assert isinstance(network, SegmentationNetwork)  # noqa: S101
-        segmenter.save(Segmenter(network=network, classes=lesson.classes, card=card), place)
+        segmenter.save(Segmenter(network=network, classes=lesson.classes, card=card), folder)
         learnt = () if self.config.finetune.frozen else (*part.train, *part.held_out)
-        leakage.record([self.store.rows[row] for row in learnt], place, task=TASK, start=self.weights)
+        leakage.record([self.store.rows[row] for row in learnt], folder, task=TASK, start=self.weights)
         result = {
             **card,
             "held_out_dice": fitted.best_score,
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": round(seconds + time.monotonic() - started, 1),
             "rows": [{**vars(row), "scores": asdict(row.scores)} for row in rows],
             "identity": lesson.identity,
         }
-        files.write_json(place / RESULT, result)
-        forget(place)
+        files.write_json(folder / RESULT, result)
         return result
 
-    def _test(self, part: Part, lesson: SegmentLesson, progress: Tell | None) -> list[Row]:
+    def _test(self, part: Part, lesson: SegmentLesson) -> list[Row]:
         """Scores of the test cases; their label maps go to `predictions/`, on the scans' own voxels."""
         rows: list[Row] = []
         for done, row in enumerate(part.test, 1):
@@ -332,12 +308,12 @@ class _Work:
             said = self.store.rows[row]
             own = _own_grid(said)
             numbers = segment.most_likely(likely, np.array(said["affine"]), own)
-            path = self.place(part) / "predictions" / f"{said['case_id']}.nii.gz"
+            path = place(self, part) / "predictions" / f"{said['case_id']}.nii.gz"
             segment.write_nifti(lesson.classes.label_map(numbers), own.affine, path)
             write_array(self._scored(part.number, said["case_id"]), likely.argmax(axis=0).astype(np.uint8))
             rows += found
-            if progress:
-                progress(done, len(part.test), f"tested {said['case_id']}")
+            if self.progress:
+                self.progress(done, len(part.test), f"tested {said['case_id']}")
         return rows
 
     def _scored(self, fold: int, case: str) -> Path:

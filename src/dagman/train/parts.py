@@ -1,0 +1,97 @@
+"""The parts of a labelled study, learnt and tested one after the other; what is finished is not done again."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from dagman.errors import DagmanError
+from dagman.tasks.protocol import Part
+from dagman.train.finetune import FinetuneConfig, Fitted, Lesson, Progress, finished, fit, forget
+
+
+@runtime_checkable
+class Study(Protocol):
+    """A labelled study: what each of its parts learns, and what becomes of it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where all is written."""
+
+    def lesson(self, part: Part) -> Lesson:
+        """What a part learns, anew."""
+
+    def conclude(self, part: Part, lesson: Any, fitted: Fitted, seconds: float) -> dict[str, Any]:
+        """Test what was learnt and write it, the part's `result.json` last."""
+
+    def told(self, part: Part, result: dict[str, Any]) -> str:
+        """How good it is, for a person."""
+
+
+def place(study: Study, part: Part) -> Path:
+    """The folder of a part."""
+    return study.folder / f"fold-{part.number}"
+
+
+def learn(
+    study: Study,
+    parts: Sequence[Part],
+    config: FinetuneConfig,
+    *,
+    only: Sequence[int] | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    workers: int = 0,
+    progress: Progress | None = None,
+    say: Callable[[str], None],
+) -> dict[int, dict[str, Any]] | None:
+    """Learn and test every part that is not finished; the results by number, or None when a signal stopped it.
+
+    Args:
+        study: What is learnt.
+        parts: Of the study.
+        config: How long and how fast.
+        only: Parts to do now; all without.
+        device: Where to compute; the GPU where there is one.
+        workers: Processes that read crops ahead.
+        progress: Hears of each step.
+        say: Hears a line before and after each part.
+
+    Raises:
+        DagmanError: `E-RESUME` (exit code 4) for a part that was learnt with other settings; and as `fit`.
+    """
+    done: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        lesson = study.lesson(part)
+        result = finished(place(study, part), lesson.identity)
+        if result is None and (only is None or part.number in only):
+            say(
+                f"fold {part.number}: {len(part.train)} cases to learn from, {len(part.held_out)} to choose the best "
+                f"step on, {len(part.test)} to test"
+            )
+            started = time.monotonic()
+            fitted = fit(lesson, config, place(study, part), device=device, workers=workers, progress=progress)
+            if not fitted.finished:
+                return None
+            result = study.conclude(part, lesson, fitted, time.monotonic() - started)
+            forget(place(study, part))
+        if result is not None:
+            done[part.number] = result
+            say(f"fold {part.number}: best step {result['best_step']}, {study.told(part, result)}")
+    return done
+
+
+def refuse_mirrored_sides(classes: Sequence[str], *, keep_sides: bool) -> None:
+    """Whoever mirrors crops swaps left and right.
+
+    Raises:
+        DagmanError: `E-CONFIG` where classes name a side and crops are mirrored.
+    """
+    sided = [name for name in classes if {"left", "right"} & set(re.findall(r"[a-z]+", name.lower()))]
+    if sided and not keep_sides:
+        raise DagmanError(
+            "CONFIG",
+            "keep_sides",
+            f"is off, and classes name a side ({', '.join(sided[:4])}), which mirrored crops swap",
+            "add --keep-sides",
+        )
