@@ -79,7 +79,7 @@ def proofs() -> Iterator[dict[str, Any]]:
     from torch import nn
 
     from dagman.nets import gpu
-    from dagman.nets.swin import WindowBlock
+    from dagman.nets.stage import WindowBlock
 
     grids = [(2, 8, 8, 12), (1, 6, 5, 9), (3, 4, 8, 4), (2, 2, 3, 4)]
     for width, heads in [(24, 2), (48, 4), (96, 4), (192, 8)]:
@@ -121,7 +121,7 @@ def kernel_times(ceiling: dict[str, float]) -> Iterator[dict[str, Any]]:
     import torch
 
     from dagman.nets import gpu
-    from dagman.nets.swin import WindowBlock
+    from dagman.nets.stage import WindowBlock
 
     for width, heads, side in PAPER_STAGES:
         grid = (128 // side,) * 3
@@ -171,7 +171,7 @@ def tuning() -> Iterator[dict[str, Any]]:
     import torch
 
     from dagman.nets.gpu import tiles
-    from dagman.nets.swin import WindowBlock
+    from dagman.nets.stage import WindowBlock
 
     launch = tiles.launch
     for width, heads, side in PAPER_STAGES[:2]:

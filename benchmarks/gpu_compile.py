@@ -23,7 +23,7 @@ from triton.runtime import driver
 
 from dagman.nets import gpu
 from dagman.nets.gpu import tiles
-from dagman.nets.swin import WindowBlock
+from dagman.nets.stage import WindowBlock
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Most shared memory of a block (CUDA C++ Programming Guide, compute capabilities)."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dagman.nets import gpu
-from dagman.nets.swin import WindowBlock
+from dagman.nets.stage import WindowBlock
 from dagman.nets.window import WindowAttention
 from dagman.nets.windows import effective_window, relative_position_index
 

@@ -39,9 +39,9 @@ def without_kernel() -> None:
 
 def without_dedup() -> None:
     """Windows that look alike are computed one by one."""
-    from dagman.nets import swin
+    from dagman.nets import stage
 
-    swin.blank_windows = lambda *_, **__: None
+    stage.blank_windows = lambda *_, **__: None
 
 
 def without_fused_teacher() -> None:

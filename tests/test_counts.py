@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagman.nets import kernel
 from dagman.nets.heads import ProjectionHead
-from dagman.nets.swin import AttentionConfig, SwinConfig, WindowBlock
+from dagman.nets.stage import WindowBlock
+from dagman.nets.swin import AttentionConfig, SwinConfig
 from dagman.nets.window import WindowAttention
 from dagman.pretext import comparison, hiding
 from dagman.pretext.codistill import CoDistillation, Knobs

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dagman.nets import gpu
-from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder, WindowBlock
+from dagman.nets.stage import WindowBlock
+from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
 from dagman.nets.window import WindowAttention
 from dagman.nets.windows import effective_window
 

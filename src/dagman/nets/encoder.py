@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dagman.nets.swin import SwinConfig, SwinEncoder, WindowBlock
+from dagman.nets.stage import WindowBlock
+from dagman.nets.swin import SwinConfig, SwinEncoder
 from dagman.nets.transformer import GlobalBlock
 from dagman.nets.vit import ViTConfig, ViTEncoder
 from dagman.randomness import torch_seed

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dagman.nets import gpu
 from dagman.nets.heads import ProjectionHead, VoxelHead
-from dagman.nets.swin import PatchMerging, SwinEncoder
+from dagman.nets.stage import PatchMerging
+from dagman.nets.swin import SwinEncoder
 from dagman.nets.transformer import MLP, GlobalBlock
 from dagman.types import Features
 

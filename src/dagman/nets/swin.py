@@ -11,19 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
-from dagman.nets import cells, gpu
+from dagman.nets import cells
 from dagman.nets.cells import Size
-from dagman.nets.transformer import MLP, DropPath, GlobalBlock, check_heads, sine_cosine_position
-from dagman.nets.window import WindowAttention
-from dagman.nets.windows import (
-    blank_windows,
-    in_whole_windows,
-    merge_layout,
-    partition,
-    permute,
-    reverse,
-    window_layout,
-)
+from dagman.nets.stage import Stage
+from dagman.nets.transformer import GlobalBlock, check_heads, sine_cosine_position
 from dagman.types import Features, LoadReport, Preparation
 
 PATCH_SIDE = 2
@@ -154,120 +145,6 @@ class SwinConfig:
         return cells.grid(crop, side=self.cell_side, multiple=CROP_MULTIPLE, advice=advice)
 
 
-class WindowBlock(nn.Module):
-    """A pre-norm transformer block whose attention stays within (shifted) windows."""
-
-    def __init__(
-        self, width: int, *, num_heads: int, window: int, shift: int, mlp_ratio: float, drop_path: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = WindowAttention(width, num_heads=num_heads, window=window, shift=shift)
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, int(width * mlp_ratio))
-
-    def forward(
-        self, x: Float[Tensor, "batch x y z width"], blank: Bool[Tensor, "batch x y z"] | None = None
-    ) -> Float[Tensor, "batch x y z width"]:
-        """Two residual steps.
-
-        Args:
-            x: Tokens.
-            blank: Tokens of patches that the network does not see, at the first blocks. Windows of nothing else are
-                alike and are computed once; the result is the same.
-        """
-        tokens = self.attn.tokens((x.shape[1], x.shape[2], x.shape[3]))
-        if gpu.chosen(x, tokens) == "triton" and gpu.fuses(x, self.mlp.linear1.out_features):
-            return self._forward_on_chip(x, tokens)
-        return self._forward_all(x) if blank is None else self._forward_once(x, blank)
-
-    def _forward_all(self, x: Tensor) -> Tensor:
-        """Every window."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
-        return out
-
-    def _forward_on_chip(self, x: Tensor, tokens: int) -> Tensor:
-        """Each residual step as one kernel, all windows computed: to count the blank ones would cost more."""
-        attn, mlp = self.attn, self.mlp
-        bias, window, shift = attn.bias(tokens), attn.window, attn.shift
-        kept = self.drop_path.factors(x.shape[0], x)
-        x = gpu.attention_half(x, self.norm1, attn.qkv, bias, attn.proj, kept=kept, window=window, shift=shift)
-        return gpu.mlp_half(x, self.norm2, mlp.linear1, mlp.linear2, self.drop_path.factors(x.shape[0], x))
-
-    def _forward_once(self, x: Tensor, blank: Tensor) -> Tensor:
-        """Every window that is unlike the others, and one that stands for all that are alike."""
-        batch, grid = x.shape[0], (x.shape[1], x.shape[2], x.shape[3])
-        layout = window_layout(batch, grid, self.attn.window, self.attn.shift, x.device)
-        dropping = self.training and self.drop_path.chance > 0
-        alike = None
-        if layout.padded == grid:
-            alike = blank_windows(blank, layout, for_each_item=dropping or self.attn.shift > 0)
-        if alike is None:
-            return self._forward_all(x)
-        windows = partition(x, layout).index_select(0, alike.unique)
-        for branch in (
-            lambda rows: self.attn.attend(self.norm1(rows), alike.layout),
-            lambda rows: self.mlp(self.norm2(rows)),
-        ):
-            residual = branch(windows)
-            factors = self.drop_path.factors(batch, residual)
-            windows = windows + (residual if factors is None else residual * factors[alike.item][:, None, None])
-        return reverse(windows.index_select(0, alike.place), layout, grid)
-
-
-class PatchMerging(nn.Module):
-    """Joins 2x2x2 tokens into one of twice the width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(8 * width)
-        self.reduction = nn.Linear(8 * width, 2 * width, bias=False)
-
-    def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
-        """Join each token with its neighbours; sides are even."""
-        batch, *sides, width = x.shape
-        order, inverse = merge_layout(batch, (sides[0], sides[1], sides[2]), x.device)
-        joined = permute(x.reshape(-1, width), order, inverse).view(batch, *(side // 2 for side in sides), 8 * width)
-        merged: Tensor = self.reduction(self.norm(joined))
-        return merged
-
-
-class Stage(nn.Module):
-    """Blocks with windows in place and shifted in turn, then merging."""
-
-    def __init__(self, config: SwinConfig, stage: int, drop_paths: list[float]) -> None:
-        super().__init__()
-        width = config.embed_dim << stage
-        self.window = config.window
-        self.blocks = nn.ModuleList(
-            WindowBlock(
-                width,
-                num_heads=config.num_heads[stage],
-                window=config.window,
-                shift=config.window // 2 if block % 2 else 0,
-                mlp_ratio=config.mlp_ratio,
-                drop_path=drop_path,
-            )
-            for block, drop_path in enumerate(drop_paths)
-        )
-        self.downsample = PatchMerging(width)
-
-    def forward(
-        self, x: Float[Tensor, "batch x y z width"], blank: Bool[Tensor, "batch x y z"] | None = None
-    ) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
-        """From one level of the pyramid to the next; `blank` marks tokens of the first stage that are all alike."""
-        for number, block in enumerate(self.blocks):
-            x = block(x, blank if number < 2 else None)
-            if number == 0 and blank is not None and len(self.blocks) > 1:
-                grid = (x.shape[1], x.shape[2], x.shape[3])
-                layout = window_layout(x.shape[0], grid, self.window, 0, x.device)
-                blank = in_whole_windows(blank, layout) if layout.padded == grid else None
-        merged: Tensor = self.downsample(x)
-        return merged
-
-
 class PatchEmbedding(nn.Module):
     """Patches of 2x2x2 voxels to tokens."""
 
@@ -352,7 +229,14 @@ class SwinEncoder(nn.Module):
         drop_paths = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
         ends = np.cumsum(config.depths).tolist()
         self.stages = nn.ModuleList(
-            Stage(config, stage, drop_paths[end - config.depths[stage] : end]) for stage, end in enumerate(ends)
+            Stage(
+                config.embed_dim << stage,
+                num_heads=config.num_heads[stage],
+                window=config.window,
+                mlp_ratio=config.mlp_ratio,
+                drop_paths=drop_paths[end - config.depths[stage] : end],
+            )
+            for stage, end in enumerate(ends)
         )
         if config.attention:
             self.semantic_attention = SemanticAttention(config.cell_width, config.attention)
