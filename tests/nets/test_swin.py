@@ -9,7 +9,7 @@ import torch
 
 from dagman import config
 from dagman.errors import DagmanError
-from dagman.nets import stage
+from dagman.nets import stage as stages
 from dagman.nets.encoder import build, checkpoint_blocks
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
 from dagman.nets.transformer import DropPath, GlobalBlock, sine_cosine_position
@@ -284,7 +284,7 @@ def test_windows_computed_once_give_what_every_window_gives(monkeypatch, crop, s
     widest, found = [], []
     for dense in (False, True):
         if dense:
-            monkeypatch.setattr(stage, "blank_windows", lambda *_, **__: None)
+            monkeypatch.setattr(stages, "blank_windows", lambda *_, **__: None)
         hook = (
             encoder.stages[0].blocks[0].mlp.register_forward_pre_hook(lambda _, given: widest.append(given[0].numel()))
         )
@@ -343,7 +343,7 @@ def test_shifted_windows_are_computed_once_too_with_and_without_drop_path(monkey
     encoder.stages[0].blocks[1].mlp.register_forward_pre_hook(lambda _, given: tokens.append(given[0][..., 0].numel()))
     for dense in (False, True):
         if dense:
-            monkeypatch.setattr(stage, "blank_windows", lambda *_, **__: None)
+            monkeypatch.setattr(stages, "blank_windows", lambda *_, **__: None)
         torch.manual_seed(3)
         encoder.zero_grad()
         features = encoder(images, hidden.flatten(1))
