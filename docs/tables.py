@@ -301,6 +301,22 @@ def learning_probes() -> str:
     return rows(["pretrained on", "question", "labels", "pretrained", "untrained", "raw voxels", *gains], body)
 
 
+def learning_claims() -> str:
+    """In how many seeds the pretrained encoder lies above the untrained one, and below, intervals apart; 32 labels."""
+    body = []
+    for question, meaning in QUESTIONS.items():
+        cells = []
+        for results in corpora().values():
+            found = [asked(result["probes"][-1]["rows"], question, "all", 32) for result in results]
+            gains = [row["above untrained"] for row in found if row and row["above untrained"]["low"] is not None]
+            above, below = sum(gain["low"] > 0 for gain in gains), sum(gain["high"] < 0 for gain in gains)
+            mean = sum(gain["value"] for gain in gains) / len(gains)
+            said = [f"{count} {word}" for count, word in ((above, "above"), (below, "below")) if count]
+            cells.append(f"{mean:+.3f}; {', '.join(said) or 'none apart'} of {len(gains)}")
+        body.append([meaning, *cells])
+    return rows(["32 labels", *(f"pretrained on {corpus}" for corpus in corpora())], body)
+
+
 def learning_parts() -> str:
     """How much each kind of features gained over the untrained encoder's, 32 labels: mean and range over the seeds."""
     body = []
@@ -557,6 +573,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "store": store,
     "tour": tour,
     "uses-attention": uses_attention,
+    "learning-claims": learning_claims,
     "input": input_rates,
     "scaling": scaling,
     "uses-classify": uses_classify,
