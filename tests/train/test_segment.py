@@ -159,6 +159,17 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
     assert f"Next: dagman segment predict --weights {fold}" in told.err
     predict = ["segment", "predict", "--weights", str(fold), "-i", str(tmp_path / "raw" / "c0.nii.gz")]
     assert run([*predict, "-o", str(tmp_path / "found")]) == 0
+    capsys.readouterr()
+    assert run([*predict, str(tmp_path / "raw" / "c1.nii.gz"), "-o", str(tmp_path / "found")]) == 0
+    said = capsys.readouterr().err
+    assert "c0.nii.gz is there already, from the same scan and weights" in said
+    assert "c1.nii.gz: label 1" in said
+    (tmp_path / "found" / "c1.nii.gz").write_bytes(b"cut off")
+    assert run([*predict, str(tmp_path / "raw" / "c1.nii.gz"), "-o", str(tmp_path / "found")]) == 0
+    assert "c1.nii.gz: label 1" in capsys.readouterr().err, "what is damaged is done anew"
+    other = [str(study / "fold-1") if word == str(fold) else word for word in predict]
+    assert run([*other, "-o", str(tmp_path / "found")]) == 0
+    assert "already" not in capsys.readouterr().err, "and what other weights gave"
     source, found = (nibabel.load(tmp_path / name / "c0.nii.gz") for name in ("raw", "found"))
     assert np.array_equal(source.affine, found.affine)
     for path in study.glob("fold-*/predictions/*.nii.gz"):  # In the files' own order, although they run from left.

@@ -158,6 +158,8 @@ def predict(
 ) -> int:
     """Segment CTs: a label map on each scan's own voxels, which lies over the scan in any viewer.
 
+    Run again, it goes on: what is there from the same scan and weights stays.
+
     Args:
         weights: A fold of `dagman segment train`, such as STUDY/fold-0.
         sources: CT files, folders, DICOM trees, or a CSV.
@@ -178,6 +180,10 @@ def predict(
     done = 0
     for scan in scans:
         try:
+            if there := segmenting.before(loaded, scan, output, to=to):
+                done += 1
+                say(f"{there.path} is there already, from the same scan and weights")
+                continue
             with progress(f"Segmenting {scan.case_id}") as tell:
                 found = segmenting.predict(loaded, scan, output, to=to, device=device, progress=tell)
         except DagmanError as error:

@@ -24,6 +24,9 @@ from dagman.types import Grid, Preparation, Scan
 
 OVERLAP_RATIO = 0.5
 Precision = Literal["float32", "bf16"]
+To = Literal["nifti", "dicom-seg"]
+DONE = "predictions.jsonl"
+"""What was predicted from what, a line for each scan."""
 Progress = Callable[[int, int], None]
 """Called with the number of finished crops and their total."""
 
@@ -41,12 +44,12 @@ def predict(
     scan: Scan,
     folder: Path,
     *,
-    to: Literal["nifti", "dicom-seg"] = "nifti",
+    to: To = "nifti",
     device: torch.device | str = "cpu",
     precision: Precision = "float32",
     progress: Progress | None = None,
 ) -> Outputs:
-    """Write `CASE.nii.gz`, or `CASE.dcm`, with the labels on the scan's own voxels.
+    """Write `CASE.nii.gz`, or `CASE.dcm`, with the labels on the scan's own voxels, and note it in `predictions.jsonl`.
 
     Args:
         segmenter: From `tasks.segmenter.load`.
@@ -71,7 +74,7 @@ def predict(
     x, y, z = volume.hu.shape
     own = volume.own_grid or Grid((x, y, z), volume.affine)
     numbers = most_likely(found, prepared.affine, own)
-    path = folder / f"{scan.case_id}{'.nii.gz' if to == 'nifti' else '.dcm'}"
+    path = _place(folder, scan, to)
     if to == "nifti":
         write_nifti(segmenter.classes.label_map(numbers), own.affine, path)
     else:
@@ -80,7 +83,33 @@ def predict(
         dicom_seg.write(numbers, own, scan.files, segmenter.classes.names, path)
     voxel_cc = abs(float(np.linalg.det(own.affine[:3, :3]))) / 1000
     counts = np.bincount(numbers.ravel(), minlength=len(segmenter.classes) + 1)[1:]
-    return Outputs(path, dict(zip(segmenter.classes.names, (counts * voxel_cc).tolist(), strict=True)))
+    volumes = dict(zip(segmenter.classes.names, (counts * voxel_cc).tolist(), strict=True))
+    made = {"file": path.name, "sha256": files.sha256_file(path), "volumes_cc": volumes}
+    files.append_line(folder / DONE, _identity(segmenter, scan) | made)
+    return Outputs(path, volumes)
+
+
+def before(segmenter: Segmenter, scan: Scan, folder: Path, *, to: To = "nifti") -> Outputs | None:
+    """What `predict` wrote earlier with the same weights of the same files, if it still lies there unchanged."""
+    path = _place(folder, scan, to)
+    if not (segmenter.digest and path.is_file() and (folder / DONE).is_file()):
+        return None
+    rows = files.read_lines(folder / DONE, required=("case_id", "file", "sha256", "volumes_cc"))
+    found = [row for row in rows if row["file"] == path.name][-1:]
+    if not found or found[0]["sha256"] != files.sha256_file(path):
+        return None
+    identity = _identity(segmenter, scan)
+    return Outputs(path, found[0]["volumes_cc"]) if identity.items() <= found[0].items() else None
+
+
+def _place(folder: Path, scan: Scan, to: To) -> Path:
+    return folder / f"{scan.case_id}{'.nii.gz' if to == 'nifti' else '.dcm'}"
+
+
+def _identity(segmenter: Segmenter, scan: Scan) -> dict[str, Any]:
+    """What decides a prediction."""
+    source = sorted(files.sha256_file(path) for path in scan.files)
+    return {"case_id": scan.case_id, "weights": segmenter.digest, "source": source}
 
 
 def probabilities(

@@ -4,6 +4,7 @@ A folder: `weights/` (which every verb that takes an encoder reads), `decoder.sa
 classes, provenance and the checksums of both, written last.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Segmenter:
     classes: Classes
     card: dict[str, Any]
     """Where it comes from."""
+    digest: str = ""
+    """SHA-256 over its files; none where it was not read from any."""
 
 
 def save(segmenter: Segmenter, folder: Path) -> None:
@@ -66,7 +69,8 @@ def load(folder: Path) -> Segmenter:
     classes = config.from_dict(Classes, described["classes"], "classes.")
     network = SegmentationNetwork(load_encoder(folder), len(classes) + 1)
     network.decoder.load_state_dict(safetensors.torch.load_file(folder / DECODER))
-    return Segmenter(network=network.eval(), classes=classes, card=described["card"])
+    digest = hashlib.sha256(json.dumps(described["files"], sort_keys=True).encode()).hexdigest()
+    return Segmenter(network=network.eval(), classes=classes, card=described["card"], digest=digest)
 
 
 def _described(folder: Path) -> Mapping[str, Any]:
