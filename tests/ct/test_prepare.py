@@ -447,6 +447,7 @@ import os, signal, sys
 from pathlib import Path
 from dagman.ct.prepare import prepare
 from dagman.errors import DagmanError
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 try:
     prepare([Path(sys.argv[1])], Path(sys.argv[2]), workers=1, progress=lambda *_: os.kill(os.getpid(), signal.SIGINT))
 except DagmanError as error:
