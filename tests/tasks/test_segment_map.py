@@ -1,6 +1,7 @@
 """A predicted label map lies where the scan lies, whatever the order and direction of the file's axes."""
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -102,6 +103,25 @@ def test_nifti_opens_where_the_scan_opens(tmp_path, bright, axes):
     voxels = {4: np.sum(truth(hu) == 4), 9: np.sum(truth(hu) == 9)}
     assert found.volumes_cc["dense"] == pytest.approx(voxels[4] * 0.008)
     assert found.volumes_cc["bone"] == pytest.approx(voxels[9] * 0.008)
+
+
+def test_a_kill_while_a_prediction_is_noted_costs_that_note_alone(tmp_path, bright):
+    named = replace(bright, digest="weights")
+    for name in ("one", "two"):
+        nibabel.save(nibabel.Nifti1Image(body((40, 36, 34), (2.0,) * 3), np.eye(4) * 2), tmp_path / f"{name}.nii.gz")
+    one, two = index([tmp_path / "one.nii.gz", tmp_path / "two.nii.gz"])[0]
+    folder = tmp_path / "out"
+    made = segment.predict(named, one, folder)
+    assert segment.before(named, one, folder) == made
+    assert segment.before(replace(named, digest="others"), one, folder) is None
+    assert segment.before(bright, one, folder) is None, "weights that no file holds are not known again"
+    notes = folder / segment.DONE
+    notes.write_text(notes.read_text()[:-20])
+    assert segment.before(named, one, folder) is None
+    segment.predict(named, two, folder)
+    assert segment.before(named, two, folder)
+    segment.predict(named, one, folder)
+    assert segment.before(named, one, folder) == made
 
 
 @pytest.mark.parametrize(("suffix", "spacing_mm"), [(".nrrd", (0.9, 1.1, 3.0)), (".mha", (3.0, 1.0, 1.0))])

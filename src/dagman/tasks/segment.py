@@ -85,6 +85,7 @@ def predict(
     counts = np.bincount(numbers.ravel(), minlength=len(segmenter.classes) + 1)[1:]
     volumes = dict(zip(segmenter.classes.names, (counts * voxel_cc).tolist(), strict=True))
     made = {"file": path.name, "sha256": files.sha256_file(path), "volumes_cc": volumes}
+    files.repair_log(folder / DONE)
     files.append_line(folder / DONE, _identity(segmenter, scan) | made)
     return Outputs(path, volumes)
 

@@ -222,7 +222,7 @@ def finetune(
     refuse_mirrored_sides(study.cohort.classes.names, keep_sides=config.keep_sides)
     leakage.refuse(study.seen, leakage.twins(store), study.cohort.together, TASK)
     parts = study.cohort.parts
-    if resnet:
+    if resnet and config.network == "resnet50":
         say(str(study.network(parts[0]).report))
     done = learn(study, parts, config.finetune, device=device, workers=workers, progress=progress, say=say)
     return None if done is None else study.summarise(done)
