@@ -13,7 +13,7 @@ import torch
 import small_study
 from dagman import load_encoder
 from dagman.cli import run
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import new
 from dagman.nets.weights import save_encoder
 from dagman.tasks import leakage, segment, segmenter
@@ -184,6 +184,27 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
     assert run([*train, "--weights", str(tmp_path / "run"), "--seed", "1"]) == 4
     assert "E-RESUME" in capsys.readouterr().err
     assert run(["attention", "--weights", str(fold), "-i", str(tmp_path / "raw" / "c0.nii.gz"), "-o", str(study)]) == 0
+
+
+def test_ctrl_c_between_two_scans_loses_nothing_and_says_so(short, tmp_path, capsys, monkeypatch):
+    small_study.write_cases(tmp_path / "raw", {f"c{number}": small_study.case(number) for number in range(2)})
+    scans = [str(tmp_path / "raw" / f"c{number}.nii.gz") for number in range(2)]
+    command = ["segment", "predict", "--weights", str(short[0] / "fold-0"), "-i", *scans, "-o", str(tmp_path / "out")]
+    plain = segment.predict
+
+    def interrupted(*given, **more):
+        made = plain(*given, **more)
+        signal.raise_signal(signal.SIGINT)
+        return made
+
+    monkeypatch.setattr(segment, "predict", interrupted)
+    assert run(command) == ExitCode.STOPPED
+    assert "stopped; run the same command to continue" in capsys.readouterr().err
+    monkeypatch.setattr(segment, "predict", plain)
+    assert run(command) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert "c0.nii.gz is there already" in said
+    assert "c1.nii.gz: label 1" in said
 
 
 def test_from_scratch_a_plain_swinunetr_and_test_masks_that_nobody_opens_before_the_end(store, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ app = App(
     help="Turn unlabelled CT scans into an encoder that makes small labelled studies work, and show what it looks at.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # a stop has its own exit code, and says so
 )
 app.command(scans.check)
 app.command(scans.prepare)
