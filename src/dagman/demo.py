@@ -213,7 +213,12 @@ def _report(found: dict[str, Any], folder: Path, pictures: list[Path], say: Say)
                 f"looked: {duration(training['seconds'] * CROSSING_STEPS)} at this machine's pace."
             )
     say("")
-    say(f"Wrote {folder}: prepared/ run/progress.png probe/ attention/ summary.json")
+    made = [
+        name
+        for name in ("prepared", "run/progress.png", "probe", "attention", "summary.json")
+        if (folder / name).exists()
+    ]
+    say(f"Wrote {folder}: {' '.join(made)}")
     for picture in pictures:
         say(f"  {picture}")
     say(f"Next: dagman pretrain dagman-tiny --data {folder / 'prepared'} -o runs/longer --steps 5000")

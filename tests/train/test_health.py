@@ -116,6 +116,7 @@ def test_steps_skipped_in_a_row_end_the_run_and_keep_the_last_checkpoint(
     assert caught.value.exit_code is ExitCode.UNHEALTHY
     assert "6 steps in a row up to step 7" in caught.value.problem
     assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6]
+    assert Run(tmp_path / "run").progress_file.is_file(), "whoever looks why finds the curves"
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     tensors = checkpoints._read(newest, _identity(newest))[1]
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())

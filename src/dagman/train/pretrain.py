@@ -136,6 +136,8 @@ def _loop(
                 row |= _examine(job, step) | ({} if labelled is None else _probe(job, labelled))
             recorder.add(row, durable=due or stop.agreed or job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW)
             if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
+                if job.fabric.is_global_zero:
+                    draw(job)
                 raise _unhealthy(job, step)
             if due or stop.agreed:
                 _checkpoint(job, done, last=stop.agreed or done == job.total)
