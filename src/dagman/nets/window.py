@@ -78,7 +78,7 @@ class WindowAttention(nn.Module):
         qkv = functional.linear(windows, weight, added).view(count, tokens, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if trains:
-            mixed = explicit_attention(query, key, value, bias, layout)
+            mixed = explicit_attention(query, key, value, bias, layout, scale=head_width**-0.5)
         else:
             mixed = fused_attention(query, key, value, bias, layout, scale=head_width**-0.5)[..., :head_width]
         projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
@@ -110,10 +110,16 @@ def wide_heads(values: Float[Tensor, "outputs ..."], head_width: int) -> Float[T
 
 
 def explicit_attention(
-    query: Heads, key: Heads, value: Heads, bias: Float[Tensor, "heads tokens tokens"], layout: WindowLayout
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    bias: Float[Tensor, "heads tokens tokens"],
+    layout: WindowLayout,
+    *,
+    scale: float,
 ) -> Heads:
     """Attention with its matrix written out, for training: the fused kernel has no fast gradient for the bias."""
-    logits = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).float().add_(bias)
+    logits = ((query * scale) @ key.transpose(-2, -1)).float().add_(bias)
     # Adding a constant leaves the gradient as it is, so autograd need not know.
     constant = logits.detach()
     for start, stop, mask in layout.masks:
