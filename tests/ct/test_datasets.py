@@ -9,8 +9,10 @@ import torch
 from test_store import make_store
 from torch.utils.data import DataLoader
 
-from dagman.ct.datasets import DataConfig, SampleOrder, ViewsDataset, collate, mean_intensity
+from dagman.ct.crops import two_views, window
+from dagman.ct.datasets import DataConfig, SampleOrder, ViewsDataset, collate, mean_intensity, show
 from dagman.errors import DagmanError
+from dagman.randomness import generator
 from dagman.types import Views
 
 
@@ -36,7 +38,7 @@ def batches(dataset, start, end, workers, batch=2, **options) -> list[str]:
 
 def test_a_batch_is_views_in_0_to_1(store):
     dataset = ViewsDataset(store, CROP, seed=0)
-    views = collate([dataset[i] for i in range(5)])
+    views = show(collate([dataset[i] for i in range(5)]), CROP)
     assert isinstance(views, Views)
     assert views.u.shape == views.v.shape == (5, 1, 32, 32, 32)
     assert views.u.dtype == torch.float32
@@ -92,26 +94,47 @@ def test_ranks_are_disjoint_and_cover_the_samples(world):
     assert [len(SampleOrder(7, 40, rank, world)) for rank in range(world)] == [len(part) for part in parts]
 
 
-def test_augmentation_is_off_by_default_and_only_flips_and_jitters(store):
-    plain = ViewsDataset(store, CROP, seed=0)
-    flipped = ViewsDataset(store, DataConfig(crop=(32, 32, 32), flip_ratio=1.0), seed=0)
-    jittered = ViewsDataset(store, DataConfig(crop=(32, 32, 32), jitter_ratio=0.1), seed=0)
+def test_readers_hand_over_hounsfield_units_and_the_device_makes_of_them_what_is_shown(store):
+    dataset = ViewsDataset(store, CROP, seed=4)
+    pairs = collate([dataset[i] for i in range(5)])
+    assert pairs.u.dtype == pairs.v.dtype == torch.int16
+    views = show(pairs, CROP)
     for sample in range(5):
-        (u, v, *rest), (fu, fv, *flipped_rest), (ju, jv, *jittered_rest) = (
-            plain[sample],
-            flipped[sample],
-            jittered[sample],
-        )
-        assert rest == flipped_rest == jittered_rest
-        assert torch.equal(fu, u.flip(1, 2, 3))
-        assert torch.equal(fv, v.flip(1, 2, 3))
-        assert 0 < (ju - u).abs().max() <= 0.2
-        assert 0 < (jv - v).abs().max() <= 0.2
+        draws = generator(4, "crops", sample)
+        cut = two_views(store, int(views.rows[sample]), CROP.crop, overlap_ratio=0.5, body_ratio=0.25, generator=draws)
+        assert np.array_equal(views.u[sample, 0].numpy(), window(cut.u, CROP.window_hu))
+        assert np.array_equal(views.v[sample, 0].numpy(), window(cut.v, CROP.window_hu))
+
+
+def test_augmentation_is_off_by_default_and_only_flips_and_jitters(store):
+    def shown(**augmentation):
+        config = DataConfig(crop=(32, 32, 32), **augmentation)
+        dataset = ViewsDataset(store, config, seed=0)
+        return show(collate([dataset[i] for i in range(5)]), config)
+
+    plain, flipped, jittered = shown(), shown(flip_ratio=1.0), shown(jitter_ratio=0.1)
+    some = shown(flip_ratio=0.5)
+    for view in ("u", "v"):
+        image = getattr(plain, view)
+        assert torch.equal(getattr(flipped, view), image.flip(2, 3, 4))
+        change = (getattr(jittered, view) - image).abs().amax(dim=(1, 2, 3, 4))
+        assert bool((change > 0).all())
+        assert bool((change <= 0.2).all())
+        ways = [axes for count in range(4) for axes in itertools.combinations((1, 2, 3), count)]
+        found = [
+            [axes for axes in ways if torch.equal(mirrored, crop.flip(axes))]
+            for mirrored, crop in zip(getattr(some, view), image, strict=True)
+        ]
+        assert all(len(axes) == 1 for axes in found), "each crop is mirrored along axes of its own"
+        assert len({axes[0] for axes in found}) > 1
+    for other in (flipped, jittered):
+        assert torch.equal(other.rows, plain.rows)
+        assert torch.equal(other.padding, plain.padding)
 
 
 def test_mean_intensity_is_that_of_the_training_crops(store):
     dataset = ViewsDataset(store, CROP, seed=5)
-    views = collate([dataset[i] for i in range(8)])
+    views = show(collate([dataset[i] for i in range(8)]), CROP)
     expected = torch.cat([views.u, views.v]).mean().item()
     assert mean_intensity(store, CROP, seed=5, num_crops=16) == pytest.approx(expected, abs=1e-6)
 

@@ -130,7 +130,7 @@ def test_validation_and_test_cases_are_not_trained_on(
 
     def noted(self: ViewsDataset, sample: int) -> Any:
         found = read(self, sample)
-        seen.append(("training" if len(self) == 2 else "validation", found[2]))
+        seen.append(("training" if len(self) == 2 else "validation", int(found.rows)))
         return found
 
     monkeypatch.setattr(ViewsDataset, "__getitem__", noted)

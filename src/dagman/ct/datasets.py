@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from dagman.ct.crops import two_views, window
+from dagman.ct.crops import two_views
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.randomness import generator
@@ -51,11 +52,24 @@ class DataConfig:
                 raise DagmanError("CONFIG", f"data.{field}", f"cannot be {getattr(self, field)}", advice)
 
 
-Sample = tuple[Float[Tensor, "1 x y z"], Float[Tensor, "1 x y z"], int, float]
+class Pairs(NamedTuple):
+    """Two overlapping crops of each volume of a batch as they are stored, and how they shall be shown.
+
+    This is what reader processes hand over and what goes to the device: half the bytes of `Views`.
+    """
+
+    u: Int16[Tensor, "batch x y z"]
+    v: Int16[Tensor, "batch x y z"]
+    mirrored: Bool[Tensor, "batch 2 3"]
+    """Axes along which u and v are mirrored."""
+    jitter: Float[Tensor, "batch 2 2"]
+    """Scale and shift of u and v, added to 1 and 0."""
+    rows: Int[Tensor, " batch"]
+    padding: Float[Tensor, " batch"]
 
 
-class ViewsDataset(Dataset[Sample]):
-    """Pairs of views by global sample number, which counts on from epoch to epoch.
+class ViewsDataset(Dataset[Pairs]):
+    """Batches of one pair of views by global sample number, which counts on from epoch to epoch.
 
     With p pairs a volume, sample `i` belongs to visit `i // p`, visit `v` is position `v % len` of epoch `v // len`'s
     own order of the volumes, and its crops are drawn from `(seed, "crops", i)`: nothing depends on who asks, or when.
@@ -90,31 +104,36 @@ class ViewsDataset(Dataset[Sample]):
             self._order = (epoch, generator(self.seed, "order", epoch).permutation(self.rows))
         return int(self._order[1][position])
 
-    def __getitem__(self, sample: int) -> Sample:
+    def __getitem__(self, sample: int) -> Pairs:
         config, row = self.config, self.row(sample)
-        draws = generator(self.seed, "crops", sample)
         pair = two_views(
             self.store,
             row,
             config.crop,
             overlap_ratio=config.overlap_ratio,
             body_ratio=config.body_ratio,
-            generator=draws,
+            generator=generator(self.seed, "crops", sample),
         )
-        augmentation = generator(self.seed, "augmentation", sample)
-        u, v = (self._shown(view, augmentation) for view in (pair.u, pair.v))
-        return u, v, row, self._padding(row, pair.corners)
+        mirrored, jitter = self._augmentation(sample)
+        return Pairs(
+            u=torch.from_numpy(np.ascontiguousarray(pair.u))[None],
+            v=torch.from_numpy(np.ascontiguousarray(pair.v))[None],
+            mirrored=torch.from_numpy(mirrored)[None],
+            jitter=torch.from_numpy(jitter)[None],
+            rows=torch.tensor([row]),
+            padding=torch.tensor([self._padding(row, pair.corners)], dtype=torch.float32),
+        )
 
-    def _shown(self, hu: np.ndarray, draws: np.random.Generator) -> Tensor:
-        """A crop as the network sees it, (1, x, y, z)."""
-        image = window(hu, self.config.window_hu)
-        if self.config.flip_ratio:
-            mirrored = np.flatnonzero(draws.random(3) < self.config.flip_ratio)
-            image = np.ascontiguousarray(np.flip(image, tuple(mirrored.tolist())))
-        if self.config.jitter_ratio:
-            scale, shift = draws.uniform(-self.config.jitter_ratio, self.config.jitter_ratio, 2).astype(np.float32)
-            image = np.clip(image * (1 + scale) + shift, 0, 1)
-        return torch.from_numpy(image)[None]
+    def _augmentation(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which axes of each view are mirrored, (2, 3), and scale and shift of its intensities, (2, 2)."""
+        config, draws = self.config, generator(self.seed, "augmentation", sample)
+        mirrored, jitter = np.zeros((2, 3), dtype=bool), np.zeros((2, 2), dtype=np.float32)
+        for view in range(2):
+            if config.flip_ratio:
+                mirrored[view] = draws.random(3) < config.flip_ratio
+            if config.jitter_ratio:
+                jitter[view] = draws.uniform(-config.jitter_ratio, config.jitter_ratio, 2)
+        return mirrored, jitter
 
     def _padding(self, row: int, corners: tuple[tuple[int, int, int], tuple[int, int, int]]) -> float:
         """Share of both views that lies outside the volume."""
@@ -123,12 +142,33 @@ class ViewsDataset(Dataset[Sample]):
         return float(1 - (inside / crop).prod(axis=1).mean())
 
 
-def collate(samples: Sequence[Sample]) -> Views:
+def collate(samples: Sequence[Pairs]) -> Pairs:
     """Samples as one batch."""
-    u, v, rows, padding = zip(*samples, strict=True)
-    return Views(
-        u=torch.stack(u), v=torch.stack(v), rows=torch.tensor(rows), padding=torch.tensor(padding, dtype=torch.float32)
-    )
+    return Pairs(*(torch.cat(each) for each in zip(*samples, strict=True)))
+
+
+def show(pairs: Pairs, config: DataConfig) -> Views:
+    """What the network sees of crops, made where they lie: windowed, mirrored and jittered.
+
+    Args:
+        pairs: A batch, on any device.
+        config: Of the data set that it comes from.
+    """
+    u, v = (_shown(hu, pairs.mirrored[:, view], pairs.jitter[:, view], config) for view, hu in enumerate(pairs[:2]))
+    return Views(u=u, v=v, rows=pairs.rows, padding=pairs.padding)
+
+
+def _shown(hu: Tensor, mirrored: Tensor, jitter: Tensor, config: DataConfig) -> Tensor:
+    """Crops of one view, (batch, 1, x, y, z), in [0, 1]."""
+    low, high = config.window_hu
+    image = hu.float()[:, None].sub_(low).mul_(1 / (high - low)).clamp_(0, 1)
+    if config.flip_ratio:
+        for axis in range(3):
+            image = torch.where(mirrored[:, axis].view(-1, 1, 1, 1, 1), image.flip(2 + axis), image)
+    if config.jitter_ratio:
+        scale, shift = jitter.view(-1, 2, 1, 1, 1, 1).unbind(dim=1)
+        image = image.mul_(1 + scale).add_(shift).clamp_(0, 1)
+    return image
 
 
 class SampleOrder(Sampler[int]):
@@ -166,6 +206,5 @@ def mean_intensity(
         rows: As for `ViewsDataset`.
     """
     dataset = ViewsDataset(store, config, seed, rows)
-    return float(
-        np.mean([view.mean().item() for sample in range(max(1, num_crops // 2)) for view in dataset[sample][:2]])
-    )
+    shown = (show(dataset[sample], config) for sample in range(max(1, num_crops // 2)))
+    return float(np.mean([view.mean().item() for views in shown for view in (views.u, views.v)]))

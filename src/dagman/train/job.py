@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dagman import config as configs
 from dagman import files
-from dagman.ct.datasets import SampleOrder, ViewsDataset, collate, mean_intensity
+from dagman.ct.datasets import Pairs, SampleOrder, ViewsDataset, collate, mean_intensity
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets import kernel
@@ -27,7 +27,7 @@ from dagman.run import Run, package_version
 from dagman.tasks import leakage
 from dagman.train import checkpoints, cost, engine
 from dagman.train.settings import PretrainConfig, Rates, rates
-from dagman.types import Preparation, Views
+from dagman.types import Preparation
 
 _HELD_OUT = ("validation", "test")
 
@@ -176,7 +176,7 @@ def resume(job: Job) -> int:
     return start
 
 
-def batches(job: Job, start: int, workers: int) -> Iterator[Views]:
+def batches(job: Job, start: int, workers: int) -> Iterator[Pairs]:
     """What is left of the run's batches on this rank."""
     optimisation, fabric = job.config.optimisation, job.fabric
     dataset = ViewsDataset(job.store, job.config.data, optimisation.seed, job.train_rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dagman import files
-from dagman.ct.datasets import ViewsDataset, collate
+from dagman.ct.datasets import Pairs, ViewsDataset, collate, show
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets import gpu, launches
@@ -155,7 +155,7 @@ def _compile(job: Job, *, wanted: bool) -> None:
     job.say(f"{len(chosen)} modules compile when they first run" if chosen else f"nothing is compiled: {why_not}")
 
 
-def _step(job: Job, step: int, source: Iterator[Views], stop: engine.StopRequest) -> dict[str, Any]:
+def _step(job: Job, step: int, source: Iterator[Pairs], stop: engine.StopRequest) -> dict[str, Any]:
     """One optimizer step: look at the views, check what comes out, learn from it; the row of the metrics."""
     began, waited = time.perf_counter(), 0.0
     optimisation, now = job.config.optimisation, job.rates(step)
@@ -163,10 +163,10 @@ def _step(job: Job, step: int, source: Iterator[Views], stop: engine.StopRequest
     outcomes, seen = [], []
     for micro in range(optimisation.accumulate):
         asked = time.perf_counter()
-        views = _next(job, source, step)
+        pairs = _next(job, source, step)
         waited += time.perf_counter() - asked
-        seen.append(views.rows)
-        outcomes.append(_look(job, views, now, (step, micro)))
+        seen.append(pairs.rows)
+        outcomes.append(_look(job, show(pairs, job.config.data), now, (step, micro)))
     norm = job.fabric.clip_gradients(
         job.model, job.optimizer, max_norm=optimisation.gradient_clip, error_if_nonfinite=False
     )
@@ -250,7 +250,7 @@ def _unhealthy(job: Job, step: int) -> DagmanError:
     )
 
 
-def _next(job: Job, source: Iterator[Views], step: int) -> Views:
+def _next(job: Job, source: Iterator[Pairs], step: int) -> Pairs:
     """The next batch; what a reader stumbles over ends the run cleanly, with a checkpoint of the steps done."""
     try:
         return next(source)
@@ -278,7 +278,7 @@ def _validate(job: Job, step: int) -> float | None:
     job.module.eval()
     for first in range(0, len(dataset), batch):
         samples = [dataset[index] for index in range(first, min(first + batch, len(dataset)))]
-        views = job.fabric.to_device(collate(samples))
+        views = show(job.fabric.to_device(collate(samples)), data)
         with job.fabric.autocast():
             outcome = job.module(views, knobs, torch_generator(seed, "validation", first))
         total += outcome.losses.amip.item() * len(samples)
@@ -293,11 +293,13 @@ def _examine(job: Job, step: int) -> dict[str, float]:
     seed, batch = job.config.optimisation.seed, 2 * job.config.optimisation.batch_size
     data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0, pairs_per_volume=1)
     dataset = ViewsDataset(job.store, data, torch_seed(seed, "examination"), job.train_rows)
-    batches = (
-        job.fabric.to_device(torch.stack([dataset[index][0] for index in range(first, min(first + batch, EXAMINED))]))
-        for first in range(0, EXAMINED, batch)
-    )
-    draw_crops(job, step, job.fabric.to_device(torch.stack([dataset[index][0] for index in range(PICTURED)])))
+
+    def crops(first: int, last: int) -> Tensor:
+        pairs = collate([dataset[index] for index in range(first, last)])
+        return show(job.fabric.to_device(pairs), data).u
+
+    batches = (crops(first, min(first + batch, EXAMINED)) for first in range(0, EXAMINED, batch))
+    draw_crops(job, step, crops(0, PICTURED))
     with job.fabric.autocast():
         return examine(job.module, batches, job.rates(step).knobs)
 
