@@ -5,6 +5,7 @@ import torch
 
 from dagman.errors import DagmanError
 from dagman.nets.heads import ProjectionHead, VoxelHead
+from dagman.pretext import hiding
 
 
 @pytest.fixture
@@ -73,6 +74,24 @@ def test_voxels_stand_where_their_token_stands():
         shape[2 + axis] = side * grid[axis]
         assert crop.shape == (1, 1, 8, 12, 4)
         assert torch.equal(crop, torch.arange(float(side * grid[axis])).view(shape).expand_as(crop))
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_cells_alone_are_those_of_the_whole_crop(times, share):
+    torch.manual_seed(0)
+    side, grid, batch = 4, (2, 1, 3), 2
+    head = VoxelHead(5, cell_side=side, mean_intensity=0.2)
+    final = torch.randn(batch, 5, *grid, dtype=torch.float64, requires_grad=True)
+    head.double()
+    wanted = torch.rand(batch, *(times * n for n in grid)) < share
+    alone = head.predict_cells(final, wanted)
+    whole = hiding.cut(head(final), side // times)[wanted]
+    assert torch.equal(alone, whole)
+    weights = torch.randn_like(whole)
+    parts = [final, *head.parameters()]
+    for mine, theirs in zip(*(torch.autograd.grad((x * weights).sum(), parts) for x in (alone, whole)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_voxel_head_starts_at_the_mean_intensity():

@@ -103,12 +103,13 @@ def test_image_term_is_that_of_smit() -> None:
     much is hidden of each, as in DAGMaN and SMIT.
     """
     images, prediction, order = uniform(200, 4, 1, 8, 8, 8), drawn(201, 4, 1, 8, 8, 8), uniform(202, 4, 8)
-    uneven = hiding.repeat(order < 0.5, (2, 2, 2), 4)
-    assert losses.masked_l1(prediction, images, uneven).item() == pytest.approx(0.9190249027726828, abs=1e-6)
-    five_each = hiding.repeat(order.argsort(dim=1).argsort(dim=1) < 5, (2, 2, 2), 4)
-    assert losses.masked_l1(prediction, images, five_each).item() == pytest.approx(0.915734519473488, abs=1e-6)
-    mean_of_views = codistill._mean_of_views(prediction, images, five_each).item()
-    assert mean_of_views == pytest.approx(0.915734519473488, abs=1e-6)
+    predicted, truth = hiding.cut(prediction, 4), hiding.cut(images, 4)
+    uneven = (order < 0.5).view(4, 2, 2, 2)
+    assert losses.masked_l1(predicted[uneven], truth[uneven]).item() == pytest.approx(0.9190249027726828, abs=1e-6)
+    five_each = (order.argsort(dim=1).argsort(dim=1) < 5).view(4, 2, 2, 2)
+    picked = predicted[five_each], truth[five_each]
+    assert losses.masked_l1(*picked).item() == pytest.approx(0.915734519473488, abs=1e-6)
+    assert codistill._mean_of_views(*picked, five_each).item() == pytest.approx(0.915734519473488, abs=1e-6)
 
 
 def test_random_hiding_counts_as_smit() -> None:

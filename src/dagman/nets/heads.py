@@ -3,7 +3,7 @@
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -134,3 +134,27 @@ class VoxelHead(nn.Module):
         side = self.cell_side
         voxels: Tensor = apply_to_rows(self.linear, final.movedim(1, -1)).view(batch, gx, gy, gz, side, side, side)
         return voxels.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, 1, gx * side, gy * side, gz * side)
+
+    def predict_cells(
+        self, final: Float[Tensor, "batch in_width gx gy gz"], wanted: Bool[Tensor, "batch x y z"]
+    ) -> Float[Tensor, "num side side side"]:
+        """Predict some cells alone, in C order of `wanted`; tokens without one are left out of the layer.
+
+        Args:
+            final: As for `forward`.
+            wanted: On cells, as many in a final token along each axis as the grid is finer than the final map.
+        """
+        batch, _, gx, gy, gz = final.shape
+        times = wanted.shape[1] // gx
+        of_token = wanted.view(batch, gx, times, gy, times, gz, times).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+        asked = of_token.any(dim=-1)
+        row = (asked.flatten().cumsum(dim=0) - 1).view(batch, gx, 1, gy, 1, gz, 1)
+        place = torch.arange(times**3, device=final.device).view(1, 1, times, 1, times, 1, times)
+        rows, places = (
+            each.expand(batch, gx, times, gy, times, gz, times).reshape(wanted.shape)[wanted] for each in (row, place)
+        )
+        side = self.cell_side // times
+        voxels: Tensor = apply_to_rows(self.linear, final.movedim(1, -1)[asked])
+        cells = voxels.view(-1, times, side, times, side, times, side)
+        inside = [places // times**2, places // times % times, places % times]
+        return cells.permute(0, 1, 3, 5, 2, 4, 6)[rows, *inside]

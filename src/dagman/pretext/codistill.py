@@ -311,10 +311,13 @@ class CoDistillation(nn.Module):
     def _predict(self, final: Tensor, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """AMIP, each view against itself (equation 5), and its ratio to the error of each view's visible mean."""
         assert self.student.voxel_head is not None  # noqa: S101
-        voxels = hiding.repeat(hidden, self.grid, self.cell_side)
-        loss = _mean_of_views(self.student.voxel_head(final), images, voxels)
+        hidden = hidden.view(len(hidden), *self.grid)
+        cells = hiding.cut(images, self.cell_side)
+        truth = cells[hidden]
+        loss = _mean_of_views(self.student.voxel_head.predict_cells(final, hidden), truth, hidden)
         with torch.no_grad():
-            baseline = _mean_of_views(diagnostics.visible_mean(images, voxels), images, voxels)
+            means = diagnostics.visible_mean(cells, hidden).view(-1, 1, 1, 1).expand(hidden.shape)[hidden]
+            baseline = _mean_of_views(means.view(-1, 1, 1, 1).expand(truth.shape), truth, hidden)
             return loss, loss / baseline.clamp_min(1e-6)
 
     def _weigh(self, values: Mapping[str, Tensor]) -> Losses:
@@ -377,7 +380,8 @@ def _pick(tokens: Tensor, picked: Tensor) -> Tensor:
     return tokens.gather(1, picked[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 
-def _mean_of_views(prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
-    """The image term of u and that of v, averaged."""
-    pairs = zip(prediction.chunk(2), images.chunk(2), hidden.chunk(2), strict=True)
+def _mean_of_views(prediction: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:
+    """The image term of u and that of v, averaged; the rows are the hidden cells of all views."""
+    ends = [int(half.sum()) for half in hidden.chunk(2)]
+    pairs = zip(torch.split(prediction, ends), torch.split(truth, ends), strict=True)
     return torch.stack([losses.masked_l1(*view) for view in pairs]).mean()

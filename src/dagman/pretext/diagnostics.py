@@ -129,18 +129,16 @@ def variety(said: Told) -> Float[Tensor, ""]:
 
 
 def visible_mean(
-    images: Float[Tensor, "batch 1 x y z"], hidden: Bool[Tensor, "batch x y z"]
-) -> Float[Tensor, "batch 1 x y z"]:
-    """The prediction to beat: everywhere the mean of the view's visible voxels.
+    cells: Float[Tensor, "batch x y z side side side"], hidden: Bool[Tensor, "batch x y z"]
+) -> Float[Tensor, " batch"]:
+    """The prediction to beat: the mean of each view's visible voxels.
 
     Args:
-        images: Intensities in [0, 1].
-        hidden: On voxels.
+        cells: Intensities in [0, 1], from `hiding.cut`.
+        hidden: On cells.
     """
-    seen = ~hidden[:, None]
-    space = (1, 2, 3, 4)
-    mean = (images * seen).sum(space, keepdim=True) / seen.sum(space, keepdim=True).clamp_min(1)
-    return mean.expand_as(images)
+    means = cells.mean(dim=(4, 5, 6)) * ~hidden
+    return means.flatten(1).sum(dim=1) / (~hidden).flatten(1).sum(dim=1).clamp_min(1)
 
 
 @torch.no_grad()

@@ -132,6 +132,18 @@ def repeat(
     return boxes.reshape(-1, x * times, y * times, z * times)
 
 
+def cut(images: Float[Tensor, "batch 1 x y z"], side: int) -> Float[Tensor, "batch gx gy gz side side side"]:
+    """A view of crops cell by cell.
+
+    Args:
+        images: Crops.
+        side: Of a cell, in voxels.
+    """
+    batch, _, x, y, z = images.shape
+    boxes = images.view(batch, x // side, side, y // side, side, z // side, side)
+    return boxes.permute(0, 1, 3, 5, 2, 4, 6)
+
+
 def _ranking(attention: Tensor) -> Tensor:
     """Cells of each view from the most attended to the least."""
     return attention.sort(dim=1, descending=True, stable=True).indices

@@ -108,19 +108,14 @@ def mean_over_hidden(values: Float[Tensor, "views picked"], hidden: Bool[Tensor,
 
 
 def masked_l1(
-    prediction: Float[Tensor, "batch 1 x y z"],
-    images: Float[Tensor, "batch 1 x y z"],
-    hidden: Bool[Tensor, "batch x y z"],
+    prediction: Float[Tensor, " cells *voxels"], images: Float[Tensor, " cells *voxels"]
 ) -> Float[Tensor, ""]:
-    """Mean absolute error over the hidden voxels of the whole batch.
+    """Mean absolute error over the hidden voxels of a batch; 0 where nothing is hidden.
 
     Args:
-        prediction: Of the student's voxel head.
-        images: Intensities in [0, 1].
-        hidden: On voxels.
+        prediction: Of the student's voxel head for the hidden cells.
+        images: The same cells' intensities in [0, 1].
 
     Reference: equation 5.
     """
-    mask = hidden[:, None]
-    error = (at_least_single(prediction) - images).abs() * mask
-    return error.sum() / (mask.sum().to(error.dtype) + DENOMINATOR_GUARD)
+    return (at_least_single(prediction) - images).abs().sum() / (prediction.numel() + DENOMINATOR_GUARD)
