@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dagman.nets import gpu
-from dagman.nets.heads import ProjectionHead, VoxelHead
+from dagman.nets.heads import ProjectionHead
 from dagman.nets.stage import PatchMerging
 from dagman.nets.swin import SwinEncoder
 from dagman.nets.transformer import MLP, GlobalBlock
@@ -29,8 +29,7 @@ def compile_rest(network: nn.Module) -> list[nn.Module]:
     chosen: list[nn.Module] = [
         module
         for module in network.modules()
-        if isinstance(module, GlobalBlock | PatchMerging | VoxelHead)
-        or (isinstance(module, MLP) and id(module) not in inside)
+        if isinstance(module, GlobalBlock | PatchMerging) or (isinstance(module, MLP) and id(module) not in inside)
     ]
     chosen += [module.layers for module in network.modules() if isinstance(module, ProjectionHead)]
     for module in chosen:

@@ -20,6 +20,7 @@ from dagman.pretext import diagnostics, hiding, losses
 from dagman.pretext.comparison import Compared, Heads, Rows, compare
 from dagman.pretext.method import MethodConfig, check_fit
 from dagman.pretext.network import Network
+from dagman.pretext.shadow import Shadow
 from dagman.types import Features, Losses, Views
 
 
@@ -96,6 +97,7 @@ class CoDistillation(nn.Module):
             # Only those losses see past this norm; DDP wants a gradient for whatever needs one.
             swin.semantic_attention.norm.requires_grad_(requires_grad=False)
         self.teacher = copy.deepcopy(self.student).requires_grad_(requires_grad=False).eval()
+        self._look_at = Shadow(self.teacher.encoder)
         if method.losses.amip:
             self.student.voxel_head = VoxelHead(
                 encoder.final_width, cell_side=encoder.final_side, mean_intensity=mean_intensity
@@ -146,10 +148,10 @@ class CoDistillation(nn.Module):
     def _teach(self, images: Tensor, generator: torch.Generator) -> Targets:
         """The teacher's pass over both views, in the midst of its noise."""
         dropped = self.draw_dropped(len(images), generator, images.device)
-        features = self.teacher.encoder(images, None, dropped, final_only=self.final_only)
+        features = self._look_at(images, None, dropped, final_only=self.final_only)
         guide = features
         if self.method.guide == "clean" and dropped is not None and self.method.hidden.guided:
-            guide = self.teacher.encoder(images, final_only=True)
+            guide = self._look_at(images, final_only=True)
         bottlenecks = {
             name: self.teacher.head(name).project(self.head_input(name, features)) for name in self.teacher.heads
         }
