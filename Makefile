@@ -47,8 +47,8 @@ bench: setup
 	cp $(DEMO)/summary.json benchmarks/results/demo.json
 
 docs: setup
-	$(BIN)/python docs/tables.py
-	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/evidence/tables.py
+	$(BIN)/python docs/evidence/figures.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,15 +2,14 @@
 
 import io
 import json
-from pathlib import Path
 from typing import Any
 
+from common import ROOT
+from learning import with_ratios
 from matplotlib.figure import Figure
-from tables import with_ratios
 
 from dagman.figures import learning, progress
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 QUESTIONS = {
     "organ": "phantoms: which of 8 organs",

@@ -1,0 +1,263 @@
+"""Tables about learning: `docs/learning.md`."""
+
+import json
+import math
+from typing import Any
+
+from common import RESULTS, interval, load, machine, number, rows
+
+LAST_ROWS = 2
+"""Points of a thinned curve that stand for its end: about the last sixth of the steps."""
+
+QUESTIONS = {
+    "organ": "which of 8 organs",
+    "malignancy": "malignant nodule or not",
+    "nodule": "a nodule in the crop or not",
+    "tumour": "tumour or not",
+    "side": "left or right",
+    "upright": "upright or upside down",
+}
+
+
+def learning(pattern: str, *, name: str | None = None) -> list[dict[str, Any]]:
+    """Results of `benchmarks/learning_curve.py`, those of one name where it is given."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "learning").glob(pattern))]
+    return [result for result in found if name in (None, result["name"])]
+
+
+def end_of(result: dict[str, Any]) -> dict[str, float]:
+    """What a run's curve came to: means over its last points, the losses over ln K of views that are hidden."""
+    points = result["curve"][-LAST_ROWS:]
+    names = {name for point in points for name in point}
+    found = {
+        name: sum(some) / len(some)
+        for name in names
+        if (some := [point[name] for point in points if point.get(name) is not None])
+    }
+    return with_ratios(result, found)
+
+
+def corpora() -> dict[str, list[dict[str, Any]]]:
+    """The finished runs of `dagman-tiny`, all seeds of each corpus."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in learning("*-tiny-seed*.json", name="tiny"):
+        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
+            found.setdefault(result["corpus"], []).append(result)
+    return found
+
+
+def learning_reach() -> str:
+    """What the runs came to, beside what was aimed at."""
+    wanted = {
+        "image error / visible mean": ("image_error_ratio", "below .6"),
+        "AITD / ln K": ("aitd_loss_ratio", "below .9"),
+        "AMPD / ln K": ("ampd_loss_ratio", "below .9"),
+        "GITD / ln K": ("gitd_loss_ratio", "below .9"),
+        "nats about the image in [CLS] targets": ("aitd_image_nats", "more than place: 0"),
+        "nats about the image in patch targets": ("ampd_image_nats", "more than place"),
+        "nats about the place in patch targets": ("ampd_position_nats", ""),
+        "nats about the image in pooled targets": ("gitd_image_nats", "more than place: 0"),
+        "guiding attention, entropy / ln N": ("attention_entropy", "below .97"),
+        "clean attention, largest / mean": ("clean_attention_peak", ""),
+        "spread of pooled features": ("pooled_spread", "not near 0"),
+        "spread of cells": ("tokens_spread", "not near 0"),
+    }
+    results = [result for some in corpora().values() for result in some]
+    ends = [end_of(result) for result in results]
+    body = [
+        [meaning, target, *(number(end.get(column), 3) for end in ends)] for meaning, (column, target) in wanted.items()
+    ]
+    for structure in ("organs", "heart", "aorta", "nodule", "tumour", "nodule of one CT"):
+        gains = [result["probes"][-1]["attention"].get(structure) for result in results]
+        cells = [gain_of(gain) if gain else "" for gain in gains]
+        aim = "2 on organs or nodules" if structure == "organs" else ""
+        body.append([f"attention / volume on: {structure}", aim, *cells])
+    body.append(["steps", "", *(str(result["steps"]) for result in results)])
+    body.append(
+        ["minutes", "", *(number(end["seconds"] * r["steps"] / 60, 0) for r, end in zip(results, ends, strict=True))]
+    )
+    header = ["", "aim", *(f"{result['corpus']}, seed {result['seed']}" for result in results)]
+    return rows(header, body) + f"\n\nOne thread a run, two runs side by side. {machine(results[0])}."
+
+
+def gain_of(gain: dict[str, float]) -> str:
+    """A share of attention over that of the volume, with its interval where there are several volumes."""
+    interval_of = f" ({gain['low']:.2f} to {gain['high']:.2f})" if "low" in gain else ""
+    return f"{gain['gain']:.2f}{interval_of}"
+
+
+def asked(table: list[dict[str, Any]], question: str, kind: str, labels: int | None) -> dict[str, Any] | None:
+    """The row of a question in a table of probes."""
+    wanted = (question, kind, labels)
+    return next((row for row in table if (row["question"], row["features"], row["labels"]) == wanted), None)
+
+
+def mean_auc(found: list[dict[str, Any] | None]) -> str:
+    """The mean AUC of some rows."""
+    values = [row["auc"]["value"] for row in found if row]
+    return number(sum(values) / len(values), 3) if values else ""
+
+
+def learning_probes() -> str:
+    """Probes at the end of the runs, beside the untrained encoder and raw voxels, all features together."""
+    body = []
+    for corpus, results in corpora().items():
+        for question, meaning in QUESTIONS.items():
+            for labels in (8, 32, None):
+                ends = [asked(result["probes"][-1]["rows"], question, "all", labels) for result in results]
+                bases = [
+                    mean_auc([asked(result["baselines"][name], question, "all", labels) for result in results])
+                    for name in ("untrained", "voxels")
+                ]
+                gained = [interval(row["above untrained"]) if row else "" for row in ends]
+                if any(gained):
+                    shown = str(labels) if labels else "all"
+                    body.append([corpus, meaning, shown, mean_auc(ends), *bases, *gained])
+    seeds = max(len(results) for results in corpora().values())
+    gains = [f"above untrained, seed {seed}" for seed in range(seeds)]
+    body = [row + [""] * (6 + seeds - len(row)) for row in body]
+    return rows(["pretrained on", "question", "labels", "pretrained", "untrained", "raw voxels", *gains], body)
+
+
+def learning_claims() -> str:
+    """In how many seeds the pretrained encoder lies above the untrained one, and below, intervals apart; 32 labels."""
+    body = []
+    for question, meaning in QUESTIONS.items():
+        cells = []
+        for results in corpora().values():
+            found = [asked(result["probes"][-1]["rows"], question, "all", 32) for result in results]
+            gains = [row["above untrained"] for row in found if row and row["above untrained"]["low"] is not None]
+            above, below = sum(gain["low"] > 0 for gain in gains), sum(gain["high"] < 0 for gain in gains)
+            mean = sum(gain["value"] for gain in gains) / len(gains)
+            said = [f"{count} {word}" for count, word in ((above, "above"), (below, "below")) if count]
+            cells.append(f"{mean:+.3f}; {', '.join(said) or 'none apart'} of {len(gains)}")
+        body.append([meaning, *cells])
+    return rows(["32 labels", *(f"pretrained on {corpus}" for corpus in corpora())], body)
+
+
+def learning_parts() -> str:
+    """How much each kind of features gained over the untrained encoder's, 32 labels: mean and range over the seeds."""
+    body = []
+    for corpus, results in corpora().items():
+        for question, meaning in QUESTIONS.items():
+            cells = []
+            for kind in ("pooled", "cells", "cls", "all"):
+                found = [asked(result["probes"][-1]["rows"], question, kind, 32) for result in results]
+                gains = [row["above untrained"]["value"] for row in found if row]
+                cells.append(
+                    f"{sum(gains) / len(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})" if gains else ""
+                )
+            body.append([corpus, meaning, *cells])
+    return rows(["pretrained on", "question", "pooled", "mean cell", "[CLS]", "all"], body)
+
+
+def learning_heads() -> str:
+    """How the attention heads of a run changed on the way: first seed of each corpus with answers on the way."""
+    body = []
+    for corpus, results in corpora().items():
+        result = max(results, key=lambda one: len(one["probes"]))
+        looks = [("0", result["untrained_heads"]), *((str(one["step"]), one["heads"]) for one in result["probes"])]
+        for step, heads in looks:
+            spread = [
+                f"{math.log(len(head['distance_mm'])) - head['distance_entropy']:.4f} / {head['row_entropy']:.3f}"
+                for head in heads
+            ]
+            body.append([f"{corpus}, seed {result['seed']}", step, *spread])
+        places = [head["place"] for head in result["untrained_heads"]]
+    return rows(["pretrained on", "step", *places], body)
+
+
+def learning_look() -> str:
+    """What is logged on the way, means over the seeds and their range where they differ."""
+    columns = {
+        "image_error_ratio": 2,
+        "aitd_loss_ratio": 2,
+        "ampd_loss_ratio": 2,
+        "gitd_loss_ratio": 2,
+        "pooled_spread": 2,
+        "tokens_spread": 2,
+        "attention_entropy": 3,
+        "hidden_dropped_excess": 2,
+    }
+    body = []
+    for corpus, results in corpora().items():
+        for column, digits in columns.items():
+            cells = []
+            for step in (1, 100, 300, 1000):
+                points = [min(result["curve"], key=lambda point: abs(point["step"] - step)) for result in results]
+                values = [with_ratios(result, point).get(column) for result, point in zip(results, points, strict=True)]
+                there = [value for value in values if value is not None]
+                low, high = (number(pick(there), digits) for pick in (min, max)) if there else ("", "")
+                cells.append(low if low == high else f"{low} to {high}")
+            body.append([corpus, f"`{column}`", *cells])
+    return rows(["trained on", "", "step 1", "100", "300", "1000"], body)
+
+
+def with_ratios(result: dict[str, Any], point: dict[str, float]) -> dict[str, float]:
+    """A point of a curve with its losses over ln K, those of AMPD over the views that are hidden."""
+    method = result["config"]["method"]
+    most = math.log(method["heads"]["num_prototypes"])
+    shares = {"aitd": 1.0, "gitd": 1.0, "ampd": method["hidden"]["probability"]}
+    ratios = {f"{term}_loss_ratio": point[term] / share / most for term, share in shares.items() if term in point}
+    return point | ratios
+
+
+def learning_factors() -> str:
+    """One factor at a time."""
+    columns = {
+        "image error": "image_error_ratio",
+        "AMPD / ln K": "ampd_loss_ratio",
+        "AITD / ln K": "aitd_loss_ratio",
+        "GITD / ln K": "gitd_loss_ratio",
+        "image nats: cells": "ampd_image_nats",
+        "place nats: cells": "ampd_position_nats",
+        "[CLS]": "aitd_image_nats",
+        "pooled": "gitd_image_nats",
+        "attention": "attention_entropy",
+        "hidden and dropped / chance": "hidden_dropped_excess",
+        "spread": "pooled_spread",
+    }
+    results = sorted(learning("*-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is")
+    body = []
+    for result in results:
+        end = end_of(result)
+        settings = {name: value for name, value in result["settings"].items() if value != "bf16"}
+        changed = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in settings.items())
+        shown = [number(end.get(column), 3 if column == "attention_entropy" else 2) for column in columns.values()]
+        body.append([result["name"].removeprefix("factor-"), changed, *shown])
+    if not results:
+        return "No run has finished yet."
+    first = results[0]
+    told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed {first['seed']}"
+    return rows(["factor", "value", *columns], body) + f"\n\n{told}. {machine(first)}."
+
+
+def learning_methods() -> str:
+    """The compared methods at their tiny size: how they ended, what they gained, what a step costs."""
+    costs = {}
+    if (RESULTS / "recipes.json").exists():
+        costs = {row["recipe"]: row["over_dagman"] for row in load("recipes")["rows"]}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in learning("real-*-tiny-seed*.json"):
+        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
+            found.setdefault(result["config"]["recipe"], []).append(result)
+    body = []
+    for recipe in [*found, *(name for name in costs if name not in found)]:
+        runs = found.get(recipe, [])
+        ends = [end_of(run) for run in runs]
+        columns = ("image_error_ratio", "pooled_spread", "aitd_loss_ratio", "ampd_loss_ratio", "gitd_loss_ratio")
+        shown = [_mean([end[column] for end in ends if column in end]) for column in columns]
+        gains = []
+        for question in ("organ", "malignancy", "tumour", "side"):
+            rows_of = [asked(run["probes"][-1]["rows"], question, "all", 32) for run in runs]
+            gains.append("; ".join(interval(row["above untrained"]) for row in rows_of if row))
+        steps = ", ".join(str(run["steps"]) for run in runs)
+        body.append([recipe, steps or "not run yet", number(costs.get(recipe)), *shown, *gains])
+    header = ["recipe", "steps", "cost of a step / dagman-tiny", "image error", "spread", "AITD", "AMPD", "GITD"]
+    return rows(
+        [*header, *(f"{question}: above untrained" for question in ("organ", "malignancy", "tumour", "side"))], body
+    )
+
+
+def _mean(values: list[float]) -> str:
+    return number(sum(values) / len(values)) if values else ""

@@ -1,0 +1,87 @@
+"""Tables about speed: `docs/performance.md`."""
+
+from common import NOT_YET, load, machine, measured, number, rows
+
+
+def store() -> str:
+    """Reading a random crop from each kind of storage."""
+    result = load("store")
+    names = [row["storage"] for row in result["volumes"][0]["storages"]]
+    body = []
+    for index, name in enumerate(names):
+        found = [volume["storages"][index] for volume in result["volumes"]]
+        times = " to ".join(f"{pick(row['crop_ms'] for row in found):.1f}" for pick in (min, max))
+        sizes = " to ".join(f"{pick(row['mib'] for row in found):.1f}" for pick in (min, max))
+        body.append([name, times, sizes])
+    note = f"{len(result['volumes'])} real CTs at 2 mm, medians of random 128^3 crops. {machine(result)}."
+    return rows(["storage", "ms a crop", "MiB a volume"], body) + "\n\n" + note
+
+
+def step() -> str:
+    """Whole pretraining steps beside MONAI's Swin put together plainly."""
+    result = load("step")
+    case = ("crop", "batch", "precision", "allocator")
+    bases = {tuple(row[name] for name in case): row for row in result["rows"] if row["variant"] == "monai"}
+    body = []
+    for row in result["rows"]:
+        base = bases.get(tuple(row[name] for name in case))
+        columns = ("seconds_median", "cpu_seconds", "peak_mib")
+        ratios = [number(base[name] / row[name]) if base else "" for name in columns]
+        places = [str(row["crop"]), str(row["batch"]), row["precision"], row["allocator"], row["variant"]]
+        figures = [number(row["seconds_median"]), number(row["cpu_seconds"]), number(row["peak_mib"], 0)]
+        body.append([*places, *figures, *ratios])
+    header = [*("crop", "pairs", "precision", "allocator", "variant", "s a step", "CPU s", "peak MiB")]
+    header += ["monai / this: time", "CPU", "memory"]
+    fewest = min(row["steps"] for row in result["rows"])
+    note = f"Medians of at least {fewest} steps taken in turns; load of the machine {result['machine']['load']}"
+    return rows(header, body) + f"\n\n{note}. {machine(result)}."
+
+
+def step_parts() -> str:
+    """Where the time of a step goes."""
+    found = [row for row in load("step")["rows"] if row.get("parts")]
+    body = [
+        [
+            *(f"{row['crop']}, {row['batch']}, {row['precision']}, {row['allocator']}", row["variant"]),
+            *(f"{100 * share:.0f} %" for share in row["parts"].values()),
+        ]
+        for row in found
+    ]
+    return rows(["crop, pairs, precision, allocator", "variant", *found[0]["parts"]], body)
+
+
+def input_rates() -> str:
+    """Crops a second, preparing beside MONAI, and waiting."""
+    result = measured("input")
+    if result is None:
+        return NOT_YET
+    taken = [
+        [f"{row['processes']} loader processes", f"{row['crops_a_second']:.0f} crops a second"]
+        for row in result["crops"]
+    ]
+    prepared = [
+        [
+            f"{row['scan']}, {row['slices']} slices to 2 mm",
+            f"{row['antialiased']:.2f} s anti-aliased, {row['linear']:.2f} s linear, {row['monai']:.2f} s by MONAI",
+        ]
+        for row in result.get("preparing", [])
+    ]
+    waited = [[f"`dagman-tiny` without a batch, {name}", f"{share:.2%}"] for name, share in result["waiting"].items()]
+    note = f"Views of 128^3 of volumes of 300^3 for the crops; load of the machine {result['machine']['load']}"
+    return rows(["what", "measured"], [*taken, *prepared, *waited]) + f"\n\n{note}. {machine(result)}."
+
+
+def scaling() -> str:
+    """What a sample costs as everything around it grows."""
+    result = measured("scaling")
+    if result is None:
+        return NOT_YET
+    body = []
+    for point in result["points"]:
+        if point["quantity"] == "volumes":
+            told = f"{point['pair_ms']:.2f} ms a pair of crops, {point['open_ms']:.0f} ms to open the store"
+        else:
+            told = f"{point['seconds_a_pair']:.3f} s a pair, {point['seconds_a_step']:.2f} s a step"
+        body.append([point["quantity"], str(point["value"]), told])
+    note = f"load of the machine {result['machine']['load']}. {machine(result)}."
+    return rows(["what grows", "to", "costs"], body) + f"\n\nMedians; {note}"

@@ -1,0 +1,104 @@
+"""Write the tables of README and docs from `benchmarks/results/*.json`; no figure is typed by hand.
+
+A document marks a table with `<!-- table: NAME -->` and `<!-- end -->`; `make docs` fills what stands between.
+"""
+
+import re
+from collections.abc import Callable
+
+import learning
+import speed
+import uses
+from common import RESULTS, ROOT, interval, load, machine, rows
+
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("learning", "uses", "classification", "segmentation", "performance")),
+)
+
+READINGS = {
+    "image_error_ratio": "image error / that of predicting each view's visible mean",
+    "pooled_spread": "spread of the pooled features",
+    "aitd_teacher_entropy": "teacher entropy of [CLS] / ln K",
+    "attention_entropy": "attention entropy / ln N",
+    "attention_peak": "attention peak, times uniform",
+    "ampd_image_nats": "nats about the image in the teacher's targets for cells",
+    "ampd_position_nats": "nats about the cell's place in them",
+    "gitd_image_nats": "nats about the image in its pooled targets",
+}
+
+
+def demo() -> str:
+    """The probe of `make demo`."""
+    result = load("demo")
+    body = [
+        [
+            row["features"],
+            interval(row["auc"]),
+            interval(row["sensitivity"]),
+            interval(row["specificity"]),
+            interval(row["first_minus_this"]),
+        ]
+        for row in result["probe"]
+    ]
+    first = result["probe"][0]
+    note = (
+        f"Malignant or benign nodule, {first['cases']} phantoms of {first['patients']} patients, "
+        f"{first['folds']} folds by patient, {result['training']['steps']} steps of pretraining. {machine(result)}."
+    )
+    return rows(["features", "AUC", "sensitivity", "specificity", "AUC of pretrained minus this"], body) + "\n\n" + note
+
+
+def demo_training() -> str:
+    """How the demo's pretraining ended."""
+    training = load("demo")["training"]
+    names = [name for name in READINGS if name in training]
+    return rows(
+        ["at the end of the demo's pretraining", ""], [[READINGS[name], f"{training[name]:.3f}"] for name in names]
+    )
+
+
+def tour() -> str:
+    """What the verbs print."""
+    return f"```\n{(RESULTS / 'tour.txt').read_text()}```"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "learning-factors": learning.learning_factors,
+    "learning-heads": learning.learning_heads,
+    "learning-look": learning.learning_look,
+    "learning-methods": learning.learning_methods,
+    "learning-parts": learning.learning_parts,
+    "learning-probes": learning.learning_probes,
+    "learning-reach": learning.learning_reach,
+    "demo-training": demo_training,
+    "step": speed.step,
+    "step-parts": speed.step_parts,
+    "store": speed.store,
+    "tour": tour,
+    "uses-attention": uses.uses_attention,
+    "learning-claims": learning.learning_claims,
+    "input": speed.input_rates,
+    "scaling": speed.scaling,
+    "uses-classify": uses.uses_classify,
+    "uses-cluster": uses.uses_cluster,
+    "uses-diversity": uses.uses_diversity,
+    "uses-segment": uses.uses_segment,
+}
+
+
+def filled(text: str) -> str:
+    """A document with its tables written anew."""
+    return re.sub(
+        r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text()))
+        print(f"wrote {document.relative_to(ROOT)}")
