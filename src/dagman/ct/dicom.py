@@ -38,6 +38,8 @@ class Frame:
     intercept: float
     rescale_type: str
     tilt: float
+    data: Any
+    """The parsed file with its pixels; None where only the header could be read."""
 
 
 def read(paths: Sequence[Path], max_voxels: int) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -63,25 +65,31 @@ def read(paths: Sequence[Path], max_voxels: int) -> tuple[np.ndarray, np.ndarray
     return _voxels(ordered), affine, 1.0, 0.0
 
 
-def _voxels(frames: list[Frame]) -> np.ndarray:
+def _voxels(frames: list[Frame], *, whole: bool = True) -> np.ndarray:
+    """HU (x, y, z): int16 where all are whole numbers in its range, else float32."""
+    whole = whole and all(float(x).is_integer() and abs(x) < 2**15 for f in frames for x in (f.slope, f.intercept))
     columns, rows = frames[0].shape
-    hu = np.empty((columns, rows, len(frames)), np.float32, order="F")
+    hu = np.empty((columns, rows, len(frames)), np.int16 if whole else np.float32, order="F")
     opened: tuple[Path, pixels.Decode] | None = None
     for k, frame in enumerate(frames):
         if opened is None or opened[0] != frame.path:
-            opened = frame.path, pixels.open_file(frame.path)
+            opened = frame.path, pixels.open_file(frame.path, frame.data)
         stored = opened[1](frame.index)
         if stored.shape != (rows, columns):
             raise DagmanError("SLICE", frame.path, f"decodes to {stored.shape} pixels, not {rows} x {columns}", _EXPORT)
-        hu[:, :, k] = (stored * np.float64(frame.slope) + frame.intercept).T
-    whole = all(float(f.slope).is_integer() and float(f.intercept).is_integer() for f in frames)
-    if whole and hu.min() >= -(2**15) and hu.max() < 2**15:
-        return hu.astype(np.int16)
+        if whole:
+            wide = stored.astype(np.int32 if stored.dtype.itemsize <= 2 else np.int64)  # no product overflows
+            values: np.ndarray = wide * int(frame.slope) + int(frame.intercept)
+            if values.min() < -(2**15) or values.max() >= 2**15:
+                return _voxels(frames, whole=False)
+        else:
+            values = stored * np.float64(frame.slope) + frame.intercept
+        hu[:, :, k] = values.T
     return hu
 
 
 def _frames(path: Path, num_files: int) -> list[Frame]:
-    header = open_header(path)
+    data, header = _parsed(path)
     if pixels.word(header, "Modality") != "CT":
         raise DagmanError("MODALITY", path, "is no CT image", "give CT images")
     if pixels.word(header, "BurnedInAnnotation") == "YES":
@@ -90,7 +98,7 @@ def _frames(path: Path, num_files: int) -> list[Frame]:
     if "PerFrameFunctionalGroupsSequence" not in header:
         if count != 1:
             raise DagmanError("MULTIFRAME", path, f"holds {count} frames without their positions", _CONVERT)
-        return [_frame(path, header, lambda _: header, 0)]
+        return [_frame(path, header, lambda _: header, 0, data)]
     per_frame = header.PerFrameFunctionalGroupsSequence
     if num_files > 1 or len(per_frame) != count:
         raise DagmanError("MULTIFRAME", path, f"is one of {num_files} multi-frame files of a series", _CONVERT)
@@ -102,7 +110,20 @@ def _frames(path: Path, num_files: int) -> list[Frame]:
 
         return find
 
-    return [_frame(path, header, group(frame), index) for index, frame in enumerate(per_frame)]
+    return [_frame(path, header, group(frame), index, data) for index, frame in enumerate(per_frame)]
+
+
+def _parsed(path: Path) -> tuple[Any, Any]:
+    """One file with its pixels, None where they are broken, and its header: parsing takes longer than reading."""
+    try:
+        data = pixels.parse(path, header_only=False)
+    except (DagmanError, OSError, MemoryError):
+        raise
+    except Exception:  # whatever a parser throws; the header may be whole
+        data = None
+    if data is not None and "PixelData" in data:
+        return data, data
+    return None, open_header(path)
 
 
 def open_header(path: Path) -> Any:
@@ -115,7 +136,7 @@ def open_header(path: Path) -> Any:
         return pixels.parse(path, header_only=True)
 
 
-def _frame(path: Path, header: Any, group: Callable[[str], Any], index: int) -> Frame:
+def _frame(path: Path, header: Any, group: Callable[[str], Any], index: int, data: Any) -> Frame:
     transformation = group("PixelValueTransformationSequence")
     if "RescaleSlope" not in transformation or "RescaleIntercept" not in transformation:
         raise DagmanError("RESCALE", path, "has no RescaleSlope and RescaleIntercept, so no HU", _EXPORT)
@@ -138,6 +159,7 @@ def _frame(path: Path, header: Any, group: Callable[[str], Any], index: int) -> 
         intercept=_number(path, transformation, "RescaleIntercept"),
         rescale_type=_hounsfield(path, pixels.word(transformation, "RescaleType")),
         tilt=_number(path, header, "GantryDetectorTilt", 0),
+        data=data,
     )
 
 

@@ -58,14 +58,18 @@ def word(header: Any, name: str) -> str:
     return value.strip().upper() if isinstance(value, str) else ""
 
 
-def open_file(path: Path) -> Decode:
+def open_file(path: Path, data: Any = None) -> Decode:
     """Read a whole file, and return what decodes its frames.
+
+    Args:
+        path: The file.
+        data: What `parse` gave for it, where that was done before.
 
     Raises:
         DagmanError: `E-SLICE` when it is cut short or broken, `E-CODEC` when its compression cannot be decoded here.
     """
     with parsing("SLICE", path, "is cut short or broken", _COPY):
-        data = parse(path, header_only=False)
+        data = parse(path, header_only=False) if data is None else data
         syntax = data.file_meta.get("TransferSyntaxUID")
         stored = data.get("PixelData")
     if not isinstance(stored, bytes):
