@@ -108,6 +108,15 @@ def _ask_phantom(case: int) -> list[Asked]:
     return [(name, _cut(made.volume.hu, centre), word, str(made.patient)) for name, centre, word in asked]
 
 
+LAYOUT = ("ct_corpus/index.json", "ct_corpus/*.nii.gz", "sts/*_ct.nii.gz", "lidc/LIDC-IDRI-0314_nodule_votes.nii.gz")
+"""Of the folder of real CTs: public CTs with their patients, sarcomas with masks, and the nodule of one CT."""
+
+
+def missing(data: Path) -> list[str]:
+    """What the folder of real CTs lacks."""
+    return [pattern for pattern in LAYOUT if not any(data.glob(pattern))]
+
+
 def real_store(data: Path, work: Path) -> PreparedStore:
     """Whole CTs of chest and abdomen, and soft-tissue sarcomas with their tumours' masks, prepared in `work/real`."""
     folder, done = work / "real", work / "real.done"

@@ -2,11 +2,14 @@
 
     python benchmarks/learning_curve.py --work WORK --name tiny --data DATA [--corpus real] [--seed 0] [SETTINGS]
 
-Trains a recipe on phantoms or on the real CTs of the folder DATA (`ct_corpus/`, `sts/`, `lidc/`), stops at the steps of
-`--at`, asks the teacher the questions of `learning_cases.py`, about real CTs only with `--data`, and goes on exactly
-where it stopped; run again, it continues. SETTINGS are pairs such as `--method.guide noisy`. Every answer stands beside
-those of the same encoder untrained and of raw voxels. The result is
-`benchmarks/results/learning/CORPUS-NAME-seedSEED.json`.
+Trains a recipe on phantoms or on the real CTs of the folder DATA (laid out as `learning_cases.LAYOUT` says), stops at
+the steps of `--at`, asks the teacher the questions of `learning_cases.py`, about real CTs only with `--data`, and goes
+on exactly where it stopped; run again, it continues. SETTINGS are pairs such as `--method.guide noisy`. Every answer
+stands beside those of the same encoder untrained and of raw voxels. The result is
+`WORK/results/CORPUS-NAME-seedSEED.json`, or lies in the folder of `--results`: that of the repository
+(`benchmarks/results/learning`) is what `make docs` writes its tables from.
+
+For scans of your own there is no need of this: `dagman pretrain --labelled STORE` probes a run on its way.
 """
 
 import argparse
@@ -203,12 +206,15 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--no-questions", action="store_true", help="train and watch, but probe nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="processor threads; 0 for all")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "learning")
+    parser.add_argument("--results", type=Path, help="folder of the result; WORK/results without it")
     arguments, rest = parser.parse_known_args()
     if len(rest) % 2 or not all(flag.startswith("--") and "." in flag for flag in rest[::2]):
         parser.error(f"cannot read {' '.join(rest)}; settings are pairs such as --method.guide noisy")
     if arguments.corpus == "real" and not arguments.data:
         parser.error("--corpus real wants the folder of real CTs: --data FOLDER")
+    if arguments.data and (lacking := cases.missing(arguments.data)):
+        parser.error(f"{arguments.data} lacks {', '.join(lacking)}")
+    arguments.results = arguments.results or arguments.work / "results"
     return arguments, dict(zip([flag.removeprefix("--") for flag in rest[::2]], rest[1::2], strict=True))
 
 
@@ -241,6 +247,17 @@ def about(arguments: argparse.Namespace, settings: Mapping[str, str], chosen: Pr
     }
 
 
+def earlier(path: Path, chosen: PretrainConfig) -> list[dict[str, Any]]:
+    """The probes that an earlier call wrote; a result of other settings is not written over."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    if before["config"] != config.to_dict(chosen):
+        raise SystemExit(f"{path} is of other settings; give another --name or --results")
+    found: list[dict[str, Any]] = before["probes"]
+    return found
+
+
 def main() -> None:
     """Train, probe, write."""
     arguments, settings = parse()
@@ -254,6 +271,7 @@ def main() -> None:
     store, questions = gather(arguments, chosen.data.crop[0])
     name = f"{arguments.corpus}-{arguments.name}-seed{arguments.seed}"
     run, path = Run(arguments.work / "runs" / name), arguments.results / f"{name}.json"
+    before = earlier(path, chosen)
     few = np.stack([store.hu(row, (40, 40, 40), chosen.data.crop) for row in range(8)])
 
     def see(encoder: Encoder) -> dict[str, dict[str, np.ndarray]]:
@@ -272,10 +290,8 @@ def main() -> None:
         "baselines": {name: table(asked, {}) for name, asked in baselines.items()},
         "untrained_attention": attention_on_truth(untrained, store, arguments.device),
         "untrained_heads": look_at_heads(untrained, few),
-        "probes": [],
+        "probes": before,
     }
-    if path.exists() and (before := json.loads(path.read_text()))["config"] == result["config"]:
-        result["probes"] = before["probes"]
     asked_at = {probe["step"] for probe in result["probes"]}
     for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
         if step in asked_at:

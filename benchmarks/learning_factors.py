@@ -2,9 +2,9 @@
 
     python benchmarks/learning_factors.py --work WORK [--data DATA] [--seed 0] [--part 0/2]
 
-On the real CTs of DATA, or on phantoms without. Each run writes
-`benchmarks/results/learning/CORPUS-factor-NAME-seedSEED.json`; what is there is not run again: the table grows over
-several sittings. `--part i/n` does every n-th run, for n processes side by side.
+On the real CTs of DATA, or on phantoms without. Each run writes `WORK/results/CORPUS-factor-NAME-seedSEED.json`, or
+into the folder of `--results`; what is there is not run again: the table grows over several sittings. `--part i/n` does
+every n-th run, for n processes side by side.
 """
 
 import argparse
@@ -76,7 +76,6 @@ FACTORS: dict[str, dict[str, str]] = {
 """What is changed, the most telling first; a name of `learning_alterations.py` also alters what no setting changes."""
 PRECISION = {"optimisation.precision": "bf16"}
 """Of all runs but the one about it."""
-RESULTS = Path(__file__).parent / "results" / "learning"
 
 
 def main() -> None:
@@ -88,14 +87,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--results", type=Path, help="folder of the results; WORK/results without it")
     arguments = parser.parse_args()
+    results = arguments.results or arguments.work / "results"
     corpus = "real" if arguments.data else "phantoms"
     part, parts = map(int, arguments.part.split("/"))
     for name, settings in list(FACTORS.items())[part::parts]:
-        if (RESULTS / f"{corpus}-factor-{name}-seed{arguments.seed}.json").exists():
+        if (results / f"{corpus}-factor-{name}-seed{arguments.seed}.json").exists():
             continue
         script = Path(__file__).with_name("learning_curve.py")
         common = ["--work", arguments.work, "--steps", arguments.steps, "--seed", arguments.seed, "--no-questions"]
+        common += ["--results", results]
         if arguments.data:
             common += ["--data", arguments.data, "--corpus", corpus]
         if name in alterations.ALTERATIONS:

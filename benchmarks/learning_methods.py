@@ -2,8 +2,8 @@
 
     python benchmarks/learning_methods.py --work WORK --data DATA [--steps 1000] [--seeds 0 1 2] [--part 0/2]
 
-Each run is one of `learning_curve.py` and writes `benchmarks/results/learning/real-METHOD-seedSEED.json`; what is there
-is not run again, so that the table grows over several sittings.
+Each run is one of `learning_curve.py` and writes `WORK/results/real-METHOD-seedSEED.json`, or into the folder of
+`--results`; what is there is not run again, so that the table grows over several sittings.
 """
 
 import argparse
@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 
 from dagman import recipes
-
-RESULTS = Path(__file__).parent / "results" / "learning"
 
 
 def finished(path: Path, steps: int) -> bool:
@@ -31,18 +29,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--results", type=Path, help="folder of the results; WORK/results without it")
     arguments = parser.parse_args()
+    results = arguments.results or arguments.work / "results"
     part, parts = map(int, arguments.part.split("/"))
     tiny = [name for name in recipes.RECIPES if name.endswith("-tiny")]
     planned = [(name, seed) for seed in arguments.seeds for name in tiny]
     for name, seed in planned[part::parts]:
-        if finished(RESULTS / f"real-{name}-seed{seed}.json", arguments.steps):
+        if finished(results / f"real-{name}-seed{seed}.json", arguments.steps):
             continue
         print(f"{name}, seed {seed}", flush=True)
         script = Path(__file__).with_name("learning_curve.py")
         command = [
             *(sys.executable, script, "--work", arguments.work, "--data", arguments.data, "--corpus", "real"),
-            *("--name", name, "--recipe", name, "--seed", seed, "--steps", arguments.steps),
+            *("--name", name, "--recipe", name, "--seed", seed, "--steps", arguments.steps, "--results", results),
             *("--threads", arguments.threads, "--optimisation.precision", "bf16", "--at"),
         ]
         subprocess.run(list(map(str, command)), check=True)
