@@ -43,7 +43,7 @@ from dagman.train.settings import PretrainConfig
 from dagman.types import Preparation
 
 METRICS = [
-    *("total", "amip", "ampd", "aitd", "gitd", "seconds", "learning_rate", "momentum", "grad_norm"),
+    *("total", "amip", "ampd", "aitd", "gitd", "seconds", "learning_rate", "weight_decay", "momentum", "grad_norm"),
     *diagnostics.MEANINGS,
     *examination.MEANINGS,
 ]

@@ -221,7 +221,7 @@ def _report(found: dict[str, Any], folder: Path, pictures: list[Path], say: Say)
     say(f"Wrote {folder}: {' '.join(made)}")
     for picture in pictures:
         say(f"  {picture}")
-    say(f"Next: dagman pretrain dagman-tiny --data {folder / 'prepared'} -o runs/longer --steps 5000")
+    say(f"Next: dagman pretrain dagman-tiny --data {folder / 'prepared'} -o runs/longer --steps 2000")
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

@@ -191,6 +191,42 @@ def test_each_alarm_rings_once_within_50_steps_of_the_onset(alarm: Any) -> None:
     assert message.startswith(f"ALARM {alarm.name}: {alarm.column} is ")
 
 
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "learning"
+
+
+def rang_on(recorded: str) -> set[str]:
+    """Names of the alarms that a recorded curve raises; its points stand for the steps since the last."""
+    result = json.loads((RECORDED / f"{recorded}.json").read_text())
+    watch, last, messages = Watch(result["steps"]), 0, []
+    for point in result["curve"]:
+        seldom = {name for name in point if name.endswith("_nats") or name == "ampd_image_share"}
+        often = {name: value for name, value in point.items() if name not in seldom}
+        for step in range(last + 1, point["step"] + 1):
+            messages += watch.see({**(point if step == point["step"] else often), "step": step})
+        last = point["step"]
+    return {message.split(":")[0].removeprefix("ALARM ") for message in messages}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "named"),
+    [
+        ("real-factor-rate-1e-3-seed0", {"no signal", "targets tell nothing"}),
+        ("real-factor-centering-seed0", {"targets tell nothing"}),
+        ("real-factor-paper-temperature-seed0", {"no signal", "targets tell nothing"}),
+        ("real-factor-as-it-is-seed0", {"no signal"}),
+        ("real-factor-position-in-residual-seed0", {"patch targets are positions"}),
+    ],
+)
+def test_states_that_were_met_ring_by_name(recorded: str, named: set[str]) -> None:
+    assert named <= rang_on(recorded)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("corpus", ["phantoms", "real"])
+def test_runs_that_learnt_ring_nothing(corpus: str, seed: int) -> None:
+    assert rang_on(f"{corpus}-tiny-seed{seed}") == set()
+
+
 def test_a_bad_spell_that_passes_rings_nothing() -> None:
     watch = Watch(1000)
     assert not [m for step in range(1, 1000) for m in watch.see(healthy(step) | {"pooled_spread": 0.3 * (step % 19)})]
@@ -262,7 +298,7 @@ def test_a_probe_on_labelled_cases_watches_the_run(tmp_path: Path) -> None:
     labelled = PreparedStore(tmp_path / "prepared")
     config = replace(small(steps=3), data=DataConfig(crop=(32, 32, 32)))
     pretrain(config, labelled, tmp_path / "run", labelled=labelled)
-    table = embed(load_encoder(tmp_path / "run"), labelled)
+    table = embed(load_encoder(tmp_path / "run"), labelled, which="all")
     auc = classify.probe(table, positive="malignant").auc()
     first, between, last = Run(tmp_path / "run").metrics()
     assert "probe_auc" not in between

@@ -1,5 +1,6 @@
 """The verbs that train: pretrain, and the demo of the whole chain."""
 
+import inspect
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +90,12 @@ def _chosen(
     chosen = recipes.with_length(recipes.get(recipe), steps, epochs)
     if config:
         chosen = configs.override(chosen, configs.read_yaml(config))
-    return configs.override(chosen, dotted(settings))
+    values = dotted(settings)
+    flags = [f"--{flag.replace('_', '-')}" for flag in inspect.signature(pretrain).parameters]
+    for name in values:
+        if "." not in name and not hasattr(chosen, name.replace("-", "_")):
+            raise configs.unknown("CONFIG", f"--{name}", flags)  # a flag of the verb, misspelt
+    return configs.override(chosen, values)
 
 
 def _move_aside(output: Path) -> None:

@@ -91,8 +91,14 @@ class PreparedStore:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
+            begun = (self.folder / SETTINGS).is_file()
             raise DagmanError(
-                "STORE", self.folder, f"holds no {MANIFEST}", "run `dagman prepare` with this output until it ends"
+                "STORE",
+                self.folder,
+                f"is no finished store: it holds no {MANIFEST}",
+                "run the same `dagman prepare` again until it ends"
+                if begun
+                else "run `dagman prepare -i SCANS -o prepared` and give that folder",
             )
         self.settings = _read_settings(self.folder / SETTINGS)
         self.rows: list[dict[str, Any]] = read_lines(

@@ -15,6 +15,8 @@ SHADES = (0, 2, 4)
 def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str], *, features: str = "all") -> bytes:
     """Draw the probes with 32 labels of one or several runs on one corpus, against steps and samples seen.
 
+    Each seed's untrained encoder stands at step 0; dashed lines are means over the seeds, bands their range.
+
     Args:
         results: Files of `benchmarks/learning_curve.py`, one for each seed.
         titles: Question to the title of its plot, in order.
@@ -42,10 +44,14 @@ def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str], *, feat
             style = {"color": f"C{SHADES[number % len(SHADES)]}", "label": f"pretrained, seed {result['seed']}"}
             _curve(plot, result, question, features, style)
         for name, (colour, label) in BASELINES.items():
-            auc = _find(results[0]["baselines"][name], question, "all" if name == "voxels" else features)
-            if auc:
-                plot.axhline(auc["value"], color=colour, linestyle="--", label=label)
-                plot.axhspan(auc["low"], auc["high"], color=colour, alpha=0.1)
+            found = [
+                _find(result["baselines"][name], question, "all" if name == "voxels" else features)
+                for result in results
+            ]
+            aucs = [auc["value"] for auc in found if auc]
+            if aucs:
+                plot.axhline(sum(aucs) / len(aucs), color=colour, linestyle="--", label=label)
+                plot.axhspan(min(aucs), max(aucs), color=colour, alpha=0.15)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=10)
     stream = io.BytesIO()

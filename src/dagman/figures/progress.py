@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 POINTS = 2000
 """Most points of a curve; longer runs are thinned."""
+DECADES = 1e5
+"""From the top of a logarithmic axis to its bottom, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,12 @@ class Panel:
     lines: Mapping[str, float] = field(default_factory=dict)
     """Label to the height of a dotted line."""
     logarithmic: bool = False
+    span: tuple[float, float] | None = None
+    """Heights that are always shown, so that two runs can be laid side by side."""
+    absent: str = "not part of this run"
+    """What stands in place of curves."""
+    start: str = ""
+    """Column whose first value is drawn as a line: where the run set out."""
 
 
 _HEADS = {"ampd": "cells", "aitd": "[CLS]", "gitd": "pooled"}
@@ -34,27 +42,32 @@ PANELS = (
         title="Image error / error of the visible mean",
         curves={"image_error_ratio": "ratio"},
         lines={"visible mean = 1": 1.0},
+        span=(0.4, 1.5),
     ),
     Panel(
         title="Distillation losses / ln K",
         curves={f"{term}_loss_ratio": name for term, name in _HEADS.items()},
         lines={"nothing learned = 1": 1.0},
+        span=(0.4, 1.2),
     ),
     Panel(
         title="Entropy / ln K: teacher (full), student (dashed)",
         curves={f"{term}_teacher_entropy": name for term, name in _HEADS.items()}
         | {f"{term}_student_entropy": "" for term in _HEADS},
         lines=_EVEN,
+        span=(0.0, 1.05),
     ),
     Panel(
         title="What the teacher's targets tell, nats",
         curves={f"{term}_image_nats": f"{name}: image" for term, name in _HEADS.items()}
         | {"ampd_position_nats": "cells: place alone"},
+        span=(0.0, 4.0),
     ),
     Panel(
         title="Spread of the features",
         curves={"pooled_spread": "pooled", "tokens_spread": "cells", "cls_spread": "[CLS]"},
         lines={"random directions = 1": 1.0},
+        span=(0.0, 1.05),
     ),
     Panel(
         title="Effective rank of the teacher's features by level",
@@ -65,6 +78,7 @@ PANELS = (
         title="Attention: entropy / ln N",
         curves={"attention_entropy": "guides hiding", "clean_attention_entropy": "teacher without noise"},
         lines=_EVEN,
+        span=(0.9, 1.0),
     ),
     Panel(
         title="Attention: largest / mean",
@@ -76,6 +90,7 @@ PANELS = (
         title="Hidden cells that the teacher had dropped / chance",
         curves={"hidden_dropped_excess": "share / share of all cells"},
         lines={"unrelated = 1": 1.0},
+        span=(0.8, 1.2),
     ),
     Panel(
         title="Head center / mean teacher logits",
@@ -88,6 +103,8 @@ PANELS = (
         title="Linear probe on labelled cases, AUC",
         curves={"probe_auc": "AUC", "probe_low": "95 % from", "probe_high": "95 % to"},
         lines={"chance = .5": 0.5},
+        start="probe_auc",
+        absent="none: pretrain with --labelled STORE",
     ),
     Panel(title="Gradient norm before clipping", curves={"grad_norm": "norm"}, logarithmic=True),
     Panel(
@@ -139,14 +156,22 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
         else:
             _curve(axes, step[there], values[there], colour, style=style, label=label)
     if not axes.lines:
-        axes.text(0.5, 0.5, "not part of this run", ha="center", va="center", transform=axes.transAxes, color="grey")
+        axes.text(0.5, 0.5, panel.absent, ha="center", va="center", transform=axes.transAxes, color="grey")
         return
+    set_out = next((row[panel.start] for row in rows if row.get(panel.start) is not None), None)
+    if set_out is not None:
+        axes.axhline(set_out, color="grey", linestyle="--", linewidth=1, label="where it set out: untrained")
     for label, height in panel.lines.items():
         axes.axhline(height, color="black", linestyle=":", linewidth=1, label=label)
     if panel.logarithmic:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, high / DECADES), high)
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
+    if panel.span:
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, panel.span[0]), max(high, panel.span[1]))
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, loc="best")
 

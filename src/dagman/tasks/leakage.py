@@ -156,9 +156,7 @@ def line(found: dict[str, Any]) -> str:
     if voxels["count"] or patient["count"]:
         names = ", ".join((voxels["cases"] + patient["cases"])[:5])
         how = f"with labels of {labels['count']} of them" if labels["count"] else "without their labels"
-        counted = (
-            f"pretraining saw {voxels['count']} of the {found['tested']} tested cases, and other CTs of the patients "
-            f"of {patient['count']} more ({names}), {how}"
-        )
+        others = f", and other CTs of the patients of {patient['count']} more" if patient["count"] else ""
+        counted = f"pretraining saw {voxels['count']} of the {found['tested']} tested cases{others} ({names}), {how}"
         return f"{counted}; {said}" if said else counted
     return said or f"pretraining saw none of the {found['tested']} tested cases"

@@ -7,6 +7,7 @@ import torch
 
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
+from dagman.nets.classifier import Which
 from dagman.nets.encoder import Encoder
 from dagman.tasks import classify
 from dagman.tasks import cohort as cohorts
@@ -26,9 +27,11 @@ def check(store: PreparedStore, preparation: Preparation) -> None:
     cohorts.cohort(cohorts.stored(store), Protocol(), positive=positive_of(store), unlabelled="leave_out")
 
 
-def probe(encoder: Encoder, store: PreparedStore, *, device: torch.device | str = "cpu") -> Estimate:
-    """AUC of a linear probe on pooled features; without a value where the features are all the same."""
-    table = embed(encoder, store, device=device)
+def probe(
+    encoder: Encoder, store: PreparedStore, *, which: Which = "pooled", device: torch.device | str = "cpu"
+) -> Estimate:
+    """AUC of a linear probe; without a value where the features are all the same."""
+    table = embed(encoder, store, which=which, device=device)
     try:
         return classify.probe(table, positive=positive_of(store), unlabelled="leave_out").auc()
     except DagmanError as error:

@@ -16,7 +16,7 @@ class Alarm:
     limit: str
     """The condition in words."""
     steps: int
-    """How many steps in a row raise the alarm."""
+    """How many rows in a row raise the alarm; an examination is a row every hundred steps."""
     first_ratio: float = 0.0
     """Share of the run before which nothing is counted."""
     advice: str
@@ -24,6 +24,9 @@ class Alarm:
 
 _SPREAD = "lower optimisation.learning_rate, or raise the weights of the distillation losses"
 _UNIFORM = "lower that head's teacher temperature, take fewer prototypes, or more volumes a step"
+_SIGNAL = (
+    "take more steps (some hundred are few), halve optimisation.learning_rate, or lower that head's teacher temperature"
+)
 _ONE_HOT = "raise that head's teacher temperature, or take more prototypes"
 
 ALARMS = (
@@ -82,6 +85,24 @@ ALARMS = (
                 steps=40,
                 advice="lower method.center_momentum",
             ),
+            Alarm(
+                name="no signal",
+                column=f"{term}_loss_ratio",
+                is_bad=lambda value: value > 0.985,
+                limit="above 0.985 of ln K: the student finds nothing of what the teacher says",
+                steps=50,
+                first_ratio=0.5,
+                advice=_SIGNAL,
+            ),
+            Alarm(
+                name="targets tell nothing",
+                column=f"{term}_image_nats",
+                is_bad=lambda value: value < 0.1,
+                limit="below 0.1: the teacher says nearly the same of every image",
+                steps=2,
+                first_ratio=0.05,
+                advice=_SIGNAL,
+            ),
         )
     ),
     Alarm(
@@ -98,7 +119,8 @@ ALARMS = (
         column="ampd_image_share",
         is_bad=lambda value: value < 0.5,
         limit="below 0.5: the teacher's distributions tell where a cell lies rather than what it shows",
-        steps=3,
+        steps=2,
+        first_ratio=0.05,
         advice="set method.patch_centers position and, of a Swin, encoder.attention.position attention",
     ),
     Alarm(
@@ -145,7 +167,7 @@ class Watch:
             self._in_a_row[alarm] = count + 1 if alarm.is_bad(value) else 0
             if self._in_a_row[alarm] == alarm.steps:
                 raised.append(
-                    f"ALARM {alarm.name}: {alarm.column} is {value:.4g}, for {alarm.steps} steps {alarm.limit}; "
+                    f"ALARM {alarm.name}: {alarm.column} is {value:.4g}, for {alarm.steps} rows {alarm.limit}; "
                     f"{alarm.advice}"
                 )
         return raised

@@ -101,13 +101,10 @@ def prepare(
     """Everything that stands before the first step; the folder's settings are written, or compared."""
     train, validation = split_rows(store)
     if not train:
-        raise DagmanError(
-            "NODATA",
-            store.folder,
-            f"holds no volume to train on ({len(store)} are held out)",
-            "prepare scans whose split is neither validation nor test",
-            exit_code=ExitCode.NOTHING_USABLE,
-        )
+        held_out = f" ({len(store)} are held out)" if len(store) else ""
+        advice = "prepare scans whose split is neither validation nor test" if held_out else "prepare at least one scan"
+        problem = f"holds no volume to train on{held_out}"
+        raise DagmanError("NODATA", store.folder, problem, advice, exit_code=ExitCode.NOTHING_USABLE)
     job = Job(
         config=config,
         store=store,

@@ -81,7 +81,7 @@ def pretrain(
         checkpoint_every: Steps between two checkpoints, which is also when validation cases are looked at.
         keep: Checkpoints to keep.
         listeners: Told of each row and message, in the first process.
-        labelled: Cases with labels of two classes, on which the teacher's pooled features are probed at each
+        labelled: Cases with labels of two classes, on which all features of the teacher are probed at each
             examination.
         compiled: Compile what no kernel of ours covers, on a GPU: a minute at the start, faster steps after it.
 
@@ -315,6 +315,9 @@ def _checkpoint(job: Job, done: int, *, last: bool) -> None:
 
 
 def _probe(job: Job, labelled: PreparedStore) -> dict[str, float | None]:
-    """AUC of a linear probe on the teacher's pooled features of labelled cases, with its interval."""
-    auc = watching.probe(job.module.teacher.encoder, labelled, device=job.fabric.device)
+    """AUC of a linear probe on all features of the teacher about labelled cases, with its interval."""
+    encoder = job.module.teacher.encoder
+    auc = watching.probe(
+        encoder, labelled, which="all" if encoder.config.has_cls else "pooled", device=job.fabric.device
+    )
     return {"probe_auc": auc.value, "probe_low": auc.low, "probe_high": auc.high}
