@@ -83,7 +83,11 @@ def test_every_public_name_resolves() -> None:
         (("check",), 2, "was given no source"),
         (("check", "{tmp}"), 5, "0 scans can be used"),
         (("pretrain", "dagman-tinny", "--data", "{tmp}", "-o", "{tmp}/run"), 2, "did you mean dagman-tiny?"),
-        (("pretrain", "dagman-tiny", "--data", "{tmp}", "-o", "{tmp}/run"), 2, "holds no manifest.jsonl"),
+        (
+            ("pretrain", "dagman-tiny", "--data", "{tmp}", "-o", "{tmp}/run"),
+            2,
+            "no finished store: it holds no manifest.jsonl",
+        ),
         (("pretrain", "dagman-tiny", "--data", "{tmp}", "-o", "{tmp}/r", "--method.loses.ampd", "0"), 2, "E-CONFIG"),
         (("pretrain", "dagman-tiny", "--data", "{tmp}", "-o", "{tmp}/r", "--method.losses.ampd"), 2, "has no value"),
         (("embed", "--weights", "{tmp}/none", "-i", "{tmp}", "-o", "{tmp}/f.csv"), 2, "none"),

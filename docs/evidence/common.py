@@ -45,4 +45,7 @@ def number(value: float | None, digits: int = 2) -> str:
 def machine(result: dict[str, Any]) -> str:
     """Date and machine, as a sentence under a table."""
     where = result["machine"]
-    return f"{result['date']}, {where.get('cpu') or where['processor']}, {where.get('cores') or where['threads']} cores"
+    threads = (
+        f"{where['cores']} cores" if "cores" in where else f"{where['threads']} thread{'s'[: where['threads'] - 1]}"
+    )
+    return f"{result['date']}, {where.get('cpu') or where['processor']}, {threads}"

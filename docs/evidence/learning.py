@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 from typing import Any
 
-from common import RESULTS, interval, load, machine, number, rows
+from common import NOT_YET, RESULTS, ROOT, interval, load, machine, number, rows
 
+LOOKED_AT = (1, 100, 300, 1000, 2000)
 LAST_ROWS = 2
 """Points of a thinned curve that stand for its end: about the last sixth of the steps."""
 
@@ -116,23 +118,46 @@ def learning_probes() -> str:
     seeds = max(len(results) for results in corpora().values())
     gains = [f"above untrained, seed {seed}" for seed in range(seeds)]
     body = [row + [""] * (6 + seeds - len(row)) for row in body]
-    return rows(["pretrained on", "question", "labels", "pretrained", "untrained", "raw voxels", *gains], body)
+    crops = next(iter(corpora().values()))[0]["crops"]
+    told = ", ".join(
+        f"{crops[question]:,} on {meaning}" for question, meaning in QUESTIONS.items() if question in crops
+    )
+    header = ["pretrained on", "question", "labels", "pretrained", "untrained", "raw voxels", *gains]
+    return rows(header, body) + f"\n\nCrops asked about, by patient: {told}."
+
+
+def gained(tables: list[list[dict[str, Any]]], question: str) -> str:
+    """Mean gain over the untrained encoder with 32 labels, and seeds whose interval lies apart from 0."""
+    found = [asked(table, question, "all", 32) for table in tables]
+    gains = [row["above untrained"] for row in found if row and row["above untrained"]["low"] is not None]
+    above, below = sum(gain["low"] > 0 for gain in gains), sum(gain["high"] < 0 for gain in gains)
+    mean = sum(gain["value"] for gain in gains) / len(gains)
+    said = [f"{count} {word}" for count, word in ((above, "above"), (below, "below")) if count]
+    return f"{mean:+.3f}; {', '.join(said) or 'none apart'} of {len(gains)}"
 
 
 def learning_claims() -> str:
     """In how many seeds the pretrained encoder lies above the untrained one, and below, intervals apart; 32 labels."""
-    body = []
-    for question, meaning in QUESTIONS.items():
-        cells = []
-        for results in corpora().values():
-            found = [asked(result["probes"][-1]["rows"], question, "all", 32) for result in results]
-            gains = [row["above untrained"] for row in found if row and row["above untrained"]["low"] is not None]
-            above, below = sum(gain["low"] > 0 for gain in gains), sum(gain["high"] < 0 for gain in gains)
-            mean = sum(gain["value"] for gain in gains) / len(gains)
-            said = [f"{count} {word}" for count, word in ((above, "above"), (below, "below")) if count]
-            cells.append(f"{mean:+.3f}; {', '.join(said) or 'none apart'} of {len(gains)}")
-        body.append([meaning, *cells])
+    body = [
+        [meaning, *(gained([result["probes"][-1]["rows"] for result in some], name) for some in corpora().values())]
+        for name, meaning in QUESTIONS.items()
+    ]
     return rows(["32 labels", *(f"pretrained on {corpus}" for corpus in corpora())], body)
+
+
+def learning_when() -> str:
+    """The same on the way, at the steps that all seeds were probed at."""
+    body, every = [], set()
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for corpus, results in corpora().items():
+        at = [{probe["step"]: probe["rows"] for probe in result["probes"]} for result in results]
+        for step in sorted(set.intersection(*(set(one) for one in at))):
+            every.add(step)
+            for question in QUESTIONS:
+                found.setdefault((corpus, question), {})[step] = gained([one[step] for one in at], question)
+    for (corpus, question), cells in found.items():
+        body.append([corpus, QUESTIONS[question], *(cells.get(step, "") for step in sorted(every))])
+    return rows(["pretrained on", "32 labels", *(f"step {step}" for step in sorted(every))], body)
 
 
 def learning_parts() -> str:
@@ -183,14 +208,19 @@ def learning_look() -> str:
     for corpus, results in corpora().items():
         for column, digits in columns.items():
             cells = []
-            for step in (1, 100, 300, 1000):
+            for step in LOOKED_AT:
+                if step > min(result["steps"] for result in results):
+                    cells.append("")
+                    continue
                 points = [min(result["curve"], key=lambda point: abs(point["step"] - step)) for result in results]
                 values = [with_ratios(result, point).get(column) for result, point in zip(results, points, strict=True)]
                 there = [value for value in values if value is not None]
                 low, high = (number(pick(there), digits) for pick in (min, max)) if there else ("", "")
                 cells.append(low if low == high else f"{low} to {high}")
             body.append([corpus, f"`{column}`", *cells])
-    return rows(["trained on", "", "step 1", "100", "300", "1000"], body)
+    lengths = {corpus: results[0]["steps"] for corpus, results in corpora().items()}
+    trained = [[f"{row[0]}, {lengths[row[0]]} steps", *row[1:]] for row in body]
+    return rows(["trained on", "", *(f"step {step}" for step in LOOKED_AT)], trained)
 
 
 def with_ratios(result: dict[str, Any], point: dict[str, float]) -> dict[str, float]:
@@ -223,13 +253,24 @@ def learning_factors() -> str:
         end = end_of(result)
         settings = {name: value for name, value in result["settings"].items() if value != "bf16"}
         changed = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in settings.items())
+        if result["altered"]:
+            changed = ", ".join([changed, altered(result["altered"])]).removeprefix(", ")
         shown = [number(end.get(column), 3 if column == "attention_entropy" else 2) for column in columns.values()]
         body.append([result["name"].removeprefix("factor-"), changed, *shown])
     if not results:
-        return "No run has finished yet."
+        return NOT_YET
     first = results[0]
     told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed {first['seed']}"
     return rows(["factor", "value", *columns], body) + f"\n\n{told}. {machine(first)}."
+
+
+def altered(name: str) -> str:
+    """What a change that is no setting does, in the words of the benchmark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from learning_alterations import ALTERATIONS
+
+    said = (ALTERATIONS[name].__doc__ or name).strip().rstrip(".")
+    return said[0].lower() + said[1:]
 
 
 def learning_methods() -> str:
@@ -253,6 +294,8 @@ def learning_methods() -> str:
             gains.append("; ".join(interval(row["above untrained"]) for row in rows_of if row))
         steps = ", ".join(str(run["steps"]) for run in runs)
         body.append([recipe, steps or "not run yet", number(costs.get(recipe)), *shown, *gains])
+    if not body:
+        return NOT_YET
     header = ["recipe", "steps", "cost of a step / dagman-tiny", "image error", "spread", "AITD", "AMPD", "GITD"]
     return rows(
         [*header, *(f"{question}: above untrained" for question in ("organ", "malignancy", "tumour", "side"))], body

@@ -79,6 +79,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tour": tour,
     "uses-attention": uses.uses_attention,
     "learning-claims": learning.learning_claims,
+    "learning-when": learning.learning_when,
     "input": speed.input_rates,
     "scaling": speed.scaling,
     "uses-classify": uses.uses_classify,
