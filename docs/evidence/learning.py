@@ -248,6 +248,7 @@ def learning_factors() -> str:
         "spread": "pooled_spread",
     }
     results = sorted(learning("*-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is")
+    several = {result["name"] for result in results if result["seed"]}
     body = []
     for result in results:
         end = end_of(result)
@@ -256,11 +257,12 @@ def learning_factors() -> str:
         if result["altered"]:
             changed = ", ".join([changed, altered(result["altered"])]).removeprefix(", ")
         shown = [number(end.get(column), 3 if column == "attention_entropy" else 2) for column in columns.values()]
-        body.append([result["name"].removeprefix("factor-"), changed, *shown])
+        seed = f", seed {result['seed']}" if result["name"] in several else ""
+        body.append([result["name"].removeprefix("factor-") + seed, changed, *shown])
     if not results:
         return NOT_YET
     first = results[0]
-    told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed {first['seed']}"
+    told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed 0 where no other is named"
     return rows(["factor", "value", *columns], body) + f"\n\n{told}. {machine(first)}."
 
 
