@@ -36,7 +36,7 @@ CROP = (128, 128, 128)
 
 
 def blosc2_writer(
-    codec: blosc2.Codec, level: int, *, chunk: int = 64, block: int = 32, shuffle: bool = True
+    codec: blosc2.Codec, level: int, *, chunk: int = 64, block: int = 16, shuffle: bool = True
 ) -> Callable[[Path, np.ndarray], None]:
     """A writer of such chunks and blocks, with or without bits shuffled before they are packed."""
 
@@ -84,7 +84,7 @@ STORAGES: dict[str, tuple[str, Callable[[Path, np.ndarray], Any], Callable[[Path
     "b2nd lz4, not shuffled": (".b2nd", blosc2_writer(blosc2.Codec.LZ4, 5, shuffle=False), crop_blosc2),
     "b2nd lz4, chunks of 32": (".b2nd", blosc2_writer(blosc2.Codec.LZ4, 5, chunk=32), crop_blosc2),
     "b2nd lz4, chunks of 128": (".b2nd", blosc2_writer(blosc2.Codec.LZ4, 5, chunk=128), crop_blosc2),
-    "b2nd lz4, blocks of 16": (".b2nd", blosc2_writer(blosc2.Codec.LZ4, 5, block=16), crop_blosc2),
+    "b2nd lz4, blocks of 32": (".b2nd", blosc2_writer(blosc2.Codec.LZ4, 5, block=32), crop_blosc2),
     "npy": (".npy", write_array, crop_npy),
     "nii.gz": (".nii.gz", lambda path, hu: nib.save(nib.Nifti1Image(hu, np.eye(4)), path), crop_nifti),
 }

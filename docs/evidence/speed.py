@@ -23,7 +23,7 @@ def step() -> str:
     case = ("crop", "batch", "precision", "allocator")
     bases = {tuple(row[name] for name in case): row for row in result["rows"] if row["variant"] == "monai"}
     body = []
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=lambda row: [*(row[name] for name in case), row["variant"] != "monai"]):
         base = bases.get(tuple(row[name] for name in case))
         columns = ("seconds_median", "cpu_seconds", "peak_mib")
         ratios = [number(base[name] / row[name]) if base else "" for name in columns]
@@ -35,6 +35,31 @@ def step() -> str:
     fewest = min(row["steps"] for row in result["rows"])
     note = f"Medians of at least {fewest} steps taken in turns; load of the machine {result['machine']['load']}"
     return rows(header, body) + f"\n\n{note}. {machine(result)}."
+
+
+def step_targets() -> str:
+    """What was aimed at on two cores, and what is reached: ours in bf16 beside MONAI's in float32."""
+    found = {
+        (row["crop"], row["variant"], row["precision"], row["allocator"]): row
+        for row in load("step")["rows"]
+        if row["batch"] == 1
+    }
+    body = []
+    for crop, as_it_comes in ((64, 5), (96, None), (128, 7)):
+        ours = found[crop, "fast", "bf16", "tuned"]
+        for allocator, aim in (("default", as_it_comes), ("tuned", 4)):
+            theirs = found[crop, "monai", "float32", allocator]
+            body.append(
+                [
+                    str(crop),
+                    "as it comes" if allocator == "default" else "with our allocator",
+                    f"{aim} times" if aim else "",
+                    f"{theirs['seconds_median'] / ours['seconds_median']:.1f} times",
+                    f"{ours['peak_mib'] / theirs['peak_mib']:.2f}",
+                ]
+            )
+    header = ["crop", "MONAI", "aim: time", "reached", "our memory / theirs (aim .5)"]
+    return rows(header, body)
 
 
 def step_parts() -> str:

@@ -75,6 +75,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-training": demo_training,
     "step": speed.step,
     "step-parts": speed.step_parts,
+    "step-targets": speed.step_targets,
     "store": speed.store,
     "tour": tour,
     "uses-attention": uses.uses_attention,

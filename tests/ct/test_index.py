@@ -173,10 +173,12 @@ def test_overlapping_sources_give_a_scan_once(tmp_path: Path) -> None:
     assert len(index([tmp_path, tmp_path / "a.nii.gz", tmp_path])[0]) == 2
 
 
-def test_missing_source_is_refused_and_empty_folder_is_empty(tmp_path: Path) -> None:
+def test_missing_source_is_refused_and_an_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DagmanError, match=r"E-GONE .*nowhere"):
         index([tmp_path / "nowhere"])
-    assert index([tmp_path]) == ([], [])
+    scans, (problem,) = index([tmp_path])
+    assert not scans
+    assert str(problem).startswith(f"E-NODATA {tmp_path}: holds no file")
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")

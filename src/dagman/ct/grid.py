@@ -95,3 +95,17 @@ def check_extent(path: Path, shape: tuple[int, ...], spacing: np.ndarray, min_ex
             f"{extent[axis]:.1f} mm where {min_extent_mm:g} mm are needed",
             "give the whole scan or leave this one out",
         )
+
+
+def in_c_order(array: np.ndarray) -> np.ndarray:
+    """The same values, last axis fastest; slab by slab, so that reading and writing both stay in the cache.
+
+    Args:
+        array: (x, y, z), in any order; files have x fastest.
+    """
+    if array.flags.c_contiguous:
+        return array
+    turned = np.empty(array.shape, array.dtype)
+    for y in range(array.shape[1]):
+        turned[:, y] = array[:, y]
+    return turned

@@ -23,6 +23,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from dagman.ct import grid
 from dagman.errors import DagmanError, ExitCode
 
 
@@ -217,7 +218,7 @@ def _answer(tasks: dict[str, Any], request: dict[str, Any], voxels: int) -> dict
         if array is None:
             return {"value": value, "dtype": None}
         with os.fdopen(voxels, "wb") as stream:
-            stream.write(np.ascontiguousarray(array).data.cast("B"))
+            stream.write(grid.in_c_order(array).data.cast("B"))
         return {"value": value, "dtype": array.dtype.str, "shape": array.shape}
     except Exception as error:
         return _described(error if isinstance(error, DagmanError) else _foreign(error, subject, limit))

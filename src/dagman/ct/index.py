@@ -47,6 +47,9 @@ def index(
     lists = {source: layouts.lists(source) for source in sources if source not in tables + packed}
     scans += [scan for listed in lists.values() for path in listed for scan in layouts.read(path, survey)]
     walked = [source for source, listed in lists.items() if not layouts.is_whole(source, listed)]
+    for source in walked:
+        if source.is_dir() and not any(path.is_file() for path in source.rglob("*")):
+            survey.reject("NODATA", source, "holds no file", "give the folder that holds the scans")
     found = [each for source in walked for each in look_through(source, survey)]
     taken = {scan.case_id for scan in scans}
     scans += [_named(each, case_id) for each, case_id in zip(found, _case_ids(found, taken), strict=True)]

@@ -40,7 +40,7 @@ def write_array(path: Path, array: Integer[np.ndarray, "x y z"]) -> None:
     blosc2 = _blosc2(path)
     settings = {
         "chunks": tuple(min(64, side) for side in array.shape),
-        "blocks": tuple(min(32, side) for side in array.shape),
+        "blocks": tuple(min(16, side) for side in array.shape),
         # lz4 after a bit shuffle: `benchmarks/store.py` compares.
         "cparams": {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1},
     }

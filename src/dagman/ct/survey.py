@@ -89,8 +89,6 @@ def look_through(source: Path, survey: Survey) -> list[Found]:
     """Every scan in one file or folder; what is not used goes to `survey.problems`."""
     single = not source.is_dir()
     files = [source] if single else _walk(source, survey)
-    if not files and not any(path.is_file() for path in source.rglob("*")):
-        survey.reject("NODATA", source, "holds no file", "give the folder that holds the scans")
     if single and not _is_regular(source, survey):
         return []
     facts = sniff_files(files, survey.limits, survey.key)
