@@ -249,6 +249,7 @@ def learning_factors() -> str:
     }
     results = sorted(learning("*-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is")
     several = {result["name"] for result in results if result["seed"]}
+    same = [end_of(result) for result in results if result["name"] in ("factor-as-it-is", "factor-float32")]
     body = []
     for result in results:
         end = end_of(result)
@@ -256,14 +257,21 @@ def learning_factors() -> str:
         changed = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in settings.items())
         if result["altered"]:
             changed = ", ".join([changed, altered(result["altered"])]).removeprefix(", ")
-        shown = [number(end.get(column), 3 if column == "attention_entropy" else 2) for column in columns.values()]
+        shown = [apart(end, same, column, 3 if column == "attention_entropy" else 2) for column in columns.values()]
         seed = f", seed {result['seed']}" if result["name"] in several else ""
         body.append([result["name"].removeprefix("factor-") + seed, changed, *shown])
     if not results:
         return NOT_YET
     first = results[0]
     told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed 0 where no other is named"
-    return rows(["factor", "value", *columns], body) + f"\n\n{told}. {machine(first)}."
+    bold = "bold: outside the rows of `as-it-is` and `float32`"
+    return rows(["factor", "value", *columns], body) + f"\n\n{told}; {bold}. {machine(first)}."
+
+
+def apart(end: dict[str, float], same: list[dict[str, float]], column: str, digits: int) -> str:
+    """A figure; bold where it lies outside those of the runs that differ in seed or rounding alone."""
+    value, others = number(end.get(column), digits), [float(number(one[column], digits)) for one in same]
+    return f"**{value}**" if value and not min(others) <= float(value) <= max(others) else value
 
 
 def altered(name: str) -> str:

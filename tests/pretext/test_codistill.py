@@ -218,15 +218,17 @@ def test_encoder_and_loss_hide_the_same_voxels() -> None:
     assert torch.equal((embedded == model.student.encoder.hidden_token).all(dim=-1), patches)
 
 
-def test_no_voxel_is_predicted_of_a_final_token_without_a_hidden_cell() -> None:
-    model = build()
-    rows: list[int] = []
-    model.student.voxel_head.linear.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+def test_the_image_term_has_no_gradient_outside_hidden_voxels_and_no_row_without_one() -> None:
+    model = build(dataclasses.replace(DAGMAN, hidden=HidingConfig(kind="random", ratio=0.1)))
+    made: list[Tensor] = []
+    model.student.voxel_head.linear.register_forward_hook(lambda _, __, output: made.append(output))
     outcome, hidden, _ = run(model)
-    asked = hiding.cut(hidden.view(-1, 1, *model.grid).float(), 2).flatten(4).any(dim=-1)
-    assert rows == [int(asked.sum())]
-    assert 0 < rows[0] < len(hidden) * 8
-    assert outcome.losses.amip.item() > 0
+    (gradient,) = torch.autograd.grad(outcome.losses.amip, made)
+    of_token = hiding.cut(hidden.view(-1, 1, *model.grid).float(), 2).flatten(0, 3) > 0
+    asked = of_token.flatten(1).any(dim=1)
+    assert 0 < len(gradient) < len(asked)
+    voxels = hiding.repeat(of_token[asked].flatten(1), (2, 2, 2), model.cell_side)
+    assert torch.equal(gradient.view(voxels.shape) != 0, voxels)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dagman.errors import DagmanError
 LARGEST = 2**24
 """Beyond this float32 no longer holds every integer."""
 PADDING_HU = -1024
-_SAMPLES = 500_000
+_SAMPLES = 2_000_000
 
 
 def check_finite(path: Path, array: np.ndarray) -> None:
