@@ -58,15 +58,14 @@ def _pool(
             under_way.append(scan)
             yield delayed(_in_worker)(work, scan, os.getpid())
 
+    # joblib warns of tasks that were given up, wherever in its own code a signal finds it; that is what stopping means.
+    warnings.filterwarnings("ignore", r"\d+ tasks (which were still|have been successfully)", UserWarning)
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs + 1")
     outcomes = pool(given())
     try:
         yield from outcomes
     finally:
-        with warnings.catch_warnings():
-            # joblib warns of tasks that were given up; that is what stopping means.
-            warnings.simplefilter("ignore", UserWarning)
-            outcomes.close()
+        outcomes.close()
 
 
 def _alone(work: Callable[[Scan], Outcome], scan: Scan, lost: Callable[[Scan], Outcome]) -> Outcome:
