@@ -1,6 +1,7 @@
 """What a run will cost, against PyTorch's own count."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dagman.nets.encoder import build
 from dagman.nets.swin import SwinConfig
 from dagman.nets.vit import ViTConfig
 from dagman.pretext.codistill import CoDistillation
-from dagman.train import cost
+from dagman.train import cost, engine
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,21 @@ def test_a_picture_is_drawn_of_few_of_many_and_of_missing_values() -> None:
     for count in (1, 40, 5000):
         rows = [{"step": step + 1, "amip": 1 / (step + 1), "ampd": None} for step in range(count)]
         assert progress.png(rows, "run").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "can", "slow"),
+    [
+        ("cpu", "bf16", {"architecture": "x86_64"}, True),
+        ("cpu", "bf16", {"architecture": "x86_64", "amx_bf16": True}, False),
+        ("cpu", "bf16", {"architecture": "x86_64", "avx512_bf16": True}, False),
+        ("cpu", "bf16", {"architecture": "aarch64"}, False),
+        ("cpu", "float32", {"architecture": "x86_64"}, False),
+        ("cuda", "bf16", {"architecture": "x86_64"}, False),
+    ],
+)
+def test_bf16_is_called_slow_where_the_processor_lacks_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: engine.Precision, can: dict[str, Any], slow: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    assert engine.slow_bf16(torch.device(device), precision) is slow

@@ -78,13 +78,15 @@ def _voxels(frames: list[Frame], *, whole: bool = True) -> np.ndarray:
         if stored.shape != (rows, columns):
             raise DagmanError("SLICE", frame.path, f"decodes to {stored.shape} pixels, not {rows} x {columns}", _EXPORT)
         if whole:
-            wide = stored.astype(np.int32 if stored.dtype.itemsize <= 2 else np.int64)  # no product overflows
-            values: np.ndarray = wide * int(frame.slope) + int(frame.intercept)
-            if values.min() < -(2**15) or values.max() >= 2**15:
+            slope, intercept = int(frame.slope), int(frame.intercept)
+            ends = [int(end) * slope + intercept for end in (stored.min(), stored.max())]
+            if min(ends) < -(2**15) or max(ends) >= 2**15:
                 return _voxels(frames, whole=False)
+            # Sixteen bits wrap on the way, to and fro: what comes out was just shown to fit.
+            narrow = stored.T.astype(np.int16)
+            hu[:, :, k] = narrow * np.array(slope).astype(np.int16) + np.array(intercept).astype(np.int16)
         else:
-            values = stored * np.float64(frame.slope) + frame.intercept
-        hu[:, :, k] = values.T
+            hu[:, :, k] = (stored * np.float64(frame.slope) + frame.intercept).T
     return hu
 
 

@@ -1,6 +1,7 @@
 """Stored numbers to Hounsfield units, exactly, and the question whether they are Hounsfield units at all."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -72,12 +73,12 @@ def check_hu(path: Path, hu: np.ndarray) -> None:
     flat = hu.ravel(order="K")
     if flat.min() == flat.max():
         raise DagmanError("EMPTY", path, f"every voxel is {flat[0]:g}", "leave it out or export the scan again")
-    sample = flat[:: max(1, flat.size // _SAMPLES)]
-    tissue = sample[sample > PADDING_HU]
-    too_dark = float(np.mean((sample > -1900) & (sample < -1100)))
+    sample = np.sort(flat[:: max(1, flat.size // _SAMPLES)])
+    tissue = sample[_rank(sample, PADDING_HU, "right") :]
+    too_dark = _between(sample, -1900, -1100)
     why = f"{too_dark:.0%} are darker than air" if too_dark > 0.1 else _not_hu(tissue)
     if why:
-        p1, p50, p99 = np.percentile(sample, [1, 50, 99])
+        p1, p50, p99 = (_percentile(sample, percent) for percent in (1, 50, 99))
         raise DagmanError(
             "NOTHU",
             path,
@@ -87,14 +88,32 @@ def check_hu(path: Path, hu: np.ndarray) -> None:
 
 
 def _not_hu(tissue: np.ndarray) -> str:
+    """What speaks against sorted values without padding being Hounsfield units; empty where nothing does."""
     if tissue.size == 0:
         return f"nothing lies above {PADDING_HU}"
-    low, high = (float(p) for p in np.percentile(tissue, [1, 99]))
+    low, high = _percentile(tissue, 1), _percentile(tissue, 99)
     signs = {
-        "nothing is negative but padding": np.mean(tissue < 0) < 1e-3,
+        "nothing is negative but padding": _rank(tissue, 0, "left") / tissue.size < 1e-3,
         f"98 % of the values span only {high - low:.3g}": high - low < 20,
         "nothing is as dark as fat or air": low > -20 and high > 300,
         "nothing is as bright as soft tissue": high < -400,
-        "most tissue lies near 1000 and air near 0": low > -200 and np.mean((tissue > 850) & (tissue < 1200)) > 0.15,
+        "most tissue lies near 1000 and air near 0": low > -200 and _between(tissue, 850, 1200) > 0.15,
     }
     return next((sign for sign, seen in signs.items() if seen), "")
+
+
+def _between(ordered: np.ndarray, low: int, high: int) -> float:
+    """Share of sorted values above `low` and below `high`."""
+    return (_rank(ordered, high, "left") - _rank(ordered, low, "right")) / ordered.size
+
+
+def _rank(ordered: np.ndarray, value: int, side: Literal["left", "right"]) -> int:
+    """Where a value belongs; looked up in the type of the array, which would be converted to the value's."""
+    return int(np.searchsorted(ordered, ordered.dtype.type(value), side=side))
+
+
+def _percentile(ordered: np.ndarray, percent: int) -> float:
+    """`np.percentile` of sorted values, which it would sort again."""
+    below, part = divmod(percent / 100 * (ordered.size - 1), 1)
+    first, second = float(ordered[int(below)]), float(ordered[min(int(below) + 1, ordered.size - 1)])
+    return first + part * (second - first)

@@ -109,7 +109,7 @@ def _used_bits(path: Path, data: Any, values: np.ndarray) -> np.ndarray:
     stored, allocated = int(data.get("BitsStored") or 0), int(data.BitsAllocated)
     if not 1 <= stored <= allocated or data.get("HighBit") != stored - 1:
         raise DagmanError("SLICE", path, f"stores {stored} of {allocated} bits in an order nobody uses", _COPY)
-    values = values.astype(values.dtype.newbyteorder("="))
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     shift = allocated - stored
     return np.right_shift(np.left_shift(values, shift), shift) if shift else values
 

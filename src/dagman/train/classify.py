@@ -161,7 +161,7 @@ class ClassifyLesson:
 
     def likely(self, rows: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Probabilities of cases."""
-        assert isinstance(self.network, EncoderClassifier | ResNet50)  # noqa: S101
+        assert isinstance(self.network, EncoderClassifier | ResNet50)
         device = next(self.network.parameters()).device
         table = classifiers.probabilities(self.network, self.store, rows, device=device, progress=progress)
         return table.features.astype(np.float64)
@@ -307,7 +307,7 @@ class _Study:
         }
         likely = lesson.likely(self.rows(part.test))
         network = lesson.network.cpu()
-        assert isinstance(network, EncoderClassifier | ResNet50)  # noqa: S101
+        assert isinstance(network, EncoderClassifier | ResNet50)
         made = Classifier(network=network, names=names, threshold=cut, card=card)
         learnt = () if self.config.finetune.frozen else self.rows([*part.train, *part.held_out])
         leakage.record([self.store.rows[row] for row in learnt], folder, task=TASK, start=self.weights)

@@ -45,6 +45,16 @@ def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | 
     return engine
 
 
+def slow_bf16(device: torch.device, precision: Precision) -> bool:
+    """Whether a processor is asked for bfloat16 that it has no instructions for: several times slower than float32."""
+    can = torch.cpu.get_capabilities()
+    return (
+        (device.type, precision) == ("cpu", "bf16")
+        and can.get("architecture") == "x86_64"
+        and not (can.get("avx512_bf16") or can.get("amx_bf16"))
+    )
+
+
 def adamw(
     module: nn.Module,
     weight_decay_less: Sequence[str] = ("token", "table"),

@@ -143,9 +143,11 @@ def prepare(
 def describe(job: Job) -> str:
     """Data, device and size of a run in one line."""
     optimisation = job.config.optimisation
+    slow = " (this processor has no instructions for it: `--optimisation.precision float32` is faster)"
+    precision = optimisation.precision + slow * engine.slow_bf16(job.fabric.device, optimisation.precision)
     return (
         f"{len(job.train_rows)} volumes to train on, {len(job.validation_rows)} for validation; "
-        f"{job.devices} x {job.fabric.device.type}, {optimisation.precision}, "
+        f"{job.devices} x {job.fabric.device.type}, {precision}, "
         f"{optimisation.volumes_per_step(job.devices)} pairs a step, {job.total} steps; {cost.size_line(job.module)}"
         + (f"; {kernel.describe()}" if job.fabric.device.type == "cpu" else "")
     )

@@ -103,7 +103,7 @@ class SegmentLesson:
 
     def compared(self, row: int) -> tuple[list[Row], Float32[np.ndarray, "classes x y z"]]:
         """Scores of one case on the store's grid, and the probabilities they come from."""
-        assert isinstance(self.network, SegmentationNetwork)  # noqa: S101
+        assert isinstance(self.network, SegmentationNetwork)
         device = next(self.network.parameters()).device
         found = segment.probabilities(self.network, self.store.hu(row), device=device, precision=self.precision)
         said, side = self.store.rows[row], float(self.store.settings["spacing_mm"])
@@ -131,7 +131,7 @@ def _rows(result: dict[str, Any]) -> list[Row]:
 
 def _reference(store: PreparedStore, row: int, classes: Classes) -> np.ndarray:
     mask = store.mask(row)
-    assert mask is not None  # noqa: S101
+    assert mask is not None
     return classes.numbers(mask)
 
 
@@ -286,7 +286,7 @@ class _Work:
             "finetune": configs.to_dict(self.config.finetune),
         }
         network = lesson.network.cpu()
-        assert isinstance(network, SegmentationNetwork)  # noqa: S101
+        assert isinstance(network, SegmentationNetwork)
         segmenter.save(Segmenter(network=network, classes=lesson.classes, card=card), folder)
         learnt = () if self.config.finetune.frozen else (*part.train, *part.held_out)
         leakage.record([self.store.rows[row] for row in learnt], folder, task=TASK, start=self.weights)

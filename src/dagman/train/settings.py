@@ -76,7 +76,7 @@ class OptimisationConfig:
         """Optimizer steps of the run."""
         if self.steps is not None:
             return self.steps
-        assert self.epochs is not None  # noqa: S101
+        assert self.epochs is not None
         return math.ceil(self.epochs * num_volumes / self.volumes_per_step(devices))
 
 
