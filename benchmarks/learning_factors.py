@@ -1,4 +1,4 @@
-"""What decides whether it learns: short runs of `dagman-tiny`, each with one factor changed.
+"""What decides whether it learns: short runs of `dagman-tiny` with a learned token, each with one factor changed.
 
     python benchmarks/learning_factors.py --work WORK [--data DATA] [--seed 0] [--part 0/2]
 
@@ -74,8 +74,8 @@ FACTORS: dict[str, dict[str, str]] = {
     "float32": {"optimisation.precision": "float32"},
 }
 """What is changed, the most telling first; a name of `learning_alterations.py` also alters what no setting changes."""
-PRECISION = {"optimisation.precision": "bf16"}
-"""Of all runs but the one about it."""
+BASE = {"optimisation.precision": "bf16", "encoder.hidden_token": "learned"}
+"""Of all runs but those about it: the recipe as it was before this table changed its hidden token."""
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def main() -> None:
             common += ["--data", arguments.data, "--corpus", corpus]
         if name in alterations.ALTERATIONS:
             common += ["--alter", name]
-        chosen = [word for key, value in (PRECISION | settings).items() for word in (f"--{key}", value)]
+        chosen = [word for key, value in (BASE | settings).items() for word in (f"--{key}", value)]
         command = [sys.executable, script, "--name", f"factor-{name}", "--threads", arguments.threads, "--at"]
         print(f"{name}: {' '.join(chosen) or 'the recipe'}", flush=True)
         subprocess.run(list(map(str, [*command, *common, *chosen])), check=True)

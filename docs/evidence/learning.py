@@ -253,7 +253,7 @@ def learning_factors() -> str:
     body = []
     for result in results:
         end = end_of(result)
-        settings = {name: value for name, value in result["settings"].items() if value != "bf16"}
+        settings = {name: value for name, value in result["settings"].items() if value not in ("bf16", "learned")}
         changed = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in settings.items())
         if result["altered"]:
             changed = ", ".join([changed, altered(result["altered"])]).removeprefix(", ")

@@ -210,8 +210,11 @@ def rang_on(recorded: str) -> set[str]:
 @pytest.mark.parametrize(
     ("recorded", "named"),
     [
-        ("real-factor-rate-1e-3-seed0", {"no signal", "targets tell nothing"}),
-        ("real-factor-centering-seed0", {"targets tell nothing"}),
+        ("real-factor-rate-1e-3-seed0", {"features collapsed", "no signal", "targets tell nothing"}),
+        ("real-factor-no-warm-up-seed0", {"features collapsed", "targets tell nothing"}),
+        ("real-factor-centering-seed0", {"features collapsed", "targets tell nothing"}),
+        ("real-factor-paper-seed0", {"hiding follows the noise"}),
+        ("real-factor-noisy-guide-seed0", {"hiding follows the noise"}),
         ("real-factor-paper-temperature-seed0", {"no signal", "targets tell nothing"}),
         ("real-factor-as-it-is-seed0", {"no signal"}),
         ("real-factor-position-in-residual-seed0", {"patch targets are positions"}),

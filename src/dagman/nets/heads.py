@@ -25,7 +25,7 @@ class ProjectionHead(nn.Module):
 
     Args:
         in_width: Width of the features.
-        num_prototypes: K, the number of outputs (paper: 8192).
+        num_prototypes: K, the number of outputs (the SMIT authors' code: 8192).
         hidden_width: Width between the layers (iBOT's).
         bottleneck_width: Width of the unit vector (iBOT's).
 

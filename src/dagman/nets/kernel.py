@@ -96,7 +96,7 @@ class WindowKernel(torch.autograd.Function):
 
 def _loaded() -> ctypes.CDLL:
     found = library()
-    assert found is not None  # noqa: S101
+    assert found is not None
     return found
 
 

@@ -72,7 +72,7 @@ class SwinConfig:
     """LayerNorm after the patch embedding."""
     drop_path: float = 0.1
     """Chance to skip the last block in training; falls linearly to 0 at the first."""
-    hidden_token: Literal["learned", "zero"] = "learned"  # noqa: S105
+    hidden_token: Literal["learned", "zero"] = "learned"
     """What stands for a hidden patch."""
     attention: AttentionConfig | None = AttentionConfig()
     plain_cell_stage: int = 3
@@ -224,7 +224,7 @@ class SwinEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbedding(config.embed_dim, norm=config.patch_norm)
-        if config.hidden_token == "learned":  # noqa: S105
+        if config.hidden_token == "learned":
             self.hidden_token = cells.learned_token(config.embed_dim)
         drop_paths = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
         ends = np.cumsum(config.depths).tolist()

@@ -33,7 +33,7 @@ class ViTConfig:
     """Hidden width of the MLPs over the token's width."""
     drop_path: float = 0.1
     """Chance to skip the last block in training; falls linearly to 0 at the first."""
-    hidden_token: Literal["learned", "zero"] = "learned"  # noqa: S105
+    hidden_token: Literal["learned", "zero"] = "learned"
     """What stands for a hidden patch."""
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class ViTEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbedding(config.width, config.patch_side)
-        learned = config.hidden_token == "learned"  # noqa: S105
+        learned = config.hidden_token == "learned"
         self.hidden_token = cells.learned_token(config.width) if learned else None
         self.cls_token = cells.learned_token(config.width)
         self.blocks = nn.ModuleList(

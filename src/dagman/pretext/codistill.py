@@ -231,7 +231,7 @@ class CoDistillation(nn.Module):
         """AITD and GITD across the views, AMPD on each view's hidden cells (equations 2 to 4)."""
         found, said = {}, teacher.bottlenecks
         if "aitd" in said:
-            assert student.cls is not None  # noqa: S101
+            assert student.cls is not None
             found["aitd"] = self._compare("aitd", student.cls, _swap_views(said["aitd"]), knobs.class_temperature)
         if "ampd" in said:
             # As many cells are picked as can be hidden, hidden ones first, without waiting for the device to count
@@ -285,7 +285,7 @@ class CoDistillation(nn.Module):
         """What a head works on: [CLS] tokens, cell tokens or pooled tokens."""
         pooled = features.pooled if self.final_only else features.pyramid[3].mean(dim=(2, 3, 4))
         value = {"aitd": features.cls, "ampd": features.tokens, "gitd": pooled}[name]
-        assert value is not None  # noqa: S101
+        assert value is not None
         return value
 
     def targets(
@@ -312,7 +312,7 @@ class CoDistillation(nn.Module):
 
     def _predict(self, final: Tensor, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """AMIP, each view against itself (equation 5), and its ratio to the error of each view's visible mean."""
-        assert self.student.voxel_head is not None  # noqa: S101
+        assert self.student.voxel_head is not None
         hidden = hidden.view(len(hidden), *self.grid)
         cells = hiding.cut(images, self.cell_side)
         truth = cells[hidden]

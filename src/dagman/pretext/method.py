@@ -95,13 +95,14 @@ class HidingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """Shape and sizes of the projection heads (iBOT's; K from the lab's code)."""
+    """Shape and sizes of the projection heads (iBOT's; K from the SMIT authors' code, the paper gives none)."""
 
     kind: Literal["mlp", "linear", "none"] = "mlp"
     """`mlp`: three layers to a unit vector and its cosines with K prototypes (DINO, iBOT); `linear`: one layer to K;
     `none`: the features themselves are the logits."""
     shared: bool = False
-    """One head for [CLS] and cells (iBOT), each with a center of its own."""
+    """One head for [CLS] and cells, each with a center of its own: `--shared_head true` of iBOT's and AttMask's
+    published commands."""
     num_prototypes: int = 8192
     """K, outputs of a head. Small data wants 512 to 4096."""
     hidden_width: int = 2048
@@ -132,7 +133,10 @@ class MethodConfig:
     class_temperature: tuple[float, float] = (0.04, 0.07)
     """tau_t of the [CLS] and pooled heads, at the start and after its rise (iBOT)."""
     patch_temperature: tuple[float, float] = (0.04, 0.07)
-    """tau_t of the patch head; its rise comes after the other's."""
+    """tau_t of the patch head, at the start and after its rise."""
+    patch_temperature_waits: bool = True
+    """Its rise begins when the other's has ended (SMIT's published settings); false: they rise together (iBOT's and
+    AttMask's on a ViT)."""
     patch_centers: Literal["shared", "position"] = "shared"
     """One center for all cells (iBOT), or one for each position of the grid, which takes from the teacher's targets
     what the place of a cell alone decides."""

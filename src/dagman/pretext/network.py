@@ -34,7 +34,7 @@ class Network(nn.Module):
     def head(self, name: str) -> Head:
         """The head of a distillation loss."""
         head = self.heads[name]
-        assert isinstance(head, Head)  # noqa: S101
+        assert isinstance(head, Head)
         return head
 
     def logits(self, name: str, bottleneck: Float[Tensor, "*rows bottleneck"]) -> Float[Tensor, "*rows prototypes"]:

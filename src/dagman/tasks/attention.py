@@ -154,7 +154,7 @@ def attention_map(
 
     def rows(images: Tensor) -> Tensor:
         found = encode(encoder, images, device=device, precision=precision).attention
-        assert found is not None  # noqa: S101
+        assert found is not None
         return found[:, None]
 
     affine, blended = _blended(encoder, volume, rows, overlap_ratio, progress)
@@ -186,7 +186,7 @@ def head_rows(
     """The rows of [CLS] in each head of the last block, on one scale: their mean over heads is `Features.attention`."""
     blocks = encoder.blocks if isinstance(encoder, ViTEncoder) else encoder.semantic_attention.blocks
     block = blocks[-1]
-    assert isinstance(block, GlobalBlock)  # noqa: S101
+    assert isinstance(block, GlobalBlock)
     given: list[tuple[Any, ...]] = []
     hook = block.register_forward_pre_hook(lambda _, arguments: given.append(arguments))
     try:

@@ -64,7 +64,7 @@ class LabelledCrops(Dataset[LabelledCrop]):
         epoch, place = divmod(sample, len(self.rows))
         row = self.rows[generator(self.seed, "segment.order", epoch).permutation(len(self.rows))[place]]
         mask = self.store.mask(row)
-        assert mask is not None  # noqa: S101
+        assert mask is not None
         numbers, crop = self.classes.numbers(mask), self.preparation.crop
         corner = corner_of(numbers, crop, generator(self.seed, "segment.crop", sample))
         image = crops.window(self.store.hu(row, corner, crop), self.preparation.window_hu)

@@ -127,7 +127,7 @@ def _from_store(source: Path) -> tuple[list[Case], Callable[[tuple[int, ...]], T
     def volumes(rows: tuple[int, ...]) -> Triples:
         for row in rows:
             mask = store.mask(row)
-            assert mask is not None  # noqa: S101
+            assert mask is not None
             yield row, store.hu(row), mask, np.array(store.rows[row]["affine"])
 
     return study.stored(store), volumes
@@ -157,7 +157,7 @@ def _from_table(source: Path) -> tuple[list[Case], Callable[[tuple[int, ...]], T
         for row in rows:
             volume = read(scans[row])
             mask = read_mask_of(scans[row], volume)
-            assert mask is not None  # noqa: S101
+            assert mask is not None
             yield row, volume.hu, mask.hu, volume.affine
 
     return cases, volumes
@@ -165,5 +165,5 @@ def _from_table(source: Path) -> tuple[list[Case], Callable[[tuple[int, ...]], T
 
 def _labels(scan: Scan) -> frozenset[int]:
     mask = read_mask_of(scan, read(scan))
-    assert mask is not None  # noqa: S101
+    assert mask is not None
     return frozenset(map(int, np.unique(mask.hu))) - {0}

@@ -68,7 +68,8 @@ def adamw(
         scales: Factor on the learning rate of a parameter, 1 for those not named; each factor is a group of its own.
 
     Reference:
-        AttMask's `get_params_groups`; layer-wise rates: BEiT's `get_parameter_groups`.
+        AttMask's `get_params_groups` (biases and all of one dimension), here with tokens and position tables;
+        layer-wise rates: BEiT's `get_parameter_groups`.
     """
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():

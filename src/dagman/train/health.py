@@ -126,8 +126,8 @@ ALARMS = (
     Alarm(
         name="hiding follows the noise",
         column="hidden_dropped_excess",
-        is_bad=lambda value: value > 1.15,
-        limit="above 1.15: what is hidden is what the teacher itself had dropped, so it cannot teach it",
+        is_bad=lambda value: not 0.87 < value < 1.15,
+        limit="above 1.15 or below 0.87: what the teacher had dropped by chance decides what is hidden",
         steps=50,
         first_ratio=0.1,
         advice="set method.guide clean",

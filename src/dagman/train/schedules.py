@@ -13,7 +13,7 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
         end: Value at the last step.
 
     Reference:
-        DAGMaN section 3.3 (teacher momentum .996 to 1); AttMask's `cosine_scheduler` for the weight decay.
+        AttMask's `cosine_scheduler`, for weight decay and the teacher's momentum; the paper gives neither.
     """
     if step >= total - 1:
         return end
@@ -35,7 +35,7 @@ def warmup_cosine(step: int, total: int, peak: float, end: float, warmup: int) -
         warmup: Steps of the rise, 0 for none.
 
     Reference:
-        DAGMaN section 4 (80 of 800 epochs of linear warm-up).
+        DAGMaN appendix A (80 of 800 epochs of linear warm-up).
     """
     if step < warmup:
         return peak * (step + 1) / warmup

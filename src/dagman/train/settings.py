@@ -33,7 +33,7 @@ class OptimisationConfig:
     weight_decay: tuple[float, float] = (0.04, 0.4)
     """At the first and last step, along a cosine (AttMask); none on biases, norms, tokens and position tables."""
     gradient_clip: float = 3.0
-    """Largest norm of the gradient (AttMask)."""
+    """Largest norm of the whole gradient (AttMask's number; its code clips each tensor by itself)."""
     momentum: float = 0.996
     """Share of the teacher that stays at the first step; rises to 1 along a cosine over all steps (AttMask)."""
     freeze_last_layer_ratio: float = 0.02
@@ -125,6 +125,7 @@ def rates(config: PretrainConfig, step: int, total: int, steps_per_epoch: float)
     optimisation, method = config.optimisation, config.method
     warmup = round(optimisation.warmup_ratio * total)
     rise = schedules.temperature_steps(total, steps_per_epoch)
+    waits = rise if method.patch_temperature_waits else 0
     frozen = schedules.frozen_steps(total, steps_per_epoch, optimisation.freeze_last_layer_ratio)
     return Rates(
         learning_rate=schedules.warmup_cosine(
@@ -133,7 +134,7 @@ def rates(config: PretrainConfig, step: int, total: int, steps_per_epoch: float)
         weight_decay=schedules.cosine(step, total, *optimisation.weight_decay),
         momentum=schedules.cosine(step, total, optimisation.momentum, 1.0),
         class_temperature=schedules.ramp(step, 0, rise, *method.class_temperature),
-        patch_temperature=schedules.ramp(step, rise, 2 * rise, *method.patch_temperature),
+        patch_temperature=schedules.ramp(step, waits, waits + rise, *method.patch_temperature),
         attended=step >= method.hidden.start_step,
         last_layers_frozen=step < frozen,
     )
