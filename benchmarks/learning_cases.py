@@ -29,7 +29,9 @@ LARGEST_SIDE = 64
 JITTER_VOXELS = 9.0
 """How far a nodule may lie from the middle of the crop that holds it, along each axis."""
 NEAR_VOXELS = 20
-"""A crop without a nodule has none within this many voxels along some axis."""
+"""A crop without a nodule, or a tumour, has none within this many voxels along some axis."""
+PLACES_TRIED = 60
+"""Places without tumour, of which the one with as much air around it as the tumour is taken."""
 PAIRS_OF_SIDES, CROPS_TURNED = 6, 4
 BODY_HU = -300
 
@@ -141,7 +143,7 @@ def real_store(data: Path, work: Path) -> PreparedStore:
 
 
 def real_crops(data: Path, work: Path) -> dict[str, Crops]:
-    """Three questions about real CTs: tumour or not, left or right, upright or upside down."""
+    """Three questions about real CTs: tumour or a like place, left or right, upright or upside down."""
     path = work / "real_crops.npz"
     if not path.exists():
         store = real_store(data, work)
@@ -160,12 +162,20 @@ def _ask_scan(store: PreparedStore, row: int) -> list[Asked]:
     mask = store.mask(row)
     if mask is None or store.rows[row]["case_id"] == NODULE:
         return found + [("side", _cut(hu, centre), word, patient) for centre, word in _sides(body)]
-    tumour = np.argwhere(mask > 0).mean(axis=0)
-    reach = np.array([LARGEST_SIDE // 4] * 3)
-    inner = inside[np.all((inside > reach) & (inside < np.array(hu.shape) - reach), axis=1)]
-    away = inner if len(inner) else inside
-    other = away[np.linalg.norm(away - tumour, axis=1).argmax()]
-    return [*found, ("tumour", _cut(hu, tumour), "yes", patient), ("tumour", _cut(hu, other), "no", patient)]
+    tumour = np.argwhere(mask > 0)
+    places = inside[draws.permutation(len(inside))[: 20 * PLACES_TRIED]]
+    low, high = tumour.min(axis=0), tumour.max(axis=0)
+    away = np.maximum(low - places, places - high).max(axis=1) > NEAR_VOXELS
+    crops = [_cut(hu, place) for place in places[away][:PLACES_TRIED]]
+    seen = _cut(hu, tumour.mean(axis=0))
+    other = min(crops, key=lambda crop: abs(_air_ratio(crop) - _air_ratio(seen)))
+    return [*found, ("tumour", seen, "yes", patient), ("tumour", other, "no", patient)]
+
+
+def _air_ratio(crop: np.ndarray) -> float:
+    """Share of air and lung in the middle of a crop."""
+    part = slice(LARGEST_SIDE // 4, -LARGEST_SIDE // 4)
+    return float(np.mean(crop[part, part, part] <= BODY_HU))
 
 
 def _sides(body: np.ndarray) -> list[tuple[np.ndarray, str]]:

@@ -4,8 +4,9 @@
 
 Trains a recipe on phantoms or on the real CTs of the folder DATA (laid out as `learning_cases.LAYOUT` says), stops at
 the steps of `--at`, asks the teacher the questions of `learning_cases.py`, about real CTs only with `--data`, and goes
-on exactly where it stopped; run again, it continues. SETTINGS are pairs such as `--method.guide noisy`. Every answer
-stands beside those of the same encoder untrained and of raw voxels. The result is
+on exactly where it stopped; run again, it continues. The encoder of each such step is kept in `WORK/encoders`.
+SETTINGS are pairs such as `--method.guide noisy`. Every answer stands beside those of the same encoder untrained, of
+raw voxels and of a histogram of intensities. The result is
 `WORK/results/CORPUS-NAME-seedSEED.json`, or lies in the folder of `--results`: that of the repository
 (`benchmarks/results/learning`) is what `make docs` writes its tables from.
 
@@ -15,6 +16,7 @@ For scans of your own there is no need of this: `dagman pretrain --labelled STOR
 import argparse
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -52,6 +54,7 @@ PHANTOM_STRUCTURES = {name: [label] for label, name in phantom_canvas.NAMES.item
     "organs": [4, 5, 6, 7, 8, 9, 10],
     "body": list(range(1, 15)),
 }
+BINS = 16
 LOOKS, LOOK_ROWS = 4, 60
 """Crops of a volume, and volumes, on which attention is held against the truth."""
 
@@ -71,9 +74,16 @@ def features(encoder: Encoder, hu: np.ndarray, device: str) -> dict[str, np.ndar
 
 
 def voxels(hu: np.ndarray, window_hu: tuple[float, float]) -> dict[str, np.ndarray]:
-    """The baseline that knows no network: 8^3 means."""
+    """A baseline that knows no network: 8^3 means."""
     images = torch.from_numpy(crops.window(hu, window_hu))[:, None]
     return {probes.TOGETHER: torch.nn.functional.adaptive_avg_pool3d(images, 8).flatten(1).numpy()}
+
+
+def histogram(hu: np.ndarray, window_hu: tuple[float, float]) -> dict[str, np.ndarray]:
+    """A baseline that knows no place either: share of the voxels in 16 bins of the window."""
+    shown = crops.window(hu, window_hu).reshape(len(hu), -1)
+    bins = np.minimum((shown * BINS).astype(int), BINS - 1)
+    return {probes.TOGETHER: np.stack([(bins == number).mean(axis=1) for number in range(BINS)], axis=1)}
 
 
 Asked = dict[tuple[str, str, int | None], probes.Scores]
@@ -280,14 +290,21 @@ def main() -> None:
     torch.manual_seed(torch_seed(arguments.seed, "untrained"))
     untrained = build(chosen.encoder).eval()
     untrained.preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
+    window_hu = chosen.data.window_hu
     baselines = {
         "untrained": ask(see(untrained), questions),
-        "voxels": ask({name: voxels(asked.hu, chosen.data.window_hu) for name, asked in questions.items()}, questions),
+        "voxels": ask({name: voxels(asked.hu, window_hu) for name, asked in questions.items()}, questions),
+        "histogram": ask({name: histogram(asked.hu, window_hu) for name, asked in questions.items()}, questions),
     }
+    draws = generator(0, "learning.shuffled")
+    shuffled = {name: asked._replace(words=draws.permutation(asked.words)) for name, asked in questions.items()}
+    told_apart = {name: {probes.TOGETHER: kinds[probes.TOGETHER]} for name, kinds in see(untrained).items()}
     result = about(arguments, settings, chosen) | {
         "volumes": len(store),
         "crops": {question: len(asked.words) for question, asked in questions.items()},
-        "baselines": {name: table(asked, {}) for name, asked in baselines.items()},
+        "patients": {question: len(set(asked.patients)) for question, asked in questions.items()},
+        "baselines": {name: table(asked, {}) for name, asked in baselines.items()}
+        | {"shuffled labels": table(ask(told_apart, shuffled), {})},
         "untrained_attention": attention_on_truth(untrained, store, arguments.device),
         "untrained_heads": look_at_heads(untrained, few),
         "probes": before,
@@ -296,12 +313,14 @@ def main() -> None:
     for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
         if step in asked_at:
             continue
-        if not (run.checkpoints / f"step-{step:08d}").exists():
+        kept = arguments.work / "encoders" / name / str(step)
+        if not kept.exists():
             stop = StopAt(step)
             pretrain(chosen, store, run.folder, device=arguments.device, checkpoint_every=100_000, listeners=[stop])
-        if run.metrics()[-1]["step"] != step:
-            return  # someone else asked it to stop
-        encoder = load_encoder(run.folder)
+            if run.metrics()[-1]["step"] != step:
+                return  # someone else asked it to stop
+            shutil.copytree(run.weights, kept / "weights")
+        encoder = load_encoder(kept)
         rows = table(ask(see(encoder), questions), baselines)
         attention, heads = attention_on_truth(encoder, store, arguments.device), look_at_heads(encoder, few)
         result["probes"].append({"step": step, "rows": rows, "attention": attention, "heads": heads})

@@ -3,11 +3,12 @@
 A draw halves the patients, takes labels from one half, balanced over the classes, fits a logistic regression on
 standardised features, and ranks the cases of the other half. The score is the mean AUC over the draws, of one class
 against the others and then over the classes where there are more than two. Its interval draws patients again and keeps
-the fitted probes; features that are compared meet the same draws and the same resamples.
+the fitted probes and their labels; features that are compared meet the same draws and the same resamples.
 """
 
 import warnings
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +22,10 @@ LABELS = (8, 32, None)
 """None is all labels of a half."""
 STRENGTH = 0.1
 """Inverse regularisation of the logistic regression, the same for all features."""
-RESAMPLES = 300
 
 
-class Scores(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Scores:
     """What the probes of one set of features said."""
 
     probability: np.ndarray
@@ -32,9 +33,17 @@ class Scores(NamedTuple):
     truth: np.ndarray
     """(cases, classes), boolean."""
     patients: np.ndarray
+    known: dict[int, np.ndarray] = field(default_factory=dict)
+    """Statistics of weights that were asked for before: all comparisons meet the same resamples."""
 
     def statistic(self, weights: np.ndarray) -> np.ndarray:
         """Mean AUC over draws and classes, for each row of case weights."""
+        key = hash(weights.tobytes())
+        if key not in self.known:
+            self.known[key] = self._statistic(weights)
+        return self.known[key]
+
+    def _statistic(self, weights: np.ndarray) -> np.ndarray:
         classes = range(1, 2) if self.truth.shape[1] == 2 else range(self.truth.shape[1])
         parts = [(probability, np.isfinite(probability[:, 0])) for probability in self.probability]
         found = [
@@ -92,6 +101,5 @@ def estimate(scores: Scores, beside: Scores | None = None) -> dict[str, Any]:
         scores.patients,
         scores.truth[:, 1],
         seed=0,
-        resamples=RESAMPLES,
     )
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in vars(found).items()}

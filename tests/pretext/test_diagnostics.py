@@ -93,3 +93,14 @@ def test_visible_mean_leaves_hidden_voxels_out() -> None:
     mean = diagnostics.visible_mean(hiding.cut(images, 2), hidden)
     torch.testing.assert_close(mean[0], images[0, :, 2:].mean())
     assert mean[1] == 0
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_what_is_told_is_the_same_under_autocast(rows: int) -> None:
+    nearly = (1e-2 * drawn(rows, 128)).softmax(dim=1)
+    exact = diagnostics.told(nearly.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        said = diagnostics.told(nearly)
+    assert 0 < diagnostics.variety(exact) < 1e-3
+    assert diagnostics.variety(said).item() == pytest.approx(diagnostics.variety(exact).item(), rel=0.1)
+    assert diagnostics.entropy_share(said).item() == pytest.approx(diagnostics.entropy_share(exact).item(), abs=1e-5)

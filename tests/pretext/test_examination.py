@@ -49,10 +49,10 @@ def test_an_examination_tells_what_is_documented_and_changes_nothing() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     crops = [torch.rand(4, 1, *CROP, generator=key(seed)) for seed in (1, 2)]
     state = torch.random.get_rng_state()
-    found = examine(model, crops, KNOBS)
+    found = examine(model, crops, KNOBS, crops)
     assert set(found) == set(MEANINGS)
     assert all(math.isfinite(value) for value in found.values())
-    assert found == examine(model, crops, KNOBS)
+    assert found == examine(model, crops, KNOBS, crops)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert 1 <= found["clean_attention_peak"] <= CELLS
@@ -68,3 +68,15 @@ def test_crops_that_are_all_the_same_hold_no_image_however_cold_and_balanced_the
     told = [examine(build(method), [crops], knobs) for crops in (same, other)]
     for name in ("aitd_image_nats", "gitd_image_nats", "ampd_image_nats"):
         assert told[0][name] < 1e-3 < 0.05 < told[1][name], name
+
+
+def test_places_of_a_volume_are_told_apart_only_where_they_differ() -> None:
+    method = dataclasses.replace(DAGMAN, balance="sinkhorn", patch_centers="position")
+    knobs = KNOBS._replace(class_temperature=0.01, patch_temperature=0.01)
+    shades = torch.linspace(0, 1, 8).view(8, 1, 1, 1, 1)
+    apart = torch.rand(8, 1, *CROP, generator=key()) * shades
+    alike = apart[:2].repeat_interleave(4, dim=0)
+    model = build(method)
+    for name in ("aitd_within_nats", "gitd_within_nats"):
+        told = [examine(model, [apart], knobs, [crops])[name] for crops in (alike, apart)]
+        assert told[0] < 1e-3 < 0.05 < told[1] <= math.log(4) + 1e-6, name

@@ -235,6 +235,18 @@ def test_a_bad_spell_that_passes_rings_nothing() -> None:
     assert not [m for step in range(1, 1000) for m in watch.see(healthy(step) | {"pooled_spread": 0.3 * (step % 19)})]
 
 
+def test_an_alarm_rings_again_where_its_state_comes_back() -> None:
+    watch = Watch(1000)
+    well = [*range(61, 400)]
+    rang = [
+        step
+        for step in range(1, 1001)
+        for message in watch.see(healthy(step) | ({} if step in well else {"pooled_spread": 0.0}))
+        if "features collapsed" in message
+    ]
+    assert rang == [20, 419]
+
+
 def test_a_value_missing_from_a_skipped_step_neither_adds_nor_forgives() -> None:
     watch = Watch(1000)
     messages = [watch.see({"step": step, "pooled_spread": None if step % 2 else 0.0}) for step in range(1, 41)]

@@ -99,14 +99,20 @@ class Told(NamedTuple):
 
 @torch.no_grad()
 def told(probabilities: Float[Tensor, "rows prototypes"], counted: Bool[Tensor, " rows"] | None = None) -> Told:
-    """What rows of distributions over K prototypes say.
+    """What rows of distributions over K prototypes say, summed in their own precision.
+
+    No matrix product: autocast would round it to bfloat16, in which a uniform teacher of 32 rows reads .9983 of ln K.
 
     Args:
         probabilities: One distribution a row.
         counted: Rows to count; all without it.
     """
     weight = torch.ones_like(probabilities[:, 0]) if counted is None else counted.to(probabilities.dtype)
-    return Told(weight.sum(), weight @ losses.entropy(probabilities), weight @ probabilities)
+    return Told(
+        weight.sum(),
+        (weight * losses.entropy(probabilities)).sum(),
+        (weight[:, None] * probabilities).sum(dim=0),
+    )
 
 
 def entropy_share(said: Told) -> Float[Tensor, ""]:

@@ -16,12 +16,16 @@ from dagman.pretext import diagnostics, losses
 from dagman.pretext.codistill import CoDistillation, Knobs
 from dagman.types import Features
 
+TOGETHER = 4
+"""Crops of one volume that are told apart."""
 MEANINGS = {
     "aitd_image_nats": "information about the image in the teacher's [CLS] distribution, nats",
     "gitd_image_nats": "information about the image in the teacher's pooled distribution, nats",
     "ampd_image_nats": "information about the image in a cell's distribution, beyond the cell's place, nats",
-    "ampd_position_nats": "information about the cell's place in a cell's distribution, nats",
+    "ampd_position_nats": "information about the cell's place in a cell's distribution, nats; a few tenths by chance",
     "ampd_image_share": "the image's part of both",
+    "aitd_within_nats": "of the information in [CLS] distributions, what tells 4 places of a volume apart, nats",
+    "gitd_within_nats": "the same of pooled distributions",
     "clean_attention_entropy": "entropy of the teacher's attention rows without noise / ln N; 1 is uniform",
     "clean_attention_peak": "N times the largest attention without noise, mean over crops; 1 is uniform",
     **{
@@ -71,6 +75,7 @@ def examine(
     module: CoDistillation,
     batches: Iterable[Float[Tensor, "batch 1 x y z"]],
     knobs: Knobs,
+    together: Iterable[Float[Tensor, "batch 1 x y z"]] = (),
 ) -> dict[str, float]:
     """Ask the teacher about crops without noise; nothing of the module changes.
 
@@ -78,6 +83,7 @@ def examine(
         module: Student, teacher, heads and centers.
         batches: Crops, each cut from a place of its own; in [0, 1].
         knobs: Temperatures of the step.
+        together: Crops in groups of `TOGETHER` of one volume.
 
     Returns:
         The names of `MEANINGS` that apply.
@@ -89,10 +95,7 @@ def examine(
         # Without noise: sharp, balanced targets tell crops apart by what was dropped from them, whatever they show.
         clean: Features = module.teacher.encoder(images)
         for name, information in told.items():
-            temperature = knobs.patch_temperature if name == "ampd" else knobs.class_temperature
-            bottleneck = module.teacher.head(name).project(module.head_input(name, clean))
-            targets = module.targets(name, bottleneck, temperature)
-            information.add(targets if targets.ndim == 3 else targets[:, None])
+            information.add(_targets(module, name, clean, knobs))
         levels.append([level.float().mean(dim=(2, 3, 4)) for level in clean.pyramid])
         if clean.attention is not None:
             attention.append(clean.attention)
@@ -103,6 +106,7 @@ def examine(
         if name == "ampd":
             found["ampd_position_nats"] = position
             found["ampd_image_share"] = image / max(image + position, 1e-9)
+    found |= _within(module, together, knobs)
     if attention:
         rows = torch.cat(attention)
         found["clean_attention_entropy"] = float(losses.entropy(rows).mean()) / math.log(rows.shape[1])
@@ -112,6 +116,28 @@ def examine(
         found[f"level{number}_spread"] = float(diagnostics.spread(vectors))
         found[f"level{number}_effective_rank"] = float(diagnostics.effective_rank(vectors))
     return found
+
+
+def _targets(
+    module: CoDistillation, name: str, features: Features, knobs: Knobs
+) -> Float[Tensor, "crops places prototypes"]:
+    """What the teacher's head of that name says of clean crops; of [CLS] and pooled features in one place."""
+    temperature = knobs.patch_temperature if name == "ampd" else knobs.class_temperature
+    bottleneck = module.teacher.head(name).project(module.head_input(name, features))
+    targets = module.targets(name, bottleneck, temperature)
+    return targets if targets.ndim == 3 else targets[:, None]
+
+
+def _within(module: CoDistillation, together: Iterable[Tensor], knobs: Knobs) -> dict[str, float]:
+    """Information about which of the crops of a volume was seen, mean over the volumes."""
+    found: dict[str, list[Tensor]] = {name: [] for name in module.teacher.heads if name != "ampd"}
+    for images in together:
+        clean: Features = module.teacher.encoder(images)
+        for name, told in found.items():
+            targets = _targets(module, name, clean, knobs)
+            groups = targets.view(-1, TOGETHER, targets.shape[-1])
+            told.append(losses.entropy(groups.mean(dim=1)) - losses.entropy(groups).mean(dim=1))
+    return {f"{name}_within_nats": float(torch.cat(told).mean().clamp_min(0)) for name, told in found.items() if told}
 
 
 def _distance(module: CoDistillation) -> float:

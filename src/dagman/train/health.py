@@ -75,7 +75,7 @@ ALARMS = (
                 is_bad=lambda value: value < 1e-5,
                 limit="below 1e-5: the student's head says the same of everything",
                 steps=40,
-                advice="lower optimisation.learning_rate and start anew: a dead head does not wake",
+                advice="lower optimisation.learning_rate; where it does not wake, start anew",
             ),
             Alarm(
                 name="center runaway",
@@ -104,6 +104,17 @@ ALARMS = (
                 advice=_SIGNAL,
             ),
         )
+    ),
+    *(
+        Alarm(
+            name="features in few directions",
+            column=column,
+            is_bad=lambda value: value < 2.5,
+            limit="below 2.5 effective directions",
+            steps=20,
+            advice=_SPREAD,
+        )
+        for column in ("pooled_effective_rank", "tokens_effective_rank")
     ),
     Alarm(
         name="image term does not learn",
@@ -145,7 +156,7 @@ ALARMS = (
 
 
 class Watch:
-    """Sees each row of the metrics and says what is wrong, each thing once.
+    """Sees each row of the metrics and says what is wrong, each thing once until it has been well again as long.
 
     All it knows comes from the rows, so that a resumed run shows it the old ones again.
 
@@ -156,16 +167,23 @@ class Watch:
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
         self._in_a_row = dict.fromkeys(ALARMS, 0)
+        self._ringing: set[Alarm] = set()
 
     def see(self, row: Mapping[str, Any]) -> list[str]:
         """Alarms that this row raises. A value that is missing (a skipped step) neither adds nor forgives."""
         raised = []
-        for alarm, count in self._in_a_row.items():
+        for alarm in ALARMS:
             value = row.get(alarm.column)
-            if value is None or count >= alarm.steps or row["step"] <= alarm.first_ratio * self._total:
+            if value is None or row["step"] <= alarm.first_ratio * self._total:
                 continue
-            self._in_a_row[alarm] = count + 1 if alarm.is_bad(value) else 0
-            if self._in_a_row[alarm] == alarm.steps:
+            rang = alarm in self._ringing
+            # Rows in a row that speak for a change: bad ones until it rings, good ones from then on.
+            self._in_a_row[alarm] = self._in_a_row[alarm] + 1 if alarm.is_bad(value) != rang else 0
+            if self._in_a_row[alarm] < alarm.steps:
+                continue
+            self._in_a_row[alarm] = 0
+            self._ringing ^= {alarm}
+            if not rang:
                 raised.append(
                     f"ALARM {alarm.name}: {alarm.column} is {value:.4g}, for {alarm.steps} rows {alarm.limit}; "
                     f"{alarm.advice}"

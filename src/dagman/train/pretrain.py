@@ -16,7 +16,7 @@ from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets import gpu, launches
 from dagman.pretext.codistill import Outcome
-from dagman.pretext.examination import examine
+from dagman.pretext.examination import TOGETHER, examine
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
 from dagman.tasks import watching
@@ -291,17 +291,20 @@ def _validate(job: Job, step: int) -> float | None:
 def _examine(job: Job, step: int) -> dict[str, float]:
     """What the teacher knows about crops of the training cases: always the same crops, of as many cases as can be."""
     seed, batch = job.config.optimisation.seed, 2 * job.config.optimisation.batch_size
-    data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0, pairs_per_volume=1)
-    dataset = ViewsDataset(job.store, data, torch_seed(seed, "examination"), job.train_rows)
 
-    def crops(first: int, last: int) -> Tensor:
+    def crops(first: int, last: int, a_volume: int = 1) -> Tensor:
+        data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0, pairs_per_volume=a_volume)
+        dataset = ViewsDataset(job.store, data, torch_seed(seed, "examination"), job.train_rows)
         pairs = collate([dataset[index] for index in range(first, last)])
         return show(job.fabric.to_device(pairs), data).u
 
-    batches = (crops(first, min(first + batch, EXAMINED)) for first in range(0, EXAMINED, batch))
+    def cut(size: int, a_volume: int = 1) -> Iterator[Tensor]:
+        return (crops(first, min(first + size, EXAMINED), a_volume) for first in range(0, EXAMINED, size))
+
     draw_crops(job, step, crops(0, PICTURED))
     with job.fabric.autocast():
-        return examine(job.module, batches, job.rates(step).knobs)
+        together = cut(TOGETHER * max(1, batch // TOGETHER), TOGETHER)
+        return examine(job.module, cut(batch), job.rates(step).knobs, together)
 
 
 def _checkpoint(job: Job, done: int, *, last: bool) -> None:
