@@ -29,9 +29,9 @@ LARGEST_SIDE = 64
 JITTER_VOXELS = 9.0
 """How far a nodule may lie from the middle of the crop that holds it, along each axis."""
 NEAR_VOXELS = 20
-"""A crop without a nodule, or a tumour, has none within this many voxels along some axis."""
-PLACES_TRIED = 60
-"""Places without tumour, of which the one with as much air around it as the tumour is taken."""
+"""A crop without a nodule has none within this many voxels along some axis."""
+PLACES_TRIED = 400
+"""Of those without tumour in the middle half of their crop, the one most like it in intensities is taken."""
 PAIRS_OF_SIDES, CROPS_TURNED = 6, 4
 BODY_HU = -300
 
@@ -162,20 +162,22 @@ def _ask_scan(store: PreparedStore, row: int) -> list[Asked]:
     mask = store.mask(row)
     if mask is None or store.rows[row]["case_id"] == NODULE:
         return found + [("side", _cut(hu, centre), word, patient) for centre, word in _sides(body)]
-    tumour = np.argwhere(mask > 0)
-    places = inside[draws.permutation(len(inside))[: 20 * PLACES_TRIED]]
-    low, high = tumour.min(axis=0), tumour.max(axis=0)
-    away = np.maximum(low - places, places - high).max(axis=1) > NEAR_VOXELS
-    crops = [_cut(hu, place) for place in places[away][:PLACES_TRIED]]
-    seen = _cut(hu, tumour.mean(axis=0))
-    other = min(crops, key=lambda crop: abs(_air_ratio(crop) - _air_ratio(seen)))
+    seen = _cut(hu, np.argwhere(mask > 0).mean(axis=0))
+    places = inside[draws.permutation(len(inside))[:PLACES_TRIED]]
+    free = [place for place in places if not _middle(_cut(mask, place, outside=0)).any()]
+    other = min((_cut(hu, place) for place in free), key=lambda crop: np.abs(_shades(crop) - _shades(seen)).sum())
     return [*found, ("tumour", seen, "yes", patient), ("tumour", other, "no", patient)]
 
 
-def _air_ratio(crop: np.ndarray) -> float:
-    """Share of air and lung in the middle of a crop."""
+def _middle(crop: np.ndarray) -> np.ndarray:
     part = slice(LARGEST_SIDE // 4, -LARGEST_SIDE // 4)
-    return float(np.mean(crop[part, part, part] <= BODY_HU))
+    return crop[part, part, part]
+
+
+def _shades(crop: np.ndarray) -> np.ndarray:
+    """How often each intensity is met in the middle of a crop: 16 bins of air to bone."""
+    counts: np.ndarray = np.histogram(np.clip(_middle(crop), -1000, 399), bins=16, range=(-1000, 400))[0]
+    return counts
 
 
 def _sides(body: np.ndarray) -> list[tuple[np.ndarray, str]]:
@@ -190,9 +192,9 @@ def _sides(body: np.ndarray) -> list[tuple[np.ndarray, str]]:
     return places
 
 
-def _cut(hu: np.ndarray, centre: np.ndarray) -> np.ndarray:
+def _cut(hu: np.ndarray, centre: np.ndarray, outside: int = -1024) -> np.ndarray:
     corner: Triple = tuple(round(float(middle)) - LARGEST_SIDE // 2 for middle in centre)  # type: ignore[assignment]
-    return padded_crop(hu, corner, (LARGEST_SIDE,) * 3, -1024)
+    return padded_crop(hu, corner, (LARGEST_SIDE,) * 3, outside)
 
 
 def _save(path: Path, asked: list[Asked]) -> None:

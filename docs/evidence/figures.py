@@ -5,20 +5,12 @@ import json
 from typing import Any
 
 from common import ROOT
-from learning import with_ratios
+from learning import QUESTIONS, with_ratios
 from matplotlib.figure import Figure
 
 from dagman.figures import learning, progress
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
-QUESTIONS = {
-    "organ": "phantoms: which of 8 organs",
-    "malignancy": "phantoms: malignant nodule or not",
-    "nodule": "phantoms: a nodule in the crop or not",
-    "tumour": "real CTs: tumour or not",
-    "side": "real CTs: left or right",
-    "upright": "real CTs: upright or upside down",
-}
 
 
 def runs(corpus: str, name: str = "tiny") -> list[dict[str, Any]]:

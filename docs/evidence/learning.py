@@ -9,16 +9,19 @@ from common import NOT_YET, RESULTS, ROOT, interval, load, machine, number, rows
 
 LOOKED_AT = (1, 100, 300, 1000, 2000)
 LAST_ROWS = 2
-"""Points of a thinned curve that stand for its end: about the last sixth of the steps."""
+"""Points of a thinned curve that stand for its end: about the last fifth of the steps."""
+STUDENT = {3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
+"""Degrees of freedom -> 97.5th percentile of Student's t."""
 
 QUESTIONS = {
-    "organ": "which of 8 organs",
-    "malignancy": "malignant nodule or not",
-    "nodule": "a nodule in the crop or not",
-    "tumour": "tumour or not",
-    "side": "left or right",
-    "upright": "upright or upside down",
+    "organ": "phantoms: which of 8 organs",
+    "malignancy": "phantoms: malignant nodule or benign",
+    "nodule": "phantoms: a nodule in the crop or none",
+    "tumour": "CTs: tumour or a place like it",
+    "side": "CTs: left or right",
+    "upright": "CTs: upright or upside down",
 }
+BASELINES = {"untrained": "untrained", "voxels": "8^3 voxels", "histogram": "histogram", "shuffled labels": "shuffled"}
 
 
 def learning(pattern: str, *, name: str | None = None) -> list[dict[str, Any]]:
@@ -56,22 +59,28 @@ def learning_reach() -> str:
         "AMPD / ln K": ("ampd_loss_ratio", "below .9"),
         "GITD / ln K": ("gitd_loss_ratio", "below .9"),
         "nats about the image in [CLS] targets": ("aitd_image_nats", "more than place: 0"),
+        "of them, at most ln 4: places of one volume": ("aitd_within_nats", ""),
         "nats about the image in patch targets": ("ampd_image_nats", "more than place"),
         "nats about the place in patch targets": ("ampd_position_nats", ""),
         "nats about the image in pooled targets": ("gitd_image_nats", "more than place: 0"),
+        "of them, at most ln 4: places of one volume, pooled": ("gitd_within_nats", ""),
         "guiding attention, entropy / ln N": ("attention_entropy", "below .97"),
         "clean attention, largest / mean": ("clean_attention_peak", ""),
         "spread of pooled features": ("pooled_spread", "not near 0"),
         "spread of cells": ("tokens_spread", "not near 0"),
+        "effective rank of pooled features (of 32)": ("pooled_effective_rank", "far from 1"),
+        "effective rank of cells (of 128)": ("tokens_effective_rank", "far from 1"),
     }
     results = [result for some in corpora().values() for result in some]
-    ends = [end_of(result) for result in results]
+    firsts, ends = [result["curve"][0] for result in results], [end_of(result) for result in results]
     body = [
-        [meaning, target, *(number(end.get(column), 3) for end in ends)] for meaning, (column, target) in wanted.items()
+        [meaning, target, *(from_to(first, end, column) for first, end in zip(firsts, ends, strict=True))]
+        for meaning, (column, target) in wanted.items()
     ]
-    for structure in ("organs", "heart", "aorta", "nodule", "tumour", "nodule of one CT"):
+    for structure in ("body", "organs", "heart", "aorta", "nodule", "tumour", "nodule of one CT"):
+        before = [result["untrained_attention"].get(structure) for result in results]
         gains = [result["probes"][-1]["attention"].get(structure) for result in results]
-        cells = [gain_of(gain) if gain else "" for gain in gains]
+        cells = [f"{old['gain']:.2f}, {gain_of(new)}" if new else "" for old, new in zip(before, gains, strict=True)]
         aim = "2 on organs or nodules" if structure == "organs" else ""
         body.append([f"attention / volume on: {structure}", aim, *cells])
     body.append(["steps", "", *(str(result["steps"]) for result in results)])
@@ -79,7 +88,13 @@ def learning_reach() -> str:
         ["minutes", "", *(number(end["seconds"] * r["steps"] / 60, 0) for r, end in zip(results, ends, strict=True))]
     )
     header = ["", "aim", *(f"{result['corpus']}, seed {result['seed']}" for result in results)]
-    return rows(header, body) + f"\n\nOne thread a run, two runs side by side. {machine(results[0])}."
+    told = "Each cell: at the first step (attention: untrained), then at the end (mean of the last fifth of the steps)"
+    return rows(header, body) + f"\n\n{told}. One thread a run, two runs side by side. {machine(results[0])}."
+
+
+def from_to(first: dict[str, float], end: dict[str, float], column: str) -> str:
+    """A figure at the first step and at the end."""
+    return ", ".join(said for said in (number(part.get(column), 2) for part in (first, end)) if said)
 
 
 def gain_of(gain: dict[str, float]) -> str:
@@ -100,6 +115,32 @@ def mean_auc(found: list[dict[str, Any] | None]) -> str:
     return number(sum(values) / len(values), 3) if values else ""
 
 
+def learning_token() -> str:
+    """Runs with a learned hidden token beside those of `dagman-tiny`, whose hidden patches are 0."""
+    columns = {
+        "image error": ("image_error_ratio", 2),
+        "AMPD / ln K": ("ampd_loss_ratio", 2),
+        "AITD / ln K": ("aitd_loss_ratio", 2),
+        "GITD / ln K": ("gitd_loss_ratio", 2),
+        "attention": ("attention_entropy", 3),
+    }
+    body = []
+    for corpus in ("phantoms", "real"):
+        for name, meaning in (("learned-token", "learned"), ("tiny", "zero")):
+            results = learning(f"{corpus}-*-seed*.json", name=name)
+            if results:
+                ends = [end_of(result) for result in results]
+                shown = [_range([end[column] for end in ends], digits) for column, digits in columns.values()]
+                organ = gained([result["probes"][-1]["rows"] for result in results], "organ")
+                body.append([corpus, meaning, str(results[0]["steps"]), *shown, organ])
+    return rows(["pretrained on", "hidden token", "steps", *columns, QUESTIONS["organ"]], body)
+
+
+def _range(values: list[float], digits: int) -> str:
+    low, high = (number(pick(values), digits) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
 def learning_probes() -> str:
     """Probes at the end of the runs, beside the untrained encoder and raw voxels, all features together."""
     body = []
@@ -108,8 +149,8 @@ def learning_probes() -> str:
             for labels in (8, 32, None):
                 ends = [asked(result["probes"][-1]["rows"], question, "all", labels) for result in results]
                 bases = [
-                    mean_auc([asked(result["baselines"][name], question, "all", labels) for result in results])
-                    for name in ("untrained", "voxels")
+                    mean_auc([asked(result["baselines"].get(name, []), question, "all", labels) for result in results])
+                    for name in BASELINES
                 ]
                 gained = [interval(row["above untrained"]) if row else "" for row in ends]
                 if any(gained):
@@ -117,13 +158,16 @@ def learning_probes() -> str:
                     body.append([corpus, meaning, shown, mean_auc(ends), *bases, *gained])
     seeds = max(len(results) for results in corpora().values())
     gains = [f"above untrained, seed {seed}" for seed in range(seeds)]
-    body = [row + [""] * (6 + seeds - len(row)) for row in body]
-    crops = next(iter(corpora().values()))[0]["crops"]
-    told = ", ".join(
-        f"{crops[question]:,} on {meaning}" for question, meaning in QUESTIONS.items() if question in crops
+    width = 4 + len(BASELINES)
+    body = [row + [""] * (width + seeds - len(row)) for row in body]
+    first = next(iter(corpora().values()))[0]
+    told = "; ".join(
+        f"{meaning}: {first['crops'][question]:,} crops of {first['patients'][question]} patients"
+        for question, meaning in QUESTIONS.items()
+        if question in first["crops"]
     )
-    header = ["pretrained on", "question", "labels", "pretrained", "untrained", "raw voxels", *gains]
-    return rows(header, body) + f"\n\nCrops asked about, by patient: {told}."
+    header = ["pretrained on", "question", "labels", "pretrained", *BASELINES.values(), *gains]
+    return rows(header, body) + f"\n\n{told}."
 
 
 def gained(tables: list[list[dict[str, Any]]], question: str) -> str:
@@ -264,14 +308,22 @@ def learning_factors() -> str:
         return NOT_YET
     first = results[0]
     told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed 0 where no other is named"
-    bold = "bold: outside the rows of `as-it-is` and `float32`"
+    figures = [cell for row in body for cell in row[2:] if cell]
+    marked = sum("**" in cell for cell in figures)
+    bold = (
+        "bold: outside the 95 % interval for one run more like `as-it-is` and `float32` "
+        f"({marked} of {len(figures)} figures, where {len(figures) // 20} would be by chance alone)"
+    )
     return rows(["factor", "value", *columns], body) + f"\n\n{told}; {bold}. {machine(first)}."
 
 
 def apart(end: dict[str, float], same: list[dict[str, float]], column: str, digits: int) -> str:
-    """A figure; bold where it lies outside those of the runs that differ in seed or rounding alone."""
-    value, others = number(end.get(column), digits), [float(number(one[column], digits)) for one in same]
-    return f"**{value}**" if value and not min(others) <= float(value) <= max(others) else value
+    """A figure; bold outside the 95 % prediction interval of the runs that differ in seed or rounding alone."""
+    value, others = number(end.get(column), digits), [one[column] for one in same]
+    mean, many = sum(others) / len(others), len(others)
+    spread = math.sqrt(sum((other - mean) ** 2 for other in others) / (many - 1) * (1 + 1 / many))
+    far = value and abs(end[column] - mean) > STUDENT[many - 1] * spread + 0.5 * 10**-digits
+    return f"**{value}**" if far else value
 
 
 def altered(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Probe scores against steps, beside an untrained encoder and raw voxels: does pretraining pay, and when."""
+"""Probe scores against steps, beside an untrained encoder, voxels and histograms: does pretraining pay, and when."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-BASELINES = {"untrained": ("C7", "untrained encoder"), "voxels": ("C1", "raw voxels")}
+BASELINES = {
+    "untrained": ("C7", "untrained encoder"),
+    "voxels": ("C1", "raw voxels"),
+    "histogram": ("C3", "histogram of intensities"),
+}
 COLUMNS = 3
 SHADES = (0, 2, 4)
 """Colours of the cycle for the seeds."""
@@ -45,7 +49,7 @@ def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str], *, feat
             _curve(plot, result, question, features, style)
         for name, (colour, label) in BASELINES.items():
             found = [
-                _find(result["baselines"][name], question, "all" if name == "voxels" else features)
+                _find(result["baselines"].get(name, ()), question, features if name == "untrained" else "all")
                 for result in results
             ]
             aucs = [auc["value"] for auc in found if auc]

@@ -60,7 +60,7 @@ PANELS = (
     Panel(
         title="What the teacher's targets tell, nats",
         curves={f"{term}_image_nats": f"{name}: image" for term, name in _HEADS.items()}
-        | {"ampd_position_nats": "cells: place alone"},
+        | {"ampd_position_nats": "cells: place alone", "aitd_within_nats": "[CLS]: within a volume"},
         span=(0.0, 4.0),
     ),
     Panel(
