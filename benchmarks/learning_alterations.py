@@ -14,7 +14,7 @@ from dagman.nets.swin import SemanticAttention, SwinEncoder
 from dagman.pretext.codistill import CoDistillation
 
 HALF = 75
-"""Passes after which a weight changes: half of a run of 150 steps."""
+"""Passes after which a weight changes: half of a run of 150 steps, less the two that measure what a pair takes."""
 
 
 def after(owner: Any, method: str, change: Callable[..., None]) -> None:

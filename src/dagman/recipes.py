@@ -87,9 +87,9 @@ def _tiny(name: str) -> PretrainConfig:
     """The method for two CPU cores and minutes; docs/learning.md says why each value differs.
 
     Many small crops a step, in a window that shows lungs too; attention heads of the Swin as wide as the paper's;
-    heavier distillation; targets that neither place nor patient can answer; every second view left whole, and fewer
-    cells dropped. bfloat16 pays a seventh of a step on processors with AMX and costs several times it
-    on others.
+    heavier distillation; targets that place alone cannot answer, balanced over the views of four volumes; hidden
+    patches are 0, as dropped ones; every second view left whole, and fewer cells dropped. bfloat16 pays a seventh of a
+    step on processors with AMX and costs several times it on others.
     """
     method, encoder = METHODS[name]
     losses, hidden = method.losses, method.hidden

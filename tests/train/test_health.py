@@ -224,10 +224,21 @@ def test_states_that_were_met_ring_by_name(recorded: str, named: set[str]) -> No
     assert named <= rang_on(recorded)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("corpus", ["phantoms", "real"])
-def test_runs_that_learnt_ring_nothing(corpus: str, seed: int) -> None:
-    assert rang_on(f"{corpus}-tiny-seed{seed}") == set()
+LEARNT = sorted(
+    path.stem
+    for corpus in ("phantoms", "real")
+    for name in ("tiny", "learned-token")
+    for path in RECORDED.glob(f"{corpus}-{name}-seed*.json")
+)
+
+
+@pytest.mark.parametrize("recorded", LEARNT)
+def test_runs_that_learnt_ring_nothing(recorded: str) -> None:
+    assert rang_on(recorded) == set()
+
+
+def test_there_are_runs_that_learnt() -> None:
+    assert len(LEARNT) >= 6
 
 
 def test_a_bad_spell_that_passes_rings_nothing() -> None:
@@ -324,7 +335,7 @@ def test_a_probe_on_labelled_cases_watches_the_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_healthy_seeds_ring_nothing(seed: int, store: PreparedStore, tmp_path: Path) -> None:
-    """Two more seeds, of `dagman-tiny` on phantoms, are those of `test_learning.py`."""
+    """`dagman-tiny` itself on phantoms: `test_learning.py`."""
     config = replace(small(steps=52, learning_rate=1e-4, batch_size=4, seed=seed), data=DataConfig(crop=(32, 32, 32)))
     pretrain(config, store, tmp_path / "run")
     assert "ALARM" not in (tmp_path / "run" / "log.txt").read_text()
