@@ -110,9 +110,9 @@ AXES: dict[str, Axis] = {
     "encoder": Axis(
         title="Encoder and hiding",
         source="Table 2",
-        note="SMIT hides all of its random share and DAGMaN its attended share less hints: see hidden cells. SMIT has a "
-        "clean teacher and no AITD; on the Swin also no semantic attention, no [CLS], and GITD on stage 3. Swin and ViT "
-        "differ in size and in the features that are probed.",
+        note="SMIT hides all of its random share and DAGMaN its attended share less hints: see hidden cells. SMIT has "
+        "a clean teacher and no AITD; on the Swin also no semantic attention, no [CLS], and GITD on stage 3. Swin and "
+        "ViT differ in size and in the features that are probed.",
         elsewhere=f"{_FINE_TUNE}, {_CLUSTER}",
         variants=(
             Variant(name="SMIT, ViT", recipe="smit-vit", paper=_table_2(0.643, 0.816, (1.30, 0.51), (6.44, 5.27))),
@@ -157,6 +157,8 @@ def members_of(axis: str, base: PretrainConfig, settings: Mapping[str, str] | No
 def _member(variant: Variant, base: PretrainConfig, settings: Mapping[str, str]) -> PretrainConfig:
     if variant.recipe:
         own = recipes.get(variant.recipe + "-tiny" * base.recipe.endswith("-tiny"))
+        if own.recipe == base.recipe:
+            return base
         given = configs.override(
             recipes.with_length(own, base.optimisation.steps, base.optimisation.epochs), dict(settings)
         )

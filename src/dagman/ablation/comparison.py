@@ -33,8 +33,8 @@ HEADS = {
 }
 FEATURES = {"all": "all features (pooled, cells and [CLS])", "pooled": "pooled features"}
 PAPER = (
-    "Paper: 10,412 CTs, 800 epochs, crops of 128 voxels; its numbers are of other tasks, data and sizes and say which way "
-    "to expect, not how much."
+    "Paper: 10,412 CTs, 800 epochs, crops of 128 voxels; its numbers are of other tasks, data and sizes and say which "
+    "way to expect, not how much."
 )
 ANOTHER = "The paper's AUC is of malignancy, mostly after fine-tuning: another quantity than this probe's."
 INTERVALS = "Intervals draw patients again, the same for all runs, and keep the fitted probes. One seed gives no range."
@@ -125,14 +125,15 @@ class Comparison:
 
     def score(self, name: str, run: Path, labelled: PreparedStore | None, device: str) -> None:
         """Find out how a finished run ended, and probe it; what is known is not asked again."""
-        encoder = load_encoder(run)
         if not self.scored(run):
-            measures = scores.ends(run) | scores.heads(encoder, self.store, device)
+            measures = scores.ends(run) | scores.heads(load_encoder(run), self.store, device)
             files.write_json(run / _SCORES, {"measures": measures})
         if labelled is not None:
-            identity = _identity(labelled)
-            scores.probe(encoder, labelled, run / "probes" / identity, run, device)
-            scores.probe(untrained(encoder), labelled, self._new(name) / identity, run, device)
+            place, new = (where / _identity(labelled) for where in (run / "probes", self._new(name)))
+            if scores.probed(place) is None:
+                scores.probe(load_encoder(run), labelled, place, run, device)
+            if scores.probed(new) is None:
+                scores.probe(untrained(load_encoder(run)), labelled, new, run, device)
         known = scores.kept(run / _SCORES)
         if "failed" in known:
             files.write_json(run / _SCORES, {"measures": known["measures"]})
@@ -200,6 +201,7 @@ class Comparison:
         by_measure = {
             measure: {name: paper[measure] for name, paper in reported.items() if measure in paper}
             for measure in dict.fromkeys(measure for paper in reported.values() for measure in paper)
+            if not measure.endswith("SD")
         }
         picture = figure.png(list(self.members), drawn, by_measure, heads, title=title, notes=notes)
         files.write_bytes(self.picture, picture)

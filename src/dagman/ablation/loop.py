@@ -71,7 +71,8 @@ def ablate(
         say: Hears what is done.
 
     Raises:
-        DagmanError: Before anything is trained, as `members_of` and `Comparison.begin`. Later those of `CONCERNS_ALL`; any other error of a member becomes its row.
+        DagmanError: Before anything is trained, as `members_of` and `Comparison.begin`. Later those of
+            `CONCERNS_ALL`; any other error of a member becomes its row.
 
     Reference:
         Tables 1 and 2, figures 4, 6, 8 and 9.

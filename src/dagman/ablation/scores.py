@@ -57,7 +57,7 @@ def heads(encoder: Encoder, store: PreparedStore, device: str) -> dict[str, floa
 
 
 def probe(encoder: Encoder, labelled: PreparedStore, place: Path, run: Path, device: str) -> None:
-    """Probe all features of an encoder, unless that was done, and keep what was found in the folder `place`.
+    """Probe all features of an encoder, and keep what was found in the folder `place`.
 
     Args:
         encoder: Of the run, or untrained.
@@ -66,8 +66,6 @@ def probe(encoder: Encoder, labelled: PreparedStore, place: Path, run: Path, dev
         run: Whose list of training cases tells what was seen of the labelled ones.
         device: Where to compute.
     """
-    if (place / _PROBE).exists():
-        return
     which = watching.features_of(encoder)
     found = watching.predict(encoder, labelled, which=which, device=device)
     if found:
