@@ -115,7 +115,8 @@ def ablate(
 
 def _first_process() -> bool:
     """Whether this process scores and writes: with several devices the whole call runs once on each."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    together = torch.distributed
+    return not (together.is_available() and together.is_initialized()) or together.get_rank() == 0
 
 
 def _default_device() -> str:
