@@ -160,6 +160,7 @@ def _heads(axes: Axes, title: str, places: Mapping[str, Points], names: Sequence
         axes.axvline(edge + 0.5, color="0.85", linewidth=1)
     axes.set_xticks(range(len(places)), [name.replace(" ", "\n") for name in places], fontsize=10)
     axes.set_xlim(-0.6, len(places) - 0.4)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -194,6 +195,7 @@ def _paper_marker(number: int) -> str:
 def _name_axis(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), [_wrapped(name, 16) for name in names], rotation=55, ha="right", fontsize=9)
     axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(axis="y", alpha=0.3)
 
 
