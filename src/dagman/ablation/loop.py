@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -81,7 +81,7 @@ def ablate(
     comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
     comparison.begin(labelled)
     planned = [(name, seed) for seed in seeds for name in members]
-    where = {"device": device, "devices": devices, "workers": workers}
+    where: dict[str, Any] = {"device": device, "devices": devices, "workers": workers}
     complete, failed = True, 0
     for number, (name, seed) in enumerate(planned, 1):
         run = comparison.run(name, seed)

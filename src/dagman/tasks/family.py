@@ -50,8 +50,8 @@ class Row:
     @property
     def values(self) -> dict[str, float]:
         """All measures, the probe's AUC first."""
-        auc = self.probed and self.probed.auc.value
-        return ({} if auc is None else {AUC: auc}) | dict(self.measures)
+        auc = self.probed.auc.value if self.probed else None
+        return dict(self.measures) if auc is None else {AUC: auc, **self.measures}
 
 
 class Spread(NamedTuple):
