@@ -1,20 +1,38 @@
-"""A family of runs: each member differs from the base in what the axis names, and a stop loses nothing."""
+"""A family of runs: members are what their names say, what is known stays, and a failure stops nobody else.
+
+Trainings are stood in for by encoders with random weights, but for one family that is trained.
+"""
 
 import csv
-import json
-import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
-from dagman import ablation, config, recipes
-from dagman.ct import phantom
-from dagman.ct.prepare import prepare
-from dagman.ct.store import PreparedStore
-from dagman.errors import DagmanError
+from dagman import ablation, cli, config, files, recipes
+from dagman.ablation import axes, loop, scores
+from dagman.ct.store import FORMAT, MANIFEST, SETTINGS, PreparedStore, array_path, write_array
+from dagman.errors import DagmanError, ExitCode
+from dagman.figures import ablation as figure
+from dagman.nets.encoder import new
+from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
+from dagman.run import Run
+from dagman.tasks import diversity, family, leakage, predictions
+from dagman.train.pretrain import Result
 from dagman.train.settings import PretrainConfig
+from dagman.types import Preparation
+
+SMALL = {
+    "encoder.embed_dim": "12",
+    "encoder.depths": "1,1,1,1",
+    "encoder.num_heads": "1,1,2,4",
+    "method.heads.hidden_width": "32",
+    "optimisation.batch_size": "1",
+}
 
 
 class Silent:
@@ -27,27 +45,95 @@ class Silent:
     def on_message(self, text: str) -> None: ...
 
 
+def base(**settings: str) -> PretrainConfig:
+    return config.override(recipes.with_length(recipes.get("dagman-tiny"), 2, None), SMALL | settings)
+
+
+def made(folder: Path, cases: range) -> PreparedStore:
+    """Noise in two classes."""
+    rows = []
+    for case in cases:
+        hu = np.random.default_rng(case).normal(-300, 200, (36, 36, 36)).astype(np.int16)
+        path = array_path(folder, "volumes", f"case{case}", "npy")
+        write_array(path, hu)
+        rows.append(
+            {
+                "case_id": f"case{case}",
+                "patient": f"p{case}",
+                "label": "large" if case % 2 else "small",
+                "shape": list(hu.shape),
+                "affine": np.diag([2.0, 2.0, 2.0, 1.0]).tolist(),
+                "bytes": path.stat().st_size,
+                "sha256": files.sha256_file(path),
+                "voxel_sha256": f"voxels{case}",
+                "mask": None,
+            }
+        )
+    settings = {"format": FORMAT, "storage": "npy", "spacing_mm": 2.0, "resampling": "antialiased"}
+    files.write_json(folder / SETTINGS, settings)
+    files.write_text(folder / MANIFEST, "".join(map(files.json_line, rows)))
+    return PreparedStore(folder)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
-    folder = tmp_path_factory.mktemp("ablation")
-    phantom.write(folder / "phantoms", 8)
-    prepare([folder / "phantoms" / "cases.csv"], folder / "prepared")
-    return PreparedStore(folder / "prepared")
+    return made(tmp_path_factory.mktemp("prepared"), range(4))
 
 
-def base() -> PretrainConfig:
-    tiny = recipes.with_length(recipes.get("dagman-tiny"), 3, None)
-    return config.override(tiny, {"optimisation.batch_size": "2", "method.heads.hidden_width": "32"})
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
+    """Twelve cases of which the training store holds one."""
+    return made(tmp_path_factory.mktemp("labelled") / "nodules", range(3, 15))
 
 
-def run(store: PreparedStore, folder: Path, heard: list[str]) -> ablation.Outputs:
-    return ablation.ablate(
-        "hiding", base(), store, folder, seeds=[0], labelled=store, listener=lambda _: Silent(), say=heard.append
+class Trainings:
+    """In place of `pretrain`: each gives an encoder whose random weights its settings decide."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[PretrainConfig, dict[str, Any]]] = []
+        self.fails: dict[int, Exception | str] = {}
+        """Number of a training to what it raises, or to its status."""
+
+    def __call__(self, config: PretrainConfig, store: PreparedStore, folder: Path, **where: Any) -> Result:
+        outcome = self.fails.get(len(self.done), "finished")
+        self.done.append((config, where))
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome == "finished":
+            seed = zlib.crc32(str(config.method).encode()) + config.optimisation.seed
+            look = Preparation(crop=config.data.crop, window_hu=config.data.window_hu)
+            save_encoder(new(config.encoder, look, seed), folder / MODEL_FILE, {})
+            leakage.record(store.rows, folder)
+            error = 1 + config.optimisation.seed / 10 - (config.method.hidden.kind == "attended") / 2
+            Run(folder).add({"step": 1, "image_error_ratio": error}, durable=False)
+        return Result(status=outcome, step=1, total_steps=1, folder=folder)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
+    stand_in = Trainings()
+    monkeypatch.setattr(loop, "pretrain", stand_in)
+    monkeypatch.setattr(
+        scores, "heads", lambda *_: {"stage 1: distance_mm": 3.0, "stage 1: distance_entropy_ratio": 0.9}
     )
+    return stand_in
 
 
-def test_members_differ_in_what_the_axis_names() -> None:
-    losses = ablation.family("losses", base())
+def run(
+    store: PreparedStore, folder: Path, axis: str = "hiding", seeds: Any = (0,), start: Any = None, **more: Any
+) -> ablation.Outputs:
+    start = start or base()
+    return ablation.ablate(axis, start, store, folder, seeds=seeds, listener=lambda _: Silent(), say=str, **more)
+
+
+def read(path: Path) -> tuple[str, list[dict[str, str]]]:
+    """Heading and rows."""
+    first, *lines = path.read_text().splitlines()
+    return first, list(csv.DictReader(lines))
+
+
+def test_members_are_what_their_names_say() -> None:
+    losses = ablation.members_of("losses", base())
     assert [vars(member.method.losses) for member in losses.values()] == [
         {"amip": 1.0, "ampd": 0.0, "aitd": 0.0, "gitd": 0.0},
         {"amip": 1.0, "ampd": 0.3, "aitd": 0.0, "gitd": 0.0},
@@ -57,73 +143,347 @@ def test_members_differ_in_what_the_axis_names() -> None:
         {"amip": 1.0, "ampd": 0.3, "aitd": 1.0, "gitd": 1.0},
     ]
     settings = {"optimisation.batch_size": "2"}
-    encoders = ablation.family("encoder", base(), settings).values()
-    assert [(one.encoder.kind, one.method.dropped_ratio) for one in encoders] == [
-        ("vit", 0.0),
-        ("vit", 0.3),
-        ("swin", 0.0),
-        ("swin", 0.3),
+    tiny = config.override(recipes.get("dagman-tiny"), settings)
+    encoders = ablation.members_of("encoder", tiny, settings).values()
+    assert [(one.recipe, one.encoder.kind, one.method.dropped_ratio) for one in encoders] == [
+        ("smit-vit-tiny", "vit", 0.0),
+        ("dagman-vit-tiny", "vit", 0.3),
+        ("smit-swin-tiny", "swin", 0.0),
+        ("dagman-tiny", "swin", 0.3),
     ]
-    assert {(one.optimisation.batch_size, one.optimisation.steps) for one in encoders} == {(2, 3)}
-    hiding = [(one.method.hidden.kind, one.method.dropped_ratio) for one in ablation.family("hiding", base()).values()]
-    assert hiding == [("random", 0.0), ("attended", 0.0), ("random", 0.3), ("attended", 0.3)]
-    roomy = config.override(base(), {"data.crop": "64,64,64"})
-    stages = ablation.family("stage", roomy).values()
+    assert {one.optimisation.batch_size for one in encoders} == {2}
+    members = ablation.members_of("hiding", base()).values()
+    assert [(one.method.hidden.kind, one.method.dropped_ratio) for one in members] == [
+        ("random", 0.0),
+        ("attended", 0.0),
+        ("random", 0.3),
+        ("attended", 0.3),
+    ]
+    roomy = base(**{"data.crop": "64,64,64"})
+    stages = ablation.members_of("stage", roomy).values()
     assert [member.encoder.attention.stage for member in stages] == [1, 2, 3, 4]
     for axis in ("losses", "hiding", "stage"):
-        for member in ablation.family(axis, roomy).values():
+        for member in ablation.members_of(axis, roomy).values():
             back = replace(member, method=roomy.method, encoder=roomy.encoder)
             assert back == roomy, "nothing else differs"
 
 
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES.keys() - set(axes.BASES)))
+def test_what_is_not_dagman_is_not_taken_apart(name: str) -> None:
+    with pytest.raises(
+        DagmanError, match=rf"^E-RECIPE {name}: is not DAGMaN.*; give dagman-swin, .* or dagman-vit-tiny$"
+    ):
+        ablation.members_of("losses", recipes.get(name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method.hidden.kind": "random"}, "hidden: attended -> random"),
+        ({"method.hidden.hints": "none"}, "hints: True -> False"),
+        ({"method.dropped_ratio": "0"}, "noisy teacher: True -> False"),
+        ({"method.losses.gitd": "0"}, "gitd: True -> False"),
+        ({"encoder.kind": "vit"}, "encoder: swin -> vit"),
+    ],
+)
+def test_settings_that_make_it_another_method_are_refused(settings: dict[str, str], told: str) -> None:
+    changed = config.override(recipes.get("dagman-swin"), settings)
+    with pytest.raises(DagmanError, match=rf"^E-RECIPE dagman-swin: .*{told}"):
+        ablation.members_of("hiding", changed)
+
+
+def test_members_with_recipes_of_their_own_stay_what_they_are() -> None:
+    settings = {"method.dropped_ratio": "0.5"}
+    with pytest.raises(DagmanError, match=r"^E-RECIPE smit-vit: .*noisy teacher: False -> True"):
+        ablation.members_of("encoder", config.override(recipes.get("dagman-swin"), settings), settings)
+
+
+def test_a_vit_has_no_stages_and_none_of_the_numbers_of_the_paper_s_swin() -> None:
+    vit = recipes.get("dagman-vit-tiny")
+    with pytest.raises(DagmanError, match=r"^E-RECIPE dagman-vit-tiny: is a ViT, which has no stages"):
+        ablation.members_of("stage", vit)
+    assert not any(axes.papers("losses", vit).values())
+    assert all(axes.papers("encoder", vit).values())
+
+
 def test_an_unknown_axis_is_refused() -> None:
     with pytest.raises(DagmanError, match=r"E-AXIS.*did you mean hiding"):
-        ablation.family("hidding", base())
+        ablation.members_of("hidding", base())
 
 
-def test_a_member_that_does_not_fit_is_refused_before_any_is_trained(store: PreparedStore, tmp_path: Path) -> None:
+def test_facts_tell_the_cells_of_each_stage() -> None:
+    members = ablation.members_of("stage", recipes.get("dagman-swin"))
+    told = [axes.facts(member, 2.0) for member in members.values()]
+    assert [one["cells"] for one in told] == [32768, 4096, 512, 64]
+    assert [one["cell_mm"] for one in told] == [8, 16, 32, 64]
+    assert [(one["hidden cells"], one["hints"]) for one in told][2:] == [(307, 51), (38, 6)]
+    random = ablation.members_of("hiding", recipes.get("dagman-swin"))["random"]
+    assert (axes.facts(random, 2.0)["hidden cells"], axes.facts(random, 2.0)["hints"]) == (359, 0)
+
+
+def test_a_member_that_does_not_fit_is_refused_before_any_is_trained(
+    store: PreparedStore, tmp_path: Path, trainings: Trainings
+) -> None:
     with pytest.raises(DagmanError, match=r"E-CROP crop 32x32x32.*fewer than 8"):
-        ablation.ablate("stage", base(), store, tmp_path, seeds=[0], listener=lambda _: Silent(), say=print)
-    assert not (tmp_path / "runs").exists()
+        run(store, tmp_path, "stage")
+    assert not trainings.done
 
 
-def test_labels_that_give_no_probe_are_refused_before_any_is_trained(store: PreparedStore, tmp_path: Path) -> None:
-    rows = [json.loads(line) | {"label": None} for line in (store.folder / "manifest.jsonl").read_text().splitlines()]
-    folder = tmp_path / "unlabelled"
-    shutil.copytree(store.folder, folder)
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DagmanError, match="E-LABEL"):
-        ablation.ablate(
-            "hiding",
-            base(),
-            store,
-            tmp_path,
-            seeds=[0],
-            labelled=PreparedStore(folder),
-            listener=lambda _: Silent(),
-            say=print,
-        )
-    assert not (tmp_path / "runs").exists()
+def test_labels_that_cannot_be_probed_are_refused_before_any_is_trained(
+    store: PreparedStore, labelled: PreparedStore, tmp_path: Path, trainings: Trainings
+) -> None:
+    for name, change, code in (
+        ("unlabelled", {"label": None}, "LABEL"),
+        ("twins", {"voxel_sha256": "the same"}, "LEAK"),
+    ):
+        folder = tmp_path / name
+        files.write_json(folder / SETTINGS, labelled.settings)
+        files.write_text(folder / MANIFEST, "".join(files.json_line({**row, **change}) for row in labelled.rows))
+        with pytest.raises(DagmanError, match=f"E-{code}"):
+            run(store, tmp_path / "out", labelled=PreparedStore(folder))
+    assert not trainings.done
 
 
-def test_runs_are_compared_and_done_once(store: PreparedStore, tmp_path: Path) -> None:
-    heard: list[str] = []
-    outputs = run(store, tmp_path, heard)
-    assert outputs.complete
-    assert [line.split("]")[0] for line in heard] == [f"[{n}/4" for n in range(1, 5)]
-    lines = outputs.table.read_text().splitlines()
-    assert lines[0].startswith("# Attended hiding and the noisy teacher (Figure 4). Here: dagman-tiny, 8 volumes")
-    rows = list(csv.DictReader(lines[1:]))
-    assert [(row["variant"], row["seed"]) for row in rows][:2] == [("random", "0"), ("attended", "0")]
-    assert all(0 < float(row["stage 2: row entropy"]) <= 1 for row in rows)
-    assert all(0 <= float(row["probe_pretrained AUC"]) <= 1 for row in rows)
+def test_a_family_is_trained_scored_and_done_once(
+    store: PreparedStore, labelled: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = tuple(one for one in axes.AXES["hiding"].variants if one.noisy)
+    monkeypatch.setitem(axes.AXES, "hiding", replace(axes.AXES["hiding"], variants=two))
+    short = base(**{"optimisation.steps": "1"})
+    outputs = run(store, tmp_path, start=short, labelled=labelled)
+    assert (outputs.complete, outputs.failed) == (True, 0)
+    heading, rows = read(outputs.table)
+    assert heading.startswith(
+        "# Attended hiding and the noisy teacher (Figure 4). Here: dagman-tiny; 4 volumes, 2 steps"
+    )
+    for said in (
+        "all features (pooled, cells and [CLS])",
+        "'small' (the positive class) against 'large', 12 cases of 12 patients in the store 'nodules'",
+        "The training store holds 1 of these cases (8%)",
+        "another quantity",
+        "`dagman cluster`",
+    ):
+        assert said in heading
+    assert [(row["variant"], row["seed"], row["status"]) for row in rows] == [
+        ("random, noisy teacher", "0", "scored"),
+        ("attended, noisy teacher", "0", "scored"),
+        ("untrained", "", "untrained"),
+    ]
+    assert all(0 <= float(row["probe AUC"]) <= 1 for row in rows)
+    assert all(0 < float(row["clean_attention_entropy"]) <= 1 for row in rows[:2]), "random hiding has it too"
+    looks = diversity.head_diversity(load_encoder(tmp_path / "runs" / rows[0]["run"]), store)
+    (first, *_) = diversity.summary({"run": looks})
+    assert float(rows[0]["stage 1: distance_entropy"]) == pytest.approx(first["distance_entropy"]["value"])
     assert outputs.picture.read_bytes().startswith(b"\x89PNG")
-    runs = sorted((tmp_path / "runs").iterdir())
-    assert len(runs) == 4
-    before = [(one / "metrics.jsonl").read_bytes() for one in runs]
-    table = outputs.table.read_text()
-    run(store, tmp_path, [])
-    assert [(one / "metrics.jsonl").read_bytes() for one in runs] == before, "nothing is trained twice"
-    assert outputs.table.read_text() == table
-    kept = json.loads((runs[0] / "scores.json").read_text())
-    assert kept["scores"]["heads"]["semantic attention"]["distance_mm"]
+    before = [(path, path.read_bytes()) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    monkeypatch.setattr(loop, "pretrain", None)
+    monkeypatch.setattr(scores, "probe", None)
+    run(store, tmp_path, start=short, labelled=labelled)
+    assert [(path, path.read_bytes()) for path, _ in before] == before
+
+
+def test_the_paper_s_tables_are_in_the_csv(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
+    _, rows = read(run(store, tmp_path, "losses").table)
+    terms = ("AMIP", "AMPD", "AITD", "GITD")
+    found = [("".join(row[term] or "-" for term in terms), row["paper: AUC, malignancy, fine-tuned"]) for row in rows]
+    assert found == [
+        ("x---", "0.859"),
+        ("xx--", "0.869"),
+        ("xxx-", "0.878"),
+        ("x-xx", "0.865"),
+        ("-xxx", "0.829"),
+        ("xxxx", "0.895"),
+    ]
+    heading, rows = read(run(store, tmp_path, "encoder", start=recipes.get("dagman-tiny")).table)
+    assert "smit-vit-tiny, dagman-vit-tiny, smit-swin-tiny, dagman-tiny" in heading
+    names = ("AUC, malignancy, linear probe", "AUC, malignancy, fine-tuned")
+    names += tuple(f"cluster distance, {what}" for what in ("intra-cluster", "intra-cluster SD", "inter-cluster"))
+    assert [[row["recipe"], *(float(row[f"paper: {name}"]) for name in names)] for row in rows] == [
+        ["smit-vit-tiny", 0.643, 0.816, 1.30, 0.51, 6.44],
+        ["dagman-vit-tiny", 0.662, 0.847, 1.15, 0.41, 6.59],
+        ["smit-swin-tiny", 0.629, 0.859, 1.53, 0.45, 3.73],
+        ["dagman-tiny", 0.642, 0.895, 1.28, 0.57, 5.93],
+    ]
+    assert [row["AITD"] for row in rows] == ["", "x", "", "x"]
+
+
+def test_a_stop_leaves_a_table_that_says_so_and_goes_on(
+    store: PreparedStore, tmp_path: Path, trainings: Trainings
+) -> None:
+    trainings.fails = {2: "stopped"}
+    outputs = run(store, tmp_path)
+    heading, rows = read(outputs.table)
+    assert not outputs.complete
+    assert heading.startswith("# Attended hiding and the noisy teacher (Figure 4), 2 of 4 runs.")
+    assert [row["variant"] for row in rows] == ["random", "attended"]
+    outputs = run(store, tmp_path)
+    heading, rows = read(outputs.table)
+    assert outputs.complete
+    assert "of 4 runs" not in heading
+    assert len(rows) == 4
+    assert len(trainings.done) == 5, "what was finished is not trained again"
+
+
+def test_the_comparison_is_written_after_every_run(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
+    trainings.fails = {1: RuntimeError("killed")}
+    with pytest.raises(RuntimeError, match="killed"):
+        run(store, tmp_path)
+    heading, rows = read(tmp_path / "hiding.csv")
+    assert "1 of 4 runs" in heading
+    assert [row["variant"] for row in rows] == ["random"]
+    assert (tmp_path / "hiding.png").exists()
+    assert (tmp_path / "hiding-summary.csv").exists()
+
+
+def test_a_failed_member_is_a_row_and_stops_nobody(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
+    trainings.fails = {1: DagmanError("UNHEALTHY", "run", "diverged", "lower the rate", exit_code=ExitCode.UNHEALTHY)}
+    outputs = run(store, tmp_path)
+    heading, rows = read(outputs.table)
+    assert (outputs.complete, outputs.failed) == (True, 1)
+    assert "3 of 4 runs" in heading
+    assert [row["status"] for row in rows] == ["scored", "failed: E-UNHEALTHY", "scored", "scored"]
+    assert [bool(row["image_error_ratio"]) for row in rows] == [True, False, True, True]
+    outputs = run(store, tmp_path)
+    assert outputs.failed == 0
+    assert [row["status"] for row in read(outputs.table)[1]] == ["scored"] * 4
+
+
+def test_what_would_meet_every_member_ends_the_call(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
+    trainings.fails = {1: DagmanError("DISK", "run", "is full", "make room", exit_code=ExitCode.RESOURCES)}
+    with pytest.raises(DagmanError, match="E-DISK"):
+        run(store, tmp_path)
+    assert len(trainings.done) == 2
+
+
+def test_later_calls_keep_seeds_and_scores(
+    store: PreparedStore, labelled: PreparedStore, tmp_path: Path, trainings: Trainings
+) -> None:
+    outputs = run(store, tmp_path, seeds=(0, 1), labelled=labelled)
+    _, rows = read(outputs.table)
+    assert [row["seed"] for row in rows] == ["0"] * 4 + ["1"] * 4 + [""]
+    before = outputs.table.read_text(), outputs.summary.read_text()
+    run(store, tmp_path, seeds=(0,))
+    assert (outputs.table.read_text(), outputs.summary.read_text()) == before, "fewer seeds, no labels: all is kept"
+    others = made(tmp_path / "others", range(20, 32))
+    probed = [row["probe AUC"] for row in read(run(store, tmp_path, labelled=others).table)[1]]
+    assert [bool(value) for value in probed] == [True] * 4 + [False] * 4 + [True]
+    run(store, tmp_path, labelled=labelled)
+    assert (outputs.table.read_text(), outputs.summary.read_text()) == before, "scores are kept for each set of labels"
+    assert len(trainings.done) == 8
+
+
+def test_axes_share_runs_and_a_folder_compares_one_base(
+    store: PreparedStore, tmp_path: Path, trainings: Trainings
+) -> None:
+    run(store, tmp_path)
+    run(store, tmp_path, "losses")
+    assert len(trainings.done) == 4 + 6 - 1
+    with pytest.raises(DagmanError, match=r"^E-RESUME .*hiding.json: .*optimisation.steps: 2 -> 3") as caught:
+        run(store, tmp_path, start=base(**{"optimisation.steps": "3"}))
+    assert caught.value.exit_code == ExitCode.REFUSED
+    run(store, tmp_path, start=base(**{"optimisation.seed": "7"}))
+    assert len(trainings.done) == 9, "the seed of the base means nothing"
+
+
+def test_devices_and_workers_reach_the_training(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
+    run(store, tmp_path, device="cpu", devices=2, workers=3)
+    asked = [{name: where[name] for name in ("device", "devices", "workers")} for _, where in trainings.done]
+    assert asked == [{"device": "cpu", "devices": 2, "workers": 3}] * 4
+
+
+def test_summaries_pair_seeds_and_draw_patients_again(
+    store: PreparedStore, labelled: PreparedStore, tmp_path: Path, trainings: Trainings
+) -> None:
+    outputs = run(store, tmp_path, seeds=(0, 1), labelled=labelled)
+    _, rows = read(outputs.table)
+    _, lines = read(outputs.summary)
+    found = {(line["measure"], line["variant"]): line for line in lines}
+    error = found["image_error_ratio", "random"]
+    assert [float(error[name]) for name in ("seeds", "mean", "lowest", "highest")] == pytest.approx([2, 1.05, 1.0, 1.1])
+    assert [float(error[f"minus full: {name}"]) for name in ("seeds", "mean")] == pytest.approx([2, 0.5])
+    assert error["minus full: low"] == ""
+    auc = found["probe AUC", "random"]
+    full = "attended, noisy teacher"
+    places = {
+        (row["variant"], row["seed"]): next((tmp_path / "runs" / row["run"] / "probes").iterdir()) for row in rows[:8]
+    }
+    pairs = [tuple(predictions.read(places[name, seed]) for name in ("random", full)) for seed in "01"]
+    expected = predictions.mean_difference(pairs)
+    assert [float(auc[f"minus full: {name}"]) for name in ("mean", "low", "high")] == pytest.approx(
+        [expected.value, expected.low, expected.high]
+    )
+    singles = [predictions.difference(*pair).value for pair in pairs]
+    assert expected.value == pytest.approx(np.mean(singles))
+    assert [float(auc[f"minus full: {name}"]) for name in ("lowest", "highest")] == pytest.approx(
+        [min(singles), max(singles)]
+    )
+    assert found["probe AUC", full]["minus full: mean"] == ""
+    one = family.summaries([family.Row(variant="a", seed=0, status="scored", measures={"x": 1.0})], "a")
+    assert one[0].note == "one seed: no range"
+
+
+def test_the_figure_names_its_axes_and_keeps_legends_outside_the_data() -> None:
+    names = ["one", "two", "three"]
+    points = {name: {0: 0.6 + 0.1 * number, 1: 0.7} for number, name in enumerate(names)}
+    panels = [
+        figure.Panel("probe", points, baselines={"one": 0.5, "two": 0.5, "three": 0.55}),
+        figure.Panel("difference", points, bars={"one": (0.1, 0.9)}, zero=True),
+        figure.Panel("nothing", {}),
+    ]
+    papers = {"AUC, tuned": {"one": 0.9}, "AUC, probed": {"two": 0.6}, "Dice, tuned": {"three": 0.4}}
+    heads = {"how far": {"stage 1": points, "stage 2": points}}
+    drawn = figure.draw(names, panels, papers, heads, title="All of it, 2 of 6 runs", notes=["A note.", "Another."])
+    titles = [panel.get_title() for panel in drawn.axes]
+    assert titles == ["probe", "difference", "nothing", "the paper: AUC", "the paper: Dice", "how far"]
+    for panel in drawn.axes[:5]:
+        assert [label.get_text() for label in panel.get_xticklabels()] == names
+    assert [label.get_text() for label in drawn.axes[5].get_xticklabels()] == ["stage\n1", "stage\n2"]
+    assert [text.get_text() for text in drawn.axes[2].texts] == ["not measured"]
+    assert [text.get_text() for text in drawn.texts] == ["All of it, 2 of 6 runs", "A note.\nAnother."]
+    dashed = [line for line in drawn.axes[0].lines if line.get_linestyle() == "--"]
+    assert [list(line.get_xdata()) for line in dashed] == [[-0.4, 1.4], [1.6, 2.4]], "one line for each new encoder"
+    joined = [line for line in drawn.axes[0].lines if len(line.get_xdata()) == 3]
+    assert [list(line.get_ydata()) for line in joined] == [pytest.approx([0.6, 0.7, 0.8]), [0.7, 0.7, 0.7]]
+    assert len({to_hex(line.get_color()) for line in joined}) == 2, "a colour for each seed"
+    drawn.draw_without_rendering()
+    right = max(panel.get_window_extent().x1 for panel in drawn.axes)
+    edge = drawn.bbox.x1
+    for legend in drawn.legends:
+        box = legend.get_window_extent()
+        assert right <= box.x0 <= box.x1 <= edge
+    said = [text.get_text().replace("\n", " ") for text in drawn.legends[0].get_texts()]
+    assert said == [
+        *("seed 0", "seed 1", "mean over seeds", "95 % interval over patients", "the same encoder untrained"),
+        *(f"paper: {name}" for name in papers),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("complete", "failed", "code"),
+    [(True, 0, ExitCode.OK), (True, 1, ExitCode.REJECTED), (False, 1, ExitCode.STOPPED)],
+)
+def test_the_verb_passes_its_options_and_says_how_it_ended(
+    store: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool, failed: int, code: ExitCode
+) -> None:
+    heard: dict[str, Any] = {}
+
+    def ablate(axis: str, base: PretrainConfig, *_: Any, **more: Any) -> ablation.Outputs:
+        heard.update(more, axis=axis, base=base)
+        paths = {name: tmp_path / name for name in ("table", "summary", "picture")}
+        return ablation.Outputs(**paths, complete=complete, failed=failed)
+
+    monkeypatch.setattr(ablation, "ablate", ablate)
+    words = ["ablate", "dagman-tiny", "--axis", "hiding", "--data", str(store.folder), "-o", str(tmp_path)]
+    more = ["--epochs", "5", "--seeds", "2", "--devices", "2", "--workers", "1", "--device", "cpu"]
+    assert cli.run([*words, *more]) == code
+    assert (heard["devices"], heard["workers"], heard["device"], list(heard["seeds"])) == (2, 1, "cpu", [0, 1])
+    assert (heard["base"].optimisation.epochs, heard["base"].optimisation.steps) == (5, None)
+
+
+def test_the_verb_refuses_another_method_in_one_line(
+    store: PreparedStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--axis", "losses", "--data", str(store.folder), "-o", str(tmp_path)]
+    assert cli.run(["ablate", "smit-swin-tiny", *words]) == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("E-RECIPE smit-swin-tiny: is not DAGMaN")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, Switch, Watcher, next_step, progress, say
+from dagman.cli.watching import Output, Switch, Watcher, next_step, progress, require, say
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -154,29 +154,36 @@ def ablate(
     data: Path,
     output: Output,
     steps: int | None = None,
+    epochs: int | None = None,
     seeds: int = 3,
     labelled: Path | None = None,
     device: Literal["cpu", "cuda"] | None = None,
+    devices: int = 1,
+    workers: int = 0,
 ) -> int:
-    """Train a family of recipes that differ in one thing, and compare them; run again, it continues.
+    """Take DAGMaN apart: train a family of recipes that differ in one thing, and compare them; run again, it continues.
 
     Args:
-        recipe: What is varied, such as `dagman-tiny`.
+        recipe: What is taken apart: `dagman-tiny`, `dagman-swin`, `dagman-vit-tiny` or `dagman-vit`.
         settings: Settings of all members, such as `--data.pairs-per-volume 1`.
         axis: `losses` (Table 1 of the paper), `hiding` (attended or random, clean or noisy teacher: Figure 4), `stage`
             (of semantic attention: Figures 6, 8, 9; tiny recipes need `--data.crop 64,64,64` for it) or `encoder` (Swin
             or ViT, DAGMaN or SMIT: Table 2).
         data: A prepared store to train on.
-        output: Folder of the runs and of AXIS.csv and AXIS.png.
+        output: Folder of the runs, which the axes share, and of AXIS.csv, AXIS-summary.csv and AXIS.png.
         steps: Length of each run in optimizer steps.
+        epochs: Length of each run in epochs.
         seeds: Runs of each member.
-        labelled: A prepared store with labels of two classes: each run is probed on it.
+        labelled: A prepared store with labels of two classes, best not the one to train on: each run is probed on it.
         device: Where to compute; by default the GPU where there is one.
+        devices: Processes that share a step (GPUs of this machine).
+        workers: Processes that read crops ahead, for each device.
     """
     from dagman import ablation
     from dagman.ct.store import PreparedStore
 
-    base = _chosen(recipe, settings, steps=steps)
+    require(seeds > 0, "--seeds", f"cannot be {seeds}", "give at least 1")
+    base = _chosen(recipe, settings, steps=steps, epochs=epochs)
     with progress("Pretraining") as tell:
         outputs = ablation.ablate(
             axis,
@@ -185,15 +192,20 @@ def ablate(
             output,
             seeds=range(seeds),
             device=device,
+            devices=devices,
+            workers=workers,
             labelled=PreparedStore(labelled) if labelled else None,
             settings=dotted(settings),
             listener=lambda _: Watcher(tell),
             say=say,
         )
     if outputs.table.exists():
-        say(f"wrote {outputs.table} and {outputs.picture}")
+        say(f"wrote {outputs.table}, {outputs.summary} and {outputs.picture}")
     if not outputs.complete:
         return ExitCode.STOPPED
+    if outputs.failed:
+        say(f"{outputs.failed} runs failed; the same command tries them again")
+        return ExitCode.REJECTED
     other = next(name for name in ablation.AXES if name != axis)
     next_step(f"the same command with --axis {other}")
     return ExitCode.OK

@@ -245,8 +245,27 @@ def difference(first: Predictions, other: Predictions) -> Estimate:
     Raises:
         DagmanError: `E-COMPARE`, exit code 4, when they do not share cases, labels and folds.
     """
-    check_comparable(first, other)
-    return first.estimate(lambda weights: np.subtract(first.auc_of(weights), other.auc_of(weights)))
+    return mean_difference([(first, other)])
+
+
+def mean_difference(pairs: Sequence[tuple[Predictions, Predictions]]) -> Estimate:
+    """AUC of the first of a pair less that of the second, mean over pairs; the same patients are drawn for all.
+
+    Args:
+        pairs: At least one, of the same cases; one for each seed, say.
+
+    Raises:
+        DagmanError: `E-COMPARE`, exit code 4, when they do not share cases, labels and folds.
+    """
+    first = pairs[0][0]
+    for one in (one for pair in pairs for one in pair):
+        check_comparable(first, one)
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        found: np.ndarray = np.mean([one.auc_of(weights) - other.auc_of(weights) for one, other in pairs], axis=0)
+        return found
+
+    return first.estimate(mean)
 
 
 def check_comparable(first: Predictions, other: Predictions, name: object = "second result") -> None:

@@ -11,33 +11,50 @@ from dagman.nets.classifier import Which
 from dagman.nets.encoder import Encoder
 from dagman.tasks import classify
 from dagman.tasks import cohort as cohorts
+from dagman.tasks.classify import ProbeResult
+from dagman.tasks.cohort import Cohort
 from dagman.tasks.embed import embed, suited
 from dagman.tasks.protocol import Protocol
 from dagman.tasks.statistics import Estimate
 from dagman.types import Preparation
 
+NOTHING_TO_READ = Estimate(value=None, why="the features are all the same or not finite")
 
-def check(store: PreparedStore, preparation: Preparation) -> None:
-    """Refuse cases that `probe` could not use.
+
+def check(store: PreparedStore, preparation: Preparation) -> Cohort:
+    """Refuse cases that `probe` could not use; returns those that it would.
 
     Raises:
         DagmanError: `E-GRID` for another spacing; `E-LABEL`, `E-PATIENT` and `E-FOLDS` as `classify.probe`.
     """
     suited(store, preparation)
-    cohorts.cohort(cohorts.stored(store), Protocol(), positive=positive_of(store), unlabelled="leave_out")
+    return cohorts.cohort(cohorts.stored(store), Protocol(), positive=positive_of(store), unlabelled="leave_out")
+
+
+def features_of(encoder: Encoder) -> Which:
+    """What is probed of an encoder: all that it has."""
+    return "all" if encoder.config.has_cls else "pooled"
 
 
 def probe(
     encoder: Encoder, store: PreparedStore, *, which: Which = "pooled", device: torch.device | str = "cpu"
 ) -> Estimate:
     """AUC of a linear probe; without a value where the features are all the same."""
+    found = predict(encoder, store, which=which, device=device)
+    return NOTHING_TO_READ if found is None else found.auc()
+
+
+def predict(
+    encoder: Encoder, store: PreparedStore, *, which: Which = "pooled", device: torch.device | str = "cpu"
+) -> ProbeResult | None:
+    """A linear probe's predictions for the labelled cases; None where the features are all the same or not finite."""
     table = embed(encoder, store, which=which, device=device)
     try:
-        return classify.probe(table, positive=positive_of(store), unlabelled="leave_out").auc()
+        return classify.probe(table, positive=positive_of(store), unlabelled="leave_out")
     except DagmanError as error:
         if error.code != "FEATURES":
             raise
-        return Estimate(value=None, why="the features are all the same or not finite")
+        return None
 
 
 def positive_of(store: PreparedStore) -> str | None:

@@ -320,7 +320,5 @@ def _checkpoint(job: Job, done: int, *, last: bool) -> None:
 def _probe(job: Job, labelled: PreparedStore) -> dict[str, float | None]:
     """AUC of a linear probe on all features of the teacher about labelled cases, with its interval."""
     encoder = job.module.teacher.encoder
-    auc = watching.probe(
-        encoder, labelled, which="all" if encoder.config.has_cls else "pooled", device=job.fabric.device
-    )
+    auc = watching.probe(encoder, labelled, which=watching.features_of(encoder), device=job.fabric.device)
     return {"probe_auc": auc.value, "probe_low": auc.low, "probe_high": auc.high}

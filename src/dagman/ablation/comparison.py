@@ -1,0 +1,245 @@
+"""The folder of an ablation: which run stands where, how each ended, and the tables and picture of all of them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dagman import config as configs
+from dagman import files
+from dagman.ablation import scores
+from dagman.ablation.axes import AXES, facts, papers
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError, ExitCode
+from dagman.figures import ablation as figure
+from dagman.nets.weights import load_encoder
+from dagman.tasks import classify, family, leakage, watching
+from dagman.tasks.embed import untrained
+from dagman.tasks.family import Row
+from dagman.train.job import split_rows
+from dagman.train.settings import PretrainConfig
+from dagman.types import Preparation
+
+TITLES = {
+    "image_error_ratio": "image error / that of the visible mean",
+    scores.ATTENTION: "attention without noise, entropy / ln N",
+    "pooled_spread": "spread of pooled features",
+}
+"""What is drawn beside the probe."""
+HEADS = {
+    "distance_entropy_ratio": "how differently heads look: entropy of their distances / ln(heads)",
+    "distance_mm": "how far heads look: attention-weighted distance, mm",
+}
+FEATURES = {"all": "all features (pooled, cells and [CLS])", "pooled": "pooled features"}
+PAPER = (
+    "Paper: 10,412 CTs, 800 epochs, crops of 128 voxels; its numbers are of other tasks, data and sizes and say which "
+    "way to expect, not how much."
+)
+ANOTHER = "The paper's AUC is of malignancy, mostly after fine-tuning: another quantity than this probe's."
+INTERVALS = "Intervals draw patients again, the same for all runs, and keep the fitted probes. One seed gives no range."
+_SCORES = "scores.json"
+_KEY = 12
+"""Digits of a hash that name a folder."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """A family in its folder."""
+
+    axis: str
+    base: PretrainConfig
+    store: PreparedStore
+    folder: Path
+    devices: int
+    members: Mapping[str, PretrainConfig]
+
+    @property
+    def table(self) -> Path:
+        """One line a run."""
+        return self.folder / f"{self.axis}.csv"
+
+    @property
+    def summary(self) -> Path:
+        """One line a variant and measure."""
+        return self.folder / f"{self.axis}-summary.csv"
+
+    @property
+    def picture(self) -> Path:
+        """The figure."""
+        return self.folder / f"{self.axis}.png"
+
+    @property
+    def _settings(self) -> Path:
+        return self.folder / f"{self.axis}.json"
+
+    @property
+    def full(self) -> str:
+        """The member that is the base itself: all others are compared with it."""
+        return next(name for name, member in self.members.items() if _seedless(member) == _seedless(self.base))
+
+    def run(self, name: str, seed: int) -> Path:
+        """Folder of a run: the same for the same settings, store and devices, whatever the axis."""
+        return self.folder / "runs" / f"{self._key(name)}-seed{seed}"
+
+    def _key(self, name: str) -> str:
+        member = self.members[name]
+        settings = configs.to_dict(_seedless(member))
+        return f"{member.recipe}-{_hash(settings, self.store.store_id, self.devices)}"
+
+    def _new(self, name: str) -> Path:
+        """Of the probes of a member's encoder with new weights: one for all members that share its sizes."""
+        member = self.members[name]
+        sizes = configs.to_dict(member.encoder), configs.to_dict(member.data)
+        return self.folder / "untrained" / _hash(*sizes, self.store.store_id)
+
+    def begin(self, labelled: PreparedStore | None) -> None:
+        """Note what is compared and with which labels, or check that it is what the folder compares.
+
+        Raises:
+            DagmanError: `E-RESUME`, exit code 4, for another base, store or number of devices; `E-GRID`, `E-LABEL`,
+                `E-PATIENT`, `E-FOLDS` and `E-LEAK` for cases that cannot be probed.
+        """
+        base = configs.to_dict(_seedless(self.base))
+        now = {"base": base, "store": self.store.store_id, "devices": self.devices}
+        before = scores.kept(self._settings)
+        if lines := configs.difference(before["compared"], json.loads(json.dumps(now))) if before else []:
+            raise DagmanError(
+                "RESUME",
+                self._settings,
+                f"compares runs of other settings ({'; '.join(lines)})",
+                "give the old settings again, or choose another output folder",
+                exit_code=ExitCode.REFUSED,
+            )
+        if labelled is not None:
+            spacing_mm = float(self.store.settings["spacing_mm"])
+            study = watching.check(labelled, Preparation(spacing_mm=spacing_mm, crop=self.base.data.crop))
+            nothing = leakage.Seen(known=True, how={}, learnt={})
+            leakage.refuse(nothing, leakage.twins(labelled), study.together, classify.TASK)
+        asked = before.get("labelled") if labelled is None else _identity(labelled)
+        files.write_json(self._settings, {"compared": now, "labelled": asked})
+
+    def scored(self, run: Path) -> bool:
+        """Whether a run is finished and how it ended is known."""
+        return "measures" in scores.kept(run / _SCORES)
+
+    def score(self, name: str, run: Path, labelled: PreparedStore | None, device: str) -> None:
+        """Find out how a finished run ended, and probe it; what is known is not asked again."""
+        if not self.scored(run):
+            measures = scores.ends(run) | scores.heads(load_encoder(run), self.store, device)
+            files.write_json(run / _SCORES, {"measures": measures})
+        if labelled is not None:
+            place, new = (where / _identity(labelled) for where in (run / "probes", self._new(name)))
+            if scores.probed(place) is None:
+                scores.probe(load_encoder(run), labelled, place, run, device)
+            if scores.probed(new) is None:
+                scores.probe(untrained(load_encoder(run)), labelled, new, run, device)
+        known = scores.kept(run / _SCORES)
+        if "failed" in known:
+            files.write_json(run / _SCORES, {"measures": known["measures"]})
+
+    def note_failure(self, run: Path, error: DagmanError) -> None:
+        """Keep why a run failed, beside what is known of it, until it succeeds."""
+        files.write_json(run / _SCORES, scores.kept(run / _SCORES) | {"failed": f"E-{error.code}"})
+
+    def rows(self) -> list[Row]:
+        """Every run of the axis in the folder that was scored or failed, seed by seed."""
+        identity = scores.kept(self._settings).get("labelled")
+        found: dict[tuple[int, int], Row] = {}
+        for number, name in enumerate(self.members):
+            for run in self.folder.glob(f"runs/{self._key(name)}-seed*"):
+                seed, known = int(run.name.rpartition("-seed")[2]), scores.kept(run / _SCORES)
+                if known:
+                    found[seed, number] = Row(
+                        variant=name,
+                        seed=seed,
+                        status=f"failed: {known['failed']}" if "failed" in known else "scored",
+                        run=run.name,
+                        measures=known.get("measures", {}),
+                        probed=scores.probed(run / "probes" / identity) if identity else None,
+                    )
+        return [found[place] for place in sorted(found)]
+
+    def untrained(self) -> dict[tuple[str, ...], Row]:
+        """Members that share an encoder to its row with new weights, where it was probed."""
+        identity = scores.kept(self._settings).get("labelled")
+        places: dict[Path, list[str]] = {}
+        for name in self.members:
+            places.setdefault(self._new(name), []).append(name)
+        found = {}
+        for place, names in places.items():
+            if identity and (probed := scores.probed(place / identity)):
+                variant = "untrained" if len(places) == 1 else f"untrained: {', '.join(names)}"
+                found[tuple(names)] = Row(variant=variant, seed=None, status="untrained", probed=probed)
+        return found
+
+    def write(self, planned: Sequence[tuple[str, int]]) -> None:
+        """Write tables and picture of all that is known.
+
+        Args:
+            planned: Variant and seed of the runs that this call was asked for.
+        """
+        rows, new = self.rows(), self.untrained()
+        if not rows:
+            return
+        title, notes = self.heading(rows, planned)
+        note = " ".join([title, *notes])
+        every = [*rows, *new.values()]
+        found = family.summaries(every, self.full)
+        spacing_mm, reported = float(self.store.settings["spacing_mm"]), papers(self.axis, self.base)
+        told = {name: facts(member, spacing_mm) for name, member in self.members.items()}
+        family.write_runs(every, told, reported, self.table, note=note)
+        family.write_summary(found, self.summary, note=note)
+        baselines = {
+            name: row.probed.auc.value
+            for names, row in new.items()
+            for name in names
+            if row.probed and row.probed.auc.value is not None
+        }
+        drawn = family.panels(rows, found, TITLES, full=self.full, baselines=baselines)
+        heads = {label: family.by_place(rows, reading) for reading, label in HEADS.items()}
+        by_measure = {
+            measure: {name: paper[measure] for name, paper in reported.items() if measure in paper}
+            for measure in dict.fromkeys(measure for paper in reported.values() for measure in paper)
+            if not measure.endswith("SD")
+        }
+        picture = figure.png(list(self.members), drawn, by_measure, heads, title=title, notes=notes)
+        files.write_bytes(self.picture, picture)
+
+    def heading(self, rows: Sequence[Row], planned: Sequence[tuple[str, int]]) -> tuple[str, list[str]]:
+        """What was run, how far that is from what the paper ran, and how to read it: a title and sentences."""
+        axis, length = AXES[self.axis], self.base.optimisation
+        done = {(row.variant, row.seed) for row in rows if row.status == "scored"} & set(planned)
+        part = "" if len(done) == len(planned) else f", {len(done)} of {len(planned)} runs"
+        steps = f"{length.steps} steps" if length.steps else f"{length.epochs} epochs"
+        recipes = dict.fromkeys(member.recipe for member in self.members.values())
+        crop = "x".join(map(str, self.base.data.crop))
+        here = f"{', '.join(recipes)}; {len(split_rows(self.store)[0])} volumes, {steps}, crops of {crop} voxels"
+        notes = [
+            f"Here: {here}. {PAPER}",
+            self._probe_note(rows),
+            f"Differences: variant less '{self.full}', mean and range over the seeds that both have. {INTERVALS}",
+            axis.note,
+            f"Not computed here: {axis.elsewhere}.",
+        ]
+        return f"{axis.title} ({axis.source}){part}.", notes
+
+    def _probe_note(self, rows: Sequence[Row]) -> str:
+        probed = [row.probed for row in rows if row.probed]
+        if not probed:
+            return "No labelled cases were given: nothing was probed."
+        words = [FEATURES[name] for name in sorted({one.features for one in probed})]
+        features = ", or of encoders without [CLS] ".join(words)
+        return f"Probe: a linear probe on {features} about {scores.task(probed[0].study)} {ANOTHER}"
+
+
+def _seedless(config: PretrainConfig) -> PretrainConfig:
+    return replace(config, optimisation=replace(config.optimisation, seed=0))
+
+
+def _hash(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:_KEY]
+
+
+def _identity(labelled: PreparedStore) -> str:
+    return watching.identity(labelled)[:_KEY]

@@ -1,0 +1,123 @@
+"""The loop of an ablation: train what is missing, score it, write the comparison, go on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dagman import config as configs
+from dagman.ablation.axes import members_of
+from dagman.ablation.comparison import Comparison
+from dagman.ct.store import PreparedStore
+from dagman.errors import DagmanError
+from dagman.train import engine
+from dagman.train.job import Listener
+from dagman.train.pretrain import pretrain
+from dagman.train.settings import PretrainConfig
+
+CONCERNS_ALL = ("DEVICE", "DISK", "LOCKED", "NODATA", "READER")
+"""Errors that would meet every member, or tell of another process at work: they end the call."""
+MEMORY_ADVICE = "free memory, then run the same command again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What `ablate` wrote and how far it came."""
+
+    table: Path
+    """One line a run."""
+    summary: Path
+    """One line a variant and measure."""
+    picture: Path
+    complete: bool
+    """False where it was stopped; the same call continues."""
+    failed: int
+    """Runs of this call that failed."""
+
+
+def ablate(
+    axis: str,
+    base: PretrainConfig,
+    store: PreparedStore,
+    folder: Path,
+    *,
+    seeds: Sequence[int],
+    device: Literal["cpu", "cuda"] | None = None,
+    devices: int = 1,
+    workers: int = 0,
+    labelled: PreparedStore | None = None,
+    settings: Mapping[str, str] | None = None,
+    listener: Callable[[str], Listener],
+    say: Callable[[str], None],
+) -> Outputs:
+    """Train what is missing of a family, score every run, and write one comparison after each.
+
+    The comparison holds every run of the axis in the folder, whatever this call asks for.
+
+    Args:
+        axis: A name of `AXES`.
+        base: The DAGMaN recipe that is taken apart, with its length.
+        store: Volumes to train on.
+        folder: Of the comparison; the runs are in `folder/runs`, shared by all axes.
+        seeds: Each member is trained once for each.
+        device: Where to train.
+        devices: Processes that share a step, as for `pretrain`.
+        workers: Processes that read crops ahead for each device.
+        labelled: Cases with labels of two classes for a linear probe; without, those of the last call that had some.
+        settings: What the base was given beside its recipe, as for `members_of`.
+        listener: Makes the listener of a run from its name.
+        say: Hears what is done.
+
+    Raises:
+        DagmanError: Before anything is trained, as `members_of` and `Comparison.begin`. Later those of
+            `CONCERNS_ALL`; any other error of a member becomes its row.
+
+    Reference:
+        Tables 1 and 2, figures 4, 6, 8 and 9.
+    """
+    members = members_of(axis, base, settings)
+    comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
+    comparison.begin(labelled)
+    planned = [(name, seed) for seed in seeds for name in members]
+    where: dict[str, Any] = {"device": device, "devices": devices, "workers": workers}
+    complete, failed = True, 0
+    for number, (name, seed) in enumerate(planned, 1):
+        run = comparison.run(name, seed)
+        say(f"[{number}/{len(planned)}] {name}, seed {seed}: {run}")
+        try:
+            if not comparison.scored(run):
+                config = configs.override(members[name], {"optimisation.seed": seed})
+                complete = pretrain(config, store, run, **where, listeners=[listener(name)]).status != "stopped"
+            if complete and _first_process():
+                with engine.memory_guard(MEMORY_ADVICE):
+                    comparison.score(name, run, labelled, device or _default_device())
+        except DagmanError as error:
+            if error.code in CONCERNS_ALL:
+                raise
+            failed += 1
+            say(str(error))
+            if _first_process():
+                comparison.note_failure(run, error)
+        if _first_process():
+            comparison.write(planned)
+        if not complete:
+            break
+    return Outputs(
+        table=comparison.table,
+        summary=comparison.summary,
+        picture=comparison.picture,
+        complete=complete,
+        failed=failed,
+    )
+
+
+def _first_process() -> bool:
+    """Whether this process scores and writes: with several devices the whole call runs once on each."""
+    together = torch.distributed
+    return not (together.is_available() and together.is_initialized()) or together.get_rank() == 0
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

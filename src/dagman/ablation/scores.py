@@ -1,0 +1,108 @@
+"""How a finished run ended, how differently its heads look, and what a linear probe reads off it; kept as files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dagman import files
+from dagman.ct.store import PreparedStore
+from dagman.nets.encoder import Encoder
+from dagman.run import Run
+from dagman.tasks import diversity, leakage, predictions, watching
+from dagman.tasks.family import Probed
+from dagman.tasks.statistics import Estimate
+
+LAST_STEPS = 50
+METRICS = (
+    "hidden_ratio",
+    "image_error_ratio",
+    "aitd_loss_ratio",
+    "ampd_loss_ratio",
+    "gitd_loss_ratio",
+    "pooled_spread",
+)
+"""Means over the last steps of a run."""
+ATTENTION = "clean_attention_entropy"
+"""Of the last examination of a run: there whatever is hidden, where the encoder has [CLS]."""
+_PROBE = "probe.json"
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """A JSON file; empty where there is none."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def ends(run: Path) -> dict[str, float]:
+    """Measures of a run at its end, those of `METRICS` as means over the last steps."""
+    rows = Run(run).metrics()
+    values = {name: [row[name] for row in rows[-LAST_STEPS:] if row.get(name) is not None] for name in METRICS}
+    found = {name: float(np.mean(some)) for name, some in values.items() if some}
+    examined = [row[ATTENTION] for row in rows if row.get(ATTENTION) is not None]
+    return found | ({ATTENTION: examined[-1]} if examined else {})
+
+
+def heads(encoder: Encoder, store: PreparedStore, device: str) -> dict[str, float]:
+    """`PLACE: READING` to its value, as `dagman diversity` finds it on its crops of the store."""
+    looks = diversity.head_diversity(encoder, store, device=device)
+    return {
+        f"{row['place']}: {reading}": row[reading]["value"]
+        for row in diversity.summary({"run": looks})
+        for reading in diversity.READINGS
+        if row[reading]["value"] is not None
+    }
+
+
+def probe(encoder: Encoder, labelled: PreparedStore, place: Path, run: Path, device: str) -> None:
+    """Probe all features of an encoder, and keep what was found in the folder `place`.
+
+    Args:
+        encoder: Of the run, or untrained.
+        labelled: Cases of two classes.
+        place: Of `probe.json` and the predictions.
+        run: Whose list of training cases tells what was seen of the labelled ones.
+        device: Where to compute.
+    """
+    which = watching.features_of(encoder)
+    found = watching.predict(encoder, labelled, which=which, device=device)
+    if found:
+        predictions.write(found, place)
+    study = watching.check(labelled, encoder.preparation)
+    negative, positive = study.classes.names
+    told = {
+        "auc": vars(found.auc() if found else watching.NOTHING_TO_READ),
+        "features": which,
+        "predicted": found is not None,
+        "study": {
+            "store": labelled.folder.name,
+            "positive": positive,
+            "negative": negative,
+            "patients": len(np.unique(study.groups)),
+            "seen": leakage.report(leakage.seen(labelled, run), study.table.case_ids),
+        },
+    }
+    files.write_json(place / _PROBE, told)
+
+
+def probed(place: Path) -> Probed | None:
+    """What `probe` kept; None where nothing was probed."""
+    told = kept(place / _PROBE)
+    if not told:
+        return None
+    found = predictions.read(place) if told["predicted"] else None
+    return Probed(auc=Estimate(**told["auc"]), features=told["features"], study=told["study"], predictions=found)
+
+
+def task(study: Mapping[str, Any]) -> str:
+    """What was probed about, and how much of it pretraining saw, for a heading."""
+    seen = study["seen"]
+    same, others = seen["same_voxels"]["count"], seen["same_patient"]["count"]
+    share = f"The training store holds {same} of these cases ({same / seen['tested']:.0%})"
+    patients = f" and other CTs of the patients of {others} more" if others else ""
+    return (
+        f"'{study['positive']}' (the positive class) against '{study['negative']}', {seen['tested']} cases of "
+        f"{study['patients']} patients in the store '{study['store']}'. {share}{patients}, without their labels."
+    )
