@@ -41,7 +41,7 @@ def embed(
     from dagman.tasks.table import write_csv
 
     encoder, store = load_encoder(weights), PreparedStore(data)
-    say(str(encoder.report))
+    say(f"new random weights, of the sizes of {weights}" if untrained else str(encoder.report))
     start = None if untrained else weights
     origin = embedding.Origin(
         weights=start,
@@ -59,7 +59,10 @@ def embed(
     write_csv(table, output)
     embedding.write_origin(origin, output)
     say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
-    next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe")
+    if classes := {label for label in table.labels if label}:
+        words = len(classes) == 2 and not all(label.replace(".", "", 1).isdigit() for label in classes)
+        positive = f" --positive {max(classes)}" if words else ""
+        next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe{positive}")
     return ExitCode.OK
 
 

@@ -76,7 +76,7 @@ def cohort(
             for a patient on two sides; `E-FOLDS` where no plan gives every part every class.
     """
     table, num_unlabelled = label_rules.labelled(table, unlabelled)
-    classes = label_rules.classes([str(label) for label in table.labels], positive)
+    classes = label_rules.classes([str(label) for label in table.labels], positive, left_out=num_unlabelled)
     groups = protocols.groups(table.case_ids, table.patients, protocol.group_by, "cases")
     if protocol.split:
         sides = protocols.from_column(table.splits or [None] * len(groups), groups, "cases")

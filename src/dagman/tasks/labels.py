@@ -72,12 +72,13 @@ def labelled(table: Table, unlabelled: Unlabelled = "refuse") -> tuple[Table, in
     return chosen, len(missing)
 
 
-def classes(labels: Sequence[str], positive: str | None = None) -> Classes:
+def classes(labels: Sequence[str], positive: str | None = None, *, left_out: int = 0) -> Classes:
     """Classes from words or numbers; of two numbers the larger is positive, of two words the caller says.
 
     Args:
         labels: One per case, none missing. `1`, `1.0` and ` 1 ` are the same number.
         positive: The positive one of two classes; None where the labels are numbers, or of more than two classes.
+        left_out: Cases without a label beside them, for the message.
 
     Raises:
         DagmanError: `E-LABEL` for fewer than two classes, or where it is not clear which of two is positive.
@@ -86,10 +87,11 @@ def classes(labels: Sequence[str], positive: str | None = None) -> Classes:
     counts = collections.Counter(words)
     listed = ", ".join(f"{word}: {count}" for word, count in sorted(counts.items())[:5])
     if len(counts) < 2 or (len(counts) > 2 and positive is not None):
+        beside = f"; {left_out} more count as unlabelled: empty, none, na, nan or null" if left_out else ""
         raise DagmanError(
             "LABEL",
             "labels",
-            f"{len(counts)} classes over {len(words)} cases ({listed}{', ...' if len(counts) > 5 else ''})",
+            f"{len(counts)} classes over {len(words)} cases ({listed}{', ...' if len(counts) > 5 else ''}){beside}",
             "give two classes, or none as positive" if len(counts) > 2 else "give two classes or more",
         )
     if len(counts) == 2:
@@ -108,7 +110,7 @@ def _positive_of(counts: collections.Counter[str], positive: str | None, words: 
         positive = max(counts, key=float)
     if positive is None or positive not in counts:
         problem = f"two words ({listed})" if positive is None else f"no case is {positive} ({listed})"
-        raise DagmanError("LABEL", "labels", problem, f"name the positive class, such as {max(counts)}")
+        raise DagmanError("LABEL", "labels", problem, f"name the positive class, such as --positive {max(counts)}")
     return positive
 
 

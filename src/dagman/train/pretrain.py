@@ -24,7 +24,7 @@ from dagman.train import cost, engine
 from dagman.train.job import Job, Listener, batches, describe, draw, draw_crops, prepare, resume, save
 from dagman.train.record import Recorder
 from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
-from dagman.types import Views
+from dagman.types import Preparation, Views
 
 __all__ = ["Listener", "OptimisationConfig", "PretrainConfig", "Result", "pretrain"]
 
@@ -92,12 +92,13 @@ def pretrain(
     Reference:
         DAGMaN section 3 and figure 1.
     """
+    if labelled is not None:
+        spacing_mm = float(store.settings["spacing_mm"])
+        watching.check(labelled, Preparation(spacing_mm=spacing_mm, crop=config.data.crop))
     fabric = engine.fabric(devices, config.optimisation.precision, device)
     lock = files.folder_lock(folder) if fabric.is_global_zero else contextlib.nullcontext()
     with lock, engine.StopRequest() as stop, engine.memory_guard(_MEMORY_ADVICE), engine.flushed_denormals():
         job = prepare(config, store, Run(folder), fabric, listeners=listeners, keep=keep)
-        if labelled is not None:
-            watching.check(labelled, job.module.teacher.encoder.preparation)
         _compile(job, wanted=compiled)
         start = resume(job)
         if start == job.total:
@@ -107,6 +108,10 @@ def pretrain(
             pair = cost.measure(job.module, config)
             time_line = cost.time_line(config, pair, job.total - start, len(job.train_rows), job.devices)
             job.say(f"{describe(job)}; {time_line}")
+            if labelled is not None:
+                job.say(
+                    f"{len(labelled)} cases of {labelled.folder} are probed at the first step and every {EXAMINE_EVERY}"
+                )
         done = _loop(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
         if done < job.total:
             job.say(f"stopped after {done} of {job.total} steps; the same command continues")
