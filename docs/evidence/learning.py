@@ -81,8 +81,9 @@ def learning_reach() -> str:
         before = [result["untrained_attention"].get(structure) for result in results]
         gains = [result["probes"][-1]["attention"].get(structure) for result in results]
         cells = [f"{old['gain']:.2f}, {gain_of(new)}" if new else "" for old, new in zip(before, gains, strict=True)]
-        aim = "2 on organs or nodules" if structure == "organs" else ""
-        body.append([f"attention / volume on: {structure}", aim, *cells])
+        if any(cells):
+            aim = "2" if structure in ("organs", "nodule", "nodule of one CT") else ""
+            body.append([f"attention / volume on: {structure}", aim, *cells])
     body.append(["steps", "", *(str(result["steps"]) for result in results)])
     body.append(
         ["minutes", "", *(number(end["seconds"] * r["steps"] / 60, 0) for r, end in zip(results, ends, strict=True))]

@@ -1,4 +1,4 @@
-"""Learning itself: a short run on phantoms must still wake what docs/learning.md shows waking, for any seed."""
+"""Learning itself: a short run on phantoms must still wake what docs/learning.md shows waking."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +45,8 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
 def test_a_short_run_learns(phantoms: PreparedStore, tmp_path: Path, seed: int) -> None:
     recipe = recipes.with_length(recipes.get("dagman-tiny"), STEPS, None)
     changes: dict[str, Any] = {"data.window_hu": "-1000,400", "optimisation.batch_size": 8, "optimisation.seed": seed}
+    # With it the image term and attention move within so few small batches; with zeros only the distillation does.
+    changes["encoder.hidden_token"] = "learned"
     recipe = config.override(recipe, changes)
     pretrain(replace(recipe, recipe="learning"), phantoms, tmp_path / "run", device="cpu")
     rows = files.read_lines(tmp_path / "run" / "metrics.jsonl")

@@ -65,7 +65,7 @@ PANELS = (
     ),
     Panel(
         title="Spread of the features",
-        curves={"pooled_spread": "pooled", "tokens_spread": "cells", "cls_spread": "[CLS]"},
+        curves={"tokens_spread": "cells", "cls_spread": "[CLS]", "pooled_spread": "pooled"},
         lines={"random directions = 1": 1.0},
         span=(0.0, 1.05),
     ),
