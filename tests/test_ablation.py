@@ -257,7 +257,7 @@ def test_a_family_is_trained_scored_and_done_once(
     assert (outputs.complete, outputs.failed) == (True, 0)
     heading, rows = read(outputs.table)
     assert heading.startswith(
-        "# Attended hiding and the noisy teacher (Figure 4). Here: dagman-tiny; 4 volumes, 2 steps"
+        "# Attended hiding and the noisy teacher (Figure 4). Here: dagman-tiny; 4 volumes, 1 steps"
     )
     for said in (
         "all features (pooled, cells and [CLS])",
