@@ -250,11 +250,14 @@ def test_a_family_is_trained_scored_and_done_once(
     two = tuple(one for one in axes.AXES["hiding"].variants if one.noisy)
     monkeypatch.setitem(axes.AXES, "hiding", replace(axes.AXES["hiding"], variants=two))
     short = base(**{"optimisation.steps": "1"})
+    monkeypatch.setattr("dagman.train.pretrain.EXAMINED", 4)
+    for drawing in ("draw", "draw_crops"):
+        monkeypatch.setattr(f"dagman.train.pretrain.{drawing}", lambda *_: None)
     outputs = run(store, tmp_path, start=short, labelled=labelled)
     assert (outputs.complete, outputs.failed) == (True, 0)
     heading, rows = read(outputs.table)
     assert heading.startswith(
-        "# Attended hiding and the noisy teacher (Figure 4). Here: dagman-tiny; 4 volumes, 2 steps"
+        "# Attended hiding and the noisy teacher (Figure 4). Here: dagman-tiny; 4 volumes, 1 steps"
     )
     for said in (
         "all features (pooled, cells and [CLS])",
