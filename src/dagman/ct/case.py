@@ -62,7 +62,8 @@ def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarr
         DagmanError: `E-MASKLOST` when two labels would share one voxel.
     """
     low, high = store.AIR_HU, np.iinfo(np.int16).max
-    outside = np.count_nonzero(volume.hu < low) + np.count_nonzero(volume.hu > high)
+    within = low <= volume.hu.min() and volume.hu.max() <= high
+    outside = 0 if within else np.count_nonzero(volume.hu < low) + np.count_nonzero(volume.hu > high)
     hu = resample.resample(
         np.clip(volume.hu, low, high) if outside else volume.hu,
         volume.spacing_mm,
