@@ -105,16 +105,14 @@ ALARMS = (
             ),
         )
     ),
-    *(
-        Alarm(
-            name="features in few directions",
-            column=column,
-            is_bad=lambda value: value < 2.5,
-            limit="below 2.5 effective directions",
-            steps=20,
-            advice=_SPREAD,
-        )
-        for column in ("pooled_effective_rank", "tokens_effective_rank")
+    Alarm(
+        name="features in few directions",
+        column="tokens_effective_rank",
+        is_bad=lambda value: value < 2.5,
+        limit="below 2.5 effective directions",
+        steps=20,
+        first_ratio=0.3,
+        advice=_SPREAD,
     ),
     Alarm(
         name="image term does not learn",
