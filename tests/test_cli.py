@@ -83,6 +83,7 @@ def test_every_public_name_resolves() -> None:
         (("check",), 2, "was given no source"),
         (("check", "{tmp}"), 5, "0 scans can be used"),
         (("pretrain", "dagman-tinny", "--data", "{tmp}", "-o", "{tmp}/run"), 2, "did you mean dagman-tiny?"),
+        (("ablate", "dagman-tiny", "--axis", "losses", "--data", "x", "-o", "y", "--sedes", "2"), 2, "mean --seeds?"),
         (
             ("pretrain", "dagman-tiny", "--data", "{tmp}", "-o", "{tmp}/run"),
             2,

@@ -406,6 +406,15 @@ if __name__ == "__main__":
 """
 
 
+def test_a_folder_without_scans_is_an_error_and_leaves_no_store(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").write_text("no scan")
+    with pytest.raises(DagmanError, match=r"E-NODATA .*in: holds no scan") as caught:
+        prepare([tmp_path / "in"], tmp_path / "out")
+    assert caught.value.exit_code == ExitCode.NOTHING_USABLE
+    assert not (tmp_path / "out" / "manifest.jsonl").exists()
+
+
 def signalled(folder: Path, number: int) -> tuple[int, str]:
     """Prepare with two workers, send a signal after the first case; exit code and last words. No process may stay."""
     program = folder / "program.py"

@@ -69,6 +69,13 @@ def test_more_than_two_classes_are_sorted(words, names, numbers):
     assert made.numbers.tolist() == numbers
 
 
+def test_what_counts_as_unlabelled_and_the_flag_are_named():
+    with pytest.raises(DagmanError, match=r"1 classes over 2 cases .*; 3 more count as unlabelled: empty, none, na"):
+        labels.classes(["meta", "meta"], left_out=3)
+    with pytest.raises(DagmanError, match="such as --positive meta"):
+        labels.classes(["clean", "meta"])
+
+
 @pytest.mark.parametrize("nothing", [None, "", "nan", "NaN", " NA ", "None"])
 def test_missing_labels_are_refused_or_left_out_and_counted(nothing):
     words = ["0", "1", nothing, nothing, nothing, nothing, nothing, nothing]

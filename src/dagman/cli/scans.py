@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from dagman.cli.watching import Output, Sources, next_step, progress, require, say
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import ExitCode
 
 if TYPE_CHECKING:
     from dagman.ct.prepare import Summary
@@ -78,10 +78,6 @@ def prepare(
     config = PrepareConfig(spacing_mm=spacing_mm, resampling=resampling, storage=storage)
     with progress("Preparing") as tell:
         summary = prepare_all(sources, output, config, workers=workers or os.cpu_count(), progress=tell)
-    if not (summary.stored or summary.already_there or summary.rejected):
-        given = ", ".join(map(str, sources))
-        advice = f"see what each file is with `dagman check -i {sources[0]}`"
-        raise DagmanError("NODATA", given, "holds no scan", advice, exit_code=ExitCode.NOTHING_USABLE)
     _describe(summary, output)
     if summary.exit_code is not ExitCode.NOTHING_USABLE:
         next_step(f"dagman pretrain dagman-tiny --data {output} -o runs/first")

@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,7 +59,7 @@ def pretrain(
     from dagman.train import pretrain as training
 
     seeded = [] if seed is None else ["--optimisation.seed", str(seed)]
-    chosen = _chosen(recipe, [*settings, *seeded], steps=steps, epochs=epochs, config=config)
+    chosen = _chosen(pretrain, recipe, [*settings, *seeded], steps=steps, epochs=epochs, config=config)
     store = PreparedStore(data)
     if dry_run:
         _forecast(chosen, store, devices, device)
@@ -81,9 +81,15 @@ def pretrain(
 
 
 def _chosen(
-    recipe: str, settings: Sequence[str], *, steps: int | None, epochs: int | None = None, config: Path | None = None
+    verb: Callable[..., int],
+    recipe: str,
+    settings: Sequence[str],
+    *,
+    steps: int | None,
+    epochs: int | None,
+    config: Path | None = None,
 ) -> "PretrainConfig":
-    """A recipe with its length, then a file's settings, then those of the command line."""
+    """A recipe with its length, then a file's settings, then those of the command line of a verb."""
     from dagman import config as configs
     from dagman import recipes
 
@@ -91,7 +97,7 @@ def _chosen(
     if config:
         chosen = configs.override(chosen, configs.read_yaml(config))
     values = dotted(settings)
-    flags = [f"--{flag.replace('_', '-')}" for flag in inspect.signature(pretrain).parameters]
+    flags = [f"--{flag.replace('_', '-')}" for flag in inspect.signature(verb).parameters]
     for name in values:
         if "." not in name and not hasattr(chosen, name.replace("-", "_")):
             raise configs.unknown("CONFIG", f"--{name}", flags)  # a flag of the verb, misspelt
@@ -183,7 +189,7 @@ def ablate(
     from dagman.ct.store import PreparedStore
 
     require(seeds > 0, "--seeds", f"cannot be {seeds}", "give at least 1")
-    base = _chosen(recipe, settings, steps=steps, epochs=epochs)
+    base = _chosen(ablate, recipe, settings, steps=steps, epochs=epochs)
     with progress("Pretraining") as tell:
         outputs = ablation.ablate(
             axis,

@@ -103,7 +103,8 @@ def prepare(
         progress: Called with (cases done, cases in all, the case or error that came last).
 
     Raises:
-        DagmanError: `E-OUTPUT`, `E-SETTINGS`, `E-LOCKED` (exit code 4), `E-DISK` (6), `E-STOPPED` (75).
+        DagmanError: `E-NODATA` (exit code 5) where no scan is found; `E-OUTPUT`, `E-SETTINGS`, `E-LOCKED` (4), `E-DISK`
+            (6), `E-STOPPED` (75).
     """
     started = time.monotonic()
     config = config or PrepareConfig()
@@ -116,6 +117,10 @@ def prepare(
         try:
             with stoppable():
                 run = _Run(sources, output, config)
+                if not run.scans and not run.rejected:
+                    given = ", ".join(map(str, sources))
+                    advice = f"see what each file is with `dagman check -i {sources[0]}`"
+                    raise DagmanError("NODATA", given, "holds no scan", advice, exit_code=ExitCode.NOTHING_USABLE)
                 run.work(workers, progress or _silent)
                 return run.finish(started)
         except KeyboardInterrupt:
