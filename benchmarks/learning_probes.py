@@ -44,16 +44,22 @@ class Scores:
         return self.known[key]
 
     def _statistic(self, weights: np.ndarray) -> np.ndarray:
+        """`statistics.auc` of every draw and class, by pairs of patients: the cases of one share its weight."""
+        people, first, person = np.unique(self.patients, return_index=True, return_inverse=True)
+        times, of = weights[:, first], np.eye(len(people))[person]
         classes = range(1, 2) if self.truth.shape[1] == 2 else range(self.truth.shape[1])
-        parts = [(probability, np.isfinite(probability[:, 0])) for probability in self.probability]
-        found = [
-            statistics.auc(probability[tested, column], self.truth[tested, column], weights[:, tested])
-            for probability, tested in parts
-            if tested.any()
-            for column in classes
-        ]
+        found = []
+        for probability in self.probability:
+            tested = np.isfinite(probability[:, 0])
+            for column in classes if tested.any() else ():
+                up, down = tested & self.truth[:, column], tested & ~self.truth[:, column]
+                wins = 0.5 + 0.5 * np.sign(probability[up, column, None] - probability[None, down, column])
+                won = (times @ (of[up].T @ wins @ of[down]) * times).sum(axis=1)
+                pairs = (times @ of[up].sum(axis=0)) * (times @ of[down].sum(axis=0))
+                with np.errstate(invalid="ignore"):  # a resample may leave a draw without a class
+                    found.append(won / pairs)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a resample may leave a draw without a class
+            warnings.simplefilter("ignore", RuntimeWarning)
             mean: np.ndarray = np.nanmean(np.stack(found), axis=0)
         return mean
 

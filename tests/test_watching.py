@@ -15,3 +15,24 @@ def test_the_time_left_starts_anew_with_each_fold(monkeypatch, capsys):
                 tell(done, 10, "")
     lines = capsys.readouterr().err.splitlines()
     assert lines[4] == lines[14] == "Folds 5/10, 100 s left"
+
+
+def test_the_first_unit_is_no_measure_of_the_others(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with watching.progress("Work") as tell:
+        for done, seconds in ((0, 0), (1, 100), (2, 10), (3, 10)):
+            now[0] += seconds
+            tell(done, 5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["Work 0/5", "Work 1/5, 6.7 min left", "Work 2/5, 30 s left", "Work 3/5, 20 s left"]
+
+
+def test_a_pretraining_step_is_told_beside_what_knowing_nothing_gives(capsys):
+    with watching.progress("Pretraining") as tell:
+        watcher = watching.Watcher(tell)
+        watcher.on_start(0, 2)
+        watcher.on_step({"step": 2, "total": 9.0, "image_error_ratio": 0.614, "ampd_loss_ratio": 0.5})
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "Pretraining 2/2, image error / visible mean 0.61, ampd / ln K 0.50"
+    )

@@ -19,6 +19,7 @@ from dagman import files
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.run import TIMING, Run
+from dagman.train import engine
 from dagman.train.pretrain import PretrainConfig, Result, pretrain
 
 
@@ -85,6 +86,16 @@ def test_the_same_in_bf16_and_with_accumulation(store: PreparedStore, tmp_path: 
     interrupted(config, store, tmp_path / "run", 1, 2)
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+
+
+def test_a_signal_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with engine.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wanted
+    with engine.StopRequest(aloud=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == "stopping at the end of this step\n"
 
 
 SCRIPT = """

@@ -51,9 +51,9 @@ def attention(
     for problem in failed:
         say(str(problem))
     looks, done = [], 0
-    for scan in scans:
+    for number, scan in enumerate(scans, 1):
         try:
-            with progress(f"Attention of {scan.case_id}") as tell:
+            with progress(f"Attention of {scan.case_id} ({number} of {len(scans)})") as tell:
                 found = explain(encoders, scan, output, heads=heads, device=device, progress=tell)
         except DagmanError as error:
             if error.exit_code == ExitCode.RESOURCES or error.code == "NOATTENTION":

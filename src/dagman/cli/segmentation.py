@@ -178,13 +178,13 @@ def predict(
         say(str(problem))
     say(f"{len(scans)} scans; segmenting {', '.join(loaded.classes.names)}")
     done = 0
-    for scan in scans:
+    for number, scan in enumerate(scans, 1):
         try:
             if there := segmenting.before(loaded, scan, output, to=to):
                 done += 1
                 say(f"{there.path} is there already, from the same scan and weights")
                 continue
-            with progress(f"Segmenting {scan.case_id}") as tell:
+            with progress(f"Segmenting {scan.case_id} ({number} of {len(scans)})") as tell:
                 found = segmenting.predict(loaded, scan, output, to=to, device=device, progress=tell)
         except DagmanError as error:
             if error.exit_code == ExitCode.RESOURCES or error.code == "HIGHDICOM":

@@ -85,21 +85,30 @@ def progress(title: str) -> Iterator[Tell]:
 def _lines(title: str, every_seconds: float = 10.0) -> Tell:
     from dagman.train.cost import duration
 
-    started, first, last, before = time.monotonic(), -1, 0.0, -1
+    marks: list[tuple[int, float]] = []
+    last, before = 0.0, 0
 
     def tell(done: int, total: int, note: str = "", /) -> None:
-        nonlocal started, first, last, before
+        nonlocal last, before
         now = time.monotonic()
-        if done < before or first < 0:  # another piece of work has begun
-            first, started = done, now
+        if not marks or done < before:  # another piece of work has begun
+            marks[:] = [(done, now)]
+        elif len(marks) == 1 and done > before:  # the first unit loads and compiles: others are the measure
+            marks.append((done, now))
         before = done
         if now - last < every_seconds and done < total:
             return
         last = now
-        left = f", {duration((now - started) * (total - done) / (done - first))} left" if first < done < total else ""
+        first, began = next((mark for mark in reversed(marks) if mark[0] < done), (done, now))
+        left = f", {duration((now - began) * (total - done) / (done - first))} left" if first < done < total else ""
         say(f"{title} {done}/{total}{left}{', ' + note if note else ''}")
 
     return tell
+
+
+_RATIOS = {"image_error_ratio": "image error / visible mean"} | {
+    f"{term}_loss_ratio": f"{term} / ln K" for term in ("ampd", "aitd", "gitd")
+}
 
 
 class Watcher:
@@ -115,9 +124,9 @@ class Watcher:
         self.tell(step, total_steps, "")
 
     def on_step(self, row: Mapping[str, Any]) -> None:
-        """Show the step and its losses."""
-        terms = [f"{name} {row[name]:.3f}" for name in ("total", "amip", "ampd", "aitd", "gitd") if row.get(name)]
-        self.tell(row["step"], self.total, ", ".join(terms))
+        """Show the step, and its losses beside what knowing nothing would give."""
+        shown = [f"{name} {row[column]:.2f}" for column, name in _RATIOS.items() if row.get(column) is not None]
+        self.tell(row["step"], self.total, ", ".join(shown) or f"loss {row['total']:.3f}")
 
     def on_message(self, text: str) -> None:
         """Pass a message on."""

@@ -12,6 +12,8 @@ BASELINES = {
     "histogram": ("C3", "histogram of intensities"),
 }
 COLUMNS = 3
+SPAN = (0.35, 1.0)
+"""Heights of all plots, so that questions can be laid beside each other."""
 SHADES = (0, 2, 4)
 """Colours of the cycle for the seeds."""
 
@@ -41,6 +43,8 @@ def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str], *, feat
         plot.set_xlabel("step (0: untrained)")
         plot.set_ylabel("AUC, 32 labels")
         plot.grid(alpha=0.3)
+        plot.set_ylim(*SPAN)
+        plot.axhline(0.5, color="black", linestyle=":", linewidth=1, label="chance = .5")
         above = plot.secondary_xaxis("top", functions=(lambda step: step * batch, lambda seen: seen / batch))
         above.set_xlabel("pairs of views seen", fontsize=8)
         above.tick_params(labelsize=8)

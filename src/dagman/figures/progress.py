@@ -30,6 +30,8 @@ class Panel:
     """Heights that are always shown, so that two runs can be laid side by side."""
     absent: str = "not part of this run"
     """What stands in place of curves."""
+    band: tuple[str, str] | None = None
+    """Columns of the ends of the first curve's 95 % interval."""
     start: str = ""
     """Column whose first value is drawn as a line: where the run set out."""
 
@@ -101,7 +103,8 @@ PANELS = (
     Panel(title="Teacher's distance from the student / its length", curves={"teacher_distance": "distance"}),
     Panel(
         title="Linear probe on labelled cases, AUC",
-        curves={"probe_auc": "AUC", "probe_low": "95 % from", "probe_high": "95 % to"},
+        curves={"probe_auc": "AUC"},
+        band=("probe_low", "probe_high"),
         lines={"chance = .5": 0.5},
         start="probe_auc",
         absent="none: pretrain with --labelled STORE",
@@ -158,11 +161,7 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
     if not axes.lines:
         axes.text(0.5, 0.5, panel.absent, ha="center", va="center", transform=axes.transAxes, color="grey")
         return
-    set_out = next((row[panel.start] for row in rows if row.get(panel.start) is not None), None)
-    if set_out is not None:
-        axes.axhline(set_out, color="grey", linestyle="--", linewidth=1, label="where it set out: untrained")
-    for label, height in panel.lines.items():
-        axes.axhline(height, color="black", linestyle=":", linewidth=1, label=label)
+    _judge(axes, panel, step, rows)
     if panel.logarithmic:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -174,6 +173,20 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
         axes.set_ylim(min(low, panel.span[0]), max(high, panel.span[1]))
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, loc="best")
+
+
+def _judge(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What the curves are to be judged by: an interval, the start, fixed heights."""
+    if panel.band:
+        ends = [[row.get(end) for row in rows] for end in panel.band]
+        low, high = np.array(ends, dtype=float)
+        there = np.isfinite(low) & np.isfinite(high)
+        axes.fill_between(step[there], low[there], high[there], color="C0", alpha=0.2, linewidth=0, label="95 %")
+    set_out = next((row[panel.start] for row in rows if row.get(panel.start) is not None), None)
+    if set_out is not None:
+        axes.axhline(set_out, color="grey", linestyle="--", linewidth=1, label="where it set out: untrained")
+    for label, height in panel.lines.items():
+        axes.axhline(height, color="black", linestyle=":", linewidth=1, label=label)
 
 
 def _curve(axes: Axes, step: np.ndarray, values: np.ndarray, colour: str, *, style: str, label: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
@@ -120,11 +121,16 @@ def _leave_signals(_: int) -> None:
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """While entered, SIGTERM, SIGUSR1 and SIGINT only raise a flag; a second SIGINT interrupts at once."""
+    """While entered, SIGTERM, SIGUSR1 and SIGINT only raise a flag; a second SIGINT interrupts at once.
+
+    Args:
+        aloud: Say on standard error that the signal was heard.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, *, aloud: bool = True) -> None:
+        self.aloud = aloud
         self.wanted = False
         """A signal came to this process."""
         self.agreed = False
@@ -144,6 +150,9 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self.wanted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.aloud and not self.wanted:
+            with contextlib.suppress(OSError):  # not `print`: the signal may have come in the middle of one
+                os.write(2, b"stopping at the end of this step\n")
         self.wanted = True
 
 

@@ -97,7 +97,8 @@ def pretrain(
         watching.check(labelled, Preparation(spacing_mm=spacing_mm, crop=config.data.crop))
     fabric = engine.fabric(devices, config.optimisation.precision, device)
     lock = files.folder_lock(folder) if fabric.is_global_zero else contextlib.nullcontext()
-    with lock, engine.StopRequest() as stop, engine.memory_guard(_MEMORY_ADVICE), engine.flushed_denormals():
+    stopping = engine.StopRequest(aloud=fabric.is_global_zero)
+    with lock, stopping as stop, engine.memory_guard(_MEMORY_ADVICE), engine.flushed_denormals():
         job = prepare(config, store, Run(folder), fabric, listeners=listeners, keep=keep)
         _compile(job, wanted=compiled)
         start = resume(job)
