@@ -86,6 +86,21 @@ def histogram(hu: np.ndarray, window_hu: tuple[float, float]) -> dict[str, np.nd
     return {probes.TOGETHER: np.stack([(bins == number).mean(axis=1) for number in range(BINS)], axis=1)}
 
 
+def shells(hu: np.ndarray, window_hu: tuple[float, float]) -> dict[str, np.ndarray]:
+    """A baseline made by hand for what lies in the middle: intensity, deviation and slope by distance from there."""
+    shown = crops.window(hu, window_hu)
+    side = shown.shape[1]
+    away = np.linalg.norm(np.indices((side,) * 3) - (side - 1) / 2, axis=0).astype(int).ravel()
+    within = (away[:, None] == np.arange(side // 2)).astype(np.float32)
+    within /= within.sum(axis=0)
+    found = []
+    for crop in shown.astype(np.float32):
+        slope = np.sqrt(sum(step**2 for step in np.gradient(crop)))
+        mean, square = crop.ravel() @ within, crop.ravel() ** 2 @ within
+        found.append(np.concatenate([mean, np.sqrt(np.clip(square - mean**2, 0, None)), slope.ravel() @ within]))
+    return {probes.TOGETHER: np.stack(found)}
+
+
 Asked = dict[tuple[str, str, int | None], probes.Scores]
 """(question, features, labels) -> scores."""
 
@@ -295,6 +310,7 @@ def main() -> None:
         "untrained": ask(see(untrained), questions),
         "voxels": ask({name: voxels(asked.hu, window_hu) for name, asked in questions.items()}, questions),
         "histogram": ask({name: histogram(asked.hu, window_hu) for name, asked in questions.items()}, questions),
+        "shells": ask({name: shells(asked.hu, window_hu) for name, asked in questions.items()}, questions),
     }
     draws = generator(0, "learning.shuffled")
     shuffled = {name: asked._replace(words=draws.permutation(asked.words)) for name, asked in questions.items()}

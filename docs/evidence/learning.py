@@ -21,7 +21,13 @@ QUESTIONS = {
     "side": "CTs: left or right",
     "upright": "CTs: upright or upside down",
 }
-BASELINES = {"untrained": "untrained", "voxels": "8^3 voxels", "histogram": "histogram", "shuffled labels": "shuffled"}
+BASELINES = {
+    "untrained": "untrained",
+    "voxels": "8^3 voxels",
+    "histogram": "histogram",
+    "shells": "shells",
+    "shuffled labels": "shuffled",
+}
 
 
 def learning(pattern: str, *, name: str | None = None) -> list[dict[str, Any]]:

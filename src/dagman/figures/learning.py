@@ -1,4 +1,4 @@
-"""Probe scores against steps, beside an untrained encoder, voxels and histograms: does pretraining pay, and when."""
+"""Probe scores against steps, beside an untrained encoder and baselines without a network: does pretraining pay, and when."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ BASELINES = {
     "untrained": ("C7", "untrained encoder"),
     "voxels": ("C1", "raw voxels"),
     "histogram": ("C3", "histogram of intensities"),
+    "shells": ("C5", "shells by hand"),
 }
 COLUMNS = 3
 SPAN = (0.35, 1.0)
