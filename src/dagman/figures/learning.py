@@ -1,4 +1,4 @@
-"""Probe scores against steps, beside an untrained encoder and baselines without a network: does pretraining pay, and when."""
+"""Probe scores against steps, beside an untrained encoder and baselines without one: does pretraining pay, and when."""
 
 import io
 from collections.abc import Mapping, Sequence
