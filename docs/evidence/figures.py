@@ -1,6 +1,5 @@
 """Draw the figures of README and docs from `benchmarks/results/learning/*.json`; `make docs` runs this."""
 
-import io
 import json
 from typing import Any
 
@@ -8,7 +7,7 @@ from common import ROOT
 from learning import QUESTIONS, with_ratios
 from matplotlib.figure import Figure
 
-from dagman.figures import learning, progress
+from dagman.figures import image, learning, progress
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 
@@ -42,9 +41,7 @@ def scaling(result: dict[str, Any]) -> bytes:
         axes.set_xticks(values, [str(value) for value in values])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return image.png(figure)
 
 
 def main() -> None:

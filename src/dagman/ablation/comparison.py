@@ -13,6 +13,7 @@ from dagman.ablation.axes import AXES, facts, papers
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.figures import ablation as figure
+from dagman.figures import image
 from dagman.nets.weights import load_encoder
 from dagman.tasks import classify, family, leakage, watching
 from dagman.tasks.embed import untrained
@@ -203,7 +204,7 @@ class Comparison:
             for measure in dict.fromkeys(measure for paper in reported.values() for measure in paper)
             if not measure.endswith("SD")
         }
-        picture = figure.png(list(self.members), drawn, by_measure, heads, title=title, notes=notes)
+        picture = image.png(figure.draw(list(self.members), drawn, by_measure, heads, title=title, notes=notes))
         files.write_bytes(self.picture, picture)
 
     def heading(self, rows: Sequence[Row], planned: Sequence[tuple[str, int]]) -> tuple[str, list[str]]:

@@ -1,6 +1,5 @@
 """A family of runs side by side: a dot a seed, seeds joined, beside the paper's numbers and the diversity of heads."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,33 +32,6 @@ class Panel(NamedTuple):
     """Whether 0 is marked."""
 
 
-def png(
-    names: Sequence[str],
-    panels: Sequence[Panel],
-    papers: Mapping[str, Mapping[str, float]],
-    heads: Mapping[str, Mapping[str, Points]],
-    *,
-    title: str,
-    notes: Sequence[str],
-) -> bytes:
-    """Draw a comparison.
-
-    Args:
-        names: Variants in the order they are drawn.
-        panels: Measures of the runs, in the upper row.
-        papers: Measure to variant to what the paper reports; those with the same words before the comma share a panel.
-        heads: Title of a panel of the lower row to place to what was measured of the attention heads there.
-        title: Over the whole picture.
-        notes: Below it, one paragraph each.
-
-    Returns:
-        A PNG file.
-    """
-    stream = io.BytesIO()
-    draw(names, panels, papers, heads, title=title, notes=notes).savefig(stream, format="png")
-    return stream.getvalue()
-
-
 def draw(
     names: Sequence[str],
     panels: Sequence[Panel],
@@ -69,7 +41,16 @@ def draw(
     title: str,
     notes: Sequence[str],
 ) -> Figure:
-    """The picture that `png` makes a file of."""
+    """Draw a comparison.
+
+    Args:
+        names: Variants in the order they are drawn.
+        panels: Measures of the runs, in the upper row.
+        papers: Measure to variant to what the paper reports; those with the same words before the comma share a panel.
+        heads: Title of a panel of the lower row to place to what was measured of the attention heads there.
+        title: Over the whole picture.
+        notes: Below it, one paragraph each.
+    """
     units = list(dict.fromkeys(name.partition(",")[0] for name in papers))
     columns = len(panels) + len(units)
     width = max(19.0, 2.9 * columns)

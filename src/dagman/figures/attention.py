@@ -1,6 +1,5 @@
 """Planes of a CT and the semantic attention of encoders over them, in radiological convention and true proportions."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped
 
 from dagman import files
+from dagman.figures import image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,9 +141,7 @@ class _Sheet:
 
     def write(self, path: Path) -> None:
         """Put the page on disk."""
-        picture = io.BytesIO()
-        self.figure.savefig(picture, format="png", facecolor="black", metadata={"Software": None})
-        files.write_bytes(path, picture.getvalue())
+        files.write_bytes(path, image.png(self.figure, facecolor="black", metadata={"Software": None}))
 
     def _bottom(self, row: int) -> float:
         return _BOTTOM_INCHES + (self.rows - 1 - row) * (self.tall + _GAP_INCHES)

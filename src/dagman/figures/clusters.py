@@ -1,6 +1,5 @@
 """Maps of labelled features side by side: a colour and a shape for each class, the same in every map."""
 
-import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dagman.figures import image
 from dagman.figures.palette import COLOURS, MARKERS
 
 _SIDE = 4.6
@@ -66,9 +66,7 @@ def png(panels: Sequence[Panel]) -> bytes:
         for name, style in zip(names, map(_style, range(len(names))), strict=True)
     ]
     figure.legend(handles=handles, loc="lower center", ncol=columns, fontsize=10, frameon=False, columnspacing=1.0)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return image.png(figure)
 
 
 def _style(number: int) -> tuple[str, str]:

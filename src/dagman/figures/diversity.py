@@ -1,6 +1,5 @@
 """Attention heads of several runs as box plots by stage: how far, how differently and how widely they look."""
 
-import io
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from dagman.figures import image
 from dagman.figures.palette import COLOURS
 
 _GROUP = 0.8
@@ -63,9 +63,7 @@ def png(runs: Mapping[str, Mapping[str, Boxes]]) -> bytes:
         Patch(facecolor=_colour(number), edgecolor="black", alpha=0.75, label=name) for number, name in enumerate(runs)
     ]
     figure.legend(handles=handles, loc="lower center", ncol=min(4, len(handles)), fontsize=11, frameon=False)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return image.png(figure)
 
 
 def _boxes(axes: Axes, values: list[np.ndarray], number: int, runs: int) -> None:

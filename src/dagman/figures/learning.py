@@ -1,10 +1,11 @@
 """Probe scores against steps, beside an untrained encoder and baselines without one: does pretraining pay, and when."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from dagman.figures import image
 
 BASELINES = {
     "untrained": ("C7", "untrained encoder"),
@@ -63,9 +64,7 @@ def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str], *, feat
                 plot.axhspan(min(aucs), max(aucs), color=colour, alpha=0.15)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=10)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return image.png(figure)
 
 
 def _curve(plot: Any, result: Mapping[str, Any], question: str, kind: str, style: Mapping[str, Any]) -> None:

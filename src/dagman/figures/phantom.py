@@ -1,6 +1,5 @@
 """A sheet of scans with their nodules, in radiological convention: the patient's right is on the viewer's left."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dagman import files
+from dagman.figures import image
 from dagman.types import Volume
 
 LUNG_HU, SOFT_HU = (-1000.0, 400.0), (-160.0, 240.0)
@@ -54,6 +54,4 @@ def _draw_plane(
 
 def save_sheet(path: Path, scans: Sequence[tuple[str, Volume, np.ndarray | None]]) -> None:
     """Write `draw_sheet` as a PNG."""
-    buffer = io.BytesIO()
-    draw_sheet(scans).savefig(buffer, format="png", dpi=110)
-    files.write_bytes(path, buffer.getvalue())
+    files.write_bytes(path, image.png(draw_sheet(scans), dpi=110))

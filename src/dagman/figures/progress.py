@@ -1,6 +1,5 @@
 """A run at a glance: one picture of `metrics.jsonl`, to be looked at while it trains."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from dagman.figures import image
 
 POINTS = 2000
 """Most points of a curve; longer runs are thinned."""
@@ -135,9 +136,7 @@ def png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     step = np.array([row["step"] for row in rows], dtype=float)
     for axes, panel in zip(figure.subplots(4, 4).flat, PANELS, strict=True):
         _draw(axes, panel, step, rows)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return image.png(figure)
 
 
 def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,12 +1,13 @@
 """ROC curves of classifications side by side."""
 
-import io
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+
+from dagman.figures import image
 
 GRID = np.linspace(0, 1, 201)
 
@@ -66,9 +67,7 @@ def png(runs: Mapping[str, Scores]) -> bytes:
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", title="AUC (95 % interval)", fontsize=9)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return image.png(figure)
 
 
 def _mean_curves(scores: Scores) -> list[np.ndarray]:

@@ -1,6 +1,5 @@
 """A few segmented cases: the CT with the outlines of reference and prediction, three planes each."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Num, UInt8
 from matplotlib.figure import Figure
 
+from dagman.figures import image
 from dagman.figures.attention import PLANES, Plane, shown
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def png(scenes: Sequence[Scene], title: str, window_hu: tuple[float, float] = (-
         for plot, plane in zip(axes, PLANES, strict=True):
             _draw(plot, plane, scene, centre, window_hu)
         axes[0].set_title(scene.title, color="white", fontsize=9, loc="left")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", facecolor="black", metadata={"Software": None})
-    return stream.getvalue()
+    return image.png(figure, facecolor="black", metadata={"Software": None})
 
 
 def _centre(scene: Scene) -> tuple[int, int, int]:

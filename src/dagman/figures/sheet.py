@@ -1,6 +1,5 @@
 """What a run is doing to its crops: image, attention, what student and teacher see, and what the student fills in."""
 
-import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +7,8 @@ import matplotlib as mpl
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
+
+from dagman.figures import image
 
 COLUMNS = (
     "crop",
@@ -67,9 +68,7 @@ def png(scenes: Sequence[Scene], title: str) -> bytes:
         plot.set_title(name, fontsize=10)
     if shown is not None:
         figure.colorbar(shown, cax=figure.add_axes((0.96, 0.1, 0.01, 0.75)))
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return image.png(figure)
 
 
 def _pictures(scene: Scene) -> tuple[np.ndarray | None, ...]:
