@@ -305,16 +305,16 @@ def main() -> None:
     torch.manual_seed(torch_seed(arguments.seed, "untrained"))
     untrained = build(chosen.encoder).eval()
     untrained.preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
-    window_hu = chosen.data.window_hu
+    window_hu, before_training = chosen.data.window_hu, see(untrained)
     baselines = {
-        "untrained": ask(see(untrained), questions),
+        "untrained": ask(before_training, questions),
         "voxels": ask({name: voxels(asked.hu, window_hu) for name, asked in questions.items()}, questions),
         "histogram": ask({name: histogram(asked.hu, window_hu) for name, asked in questions.items()}, questions),
         "shells": ask({name: shells(asked.hu, window_hu) for name, asked in questions.items()}, questions),
     }
     draws = generator(0, "learning.shuffled")
     shuffled = {name: asked._replace(words=draws.permutation(asked.words)) for name, asked in questions.items()}
-    told_apart = {name: {probes.TOGETHER: kinds[probes.TOGETHER]} for name, kinds in see(untrained).items()}
+    told_apart = {name: {probes.TOGETHER: kinds[probes.TOGETHER]} for name, kinds in before_training.items()}
     result = about(arguments, settings, chosen) | {
         "volumes": len(store),
         "crops": {question: len(asked.words) for question, asked in questions.items()},

@@ -81,7 +81,10 @@ def input_rates() -> str:
     if result is None:
         return NOT_YET
     taken = [
-        [f"{row['processes']} loader processes", f"{row['crops_a_second']:.0f} crops a second"]
+        [
+            f"{row.get('storage', 'blosc2')}, {row['processes']} loader processes",
+            f"{row['crops_a_second']:.0f} crops a second",
+        ]
         for row in result["crops"]
     ]
     prepared = [

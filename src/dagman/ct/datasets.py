@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from dagman.ct.crops import two_views
 from dagman.ct.store import PreparedStore
@@ -116,8 +116,8 @@ class ViewsDataset(Dataset[Pairs]):
         )
         mirrored, jitter = self._augmentation(sample)
         return Pairs(
-            u=torch.from_numpy(np.ascontiguousarray(pair.u))[None],
-            v=torch.from_numpy(np.ascontiguousarray(pair.v))[None],
+            u=_batch_of_one(pair.u),
+            v=_batch_of_one(pair.v),
             mirrored=torch.from_numpy(mirrored)[None],
             jitter=torch.from_numpy(jitter)[None],
             rows=torch.tensor([row]),
@@ -142,9 +142,14 @@ class ViewsDataset(Dataset[Pairs]):
         return float(1 - (inside / crop).prod(axis=1).mean())
 
 
+def _batch_of_one(hu: np.ndarray) -> Tensor:
+    """A crop as it lies, without a copy, unless it is the stored file itself."""
+    return torch.from_numpy(hu if hu.flags.writeable else hu.copy())[None]
+
+
 def collate(samples: Sequence[Pairs]) -> Pairs:
-    """Samples as one batch."""
-    return Pairs(*(torch.cat(each) for each in zip(*samples, strict=True)))
+    """Samples as one batch; a reader process writes it straight into memory that it shares with the training."""
+    return Pairs(*(default_collate([part[0] for part in parts]) for parts in zip(*samples, strict=True)))
 
 
 def show(pairs: Pairs, config: DataConfig) -> Views:
