@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from joblib import Parallel, delayed
+from scipy import ndimage
 
 from dagman import files
 from dagman.ct import phantom
@@ -30,9 +31,11 @@ JITTER_VOXELS = 9.0
 """How far a nodule may lie from the middle of the crop that holds it, along each axis."""
 NEAR_VOXELS = 20
 """A crop without a nodule has none within this many voxels along some axis."""
-PLACES_TRIED = 400
-"""Of those without tumour in the middle half of their crop, the one most like it in intensities is taken."""
-PAIRS_OF_SIDES, CROPS_TURNED = 6, 4
+ALIKE_SIDE = 32
+"""A tumour is told from the place, free of tumour over this side, whose intensities are most like it over this side."""
+ORGAN_PATIENTS = 60
+"""Of the phantoms asked about, those whose organs are asked for."""
+PAIRS_OF_SIDES = 6
 BODY_HU = -300
 
 
@@ -97,15 +100,22 @@ def _ask_phantom(case: int) -> list[Asked]:
     draws, number = generator(0, "learning.crops", case), {name: label for label, name in made.names.items()}
     main, nodules = np.argwhere(made.nodule_mask == 1).mean(axis=0), np.argwhere(made.nodule_mask > 0)
     asked = [("malignancy", main, "malignant" if made.nodules[0].malignant else "benign")]
-    for name in ORGANS:
+    for name in ORGANS if case < ORGAN_PATIENTS else ():
         voxels = np.argwhere(made.organs == number[name])
         if len(voxels):
             asked.append(("organ", voxels[draws.integers(len(voxels))], name))
     asked.append(("nodule", main + draws.uniform(-JITTER_VOXELS, JITTER_VOXELS, 3), "yes"))
-    lung = np.argwhere(np.isin(made.organs, (number["lung_left"], number["lung_right"])))
-    for place in draws.permutation(len(lung))[:200]:
-        if np.abs(nodules - lung[place]).max(axis=1).min() > NEAR_VOXELS:
-            asked.append(("nodule", lung[place], "no"))
+    lungs = np.isin(made.organs, [number[name] for name in ("lung_left", "lung_right", "vessel", "nodule")])
+    radius_mm = made.nodules[0].radius_mm
+    edge = int(np.ceil(1.6 * radius_mm / SPACING_MM[0]))
+    fits = ndimage.distance_transform_edt(lungs, SPACING_MM) > 1.15 * radius_mm + 2  # as `phantom_nodules.place` has it
+    fits[:edge], fits[:, :edge], fits[:, :, :edge] = False, False, False
+    fits[-edge:], fits[:, -edge:], fits[:, :, -edge:] = False, False, False
+    places = np.argwhere(fits & np.isin(made.organs, (number["lung_left"], number["lung_right"])))
+    for fitting in places[draws.permutation(len(places))[:200]]:
+        place = fitting + draws.uniform(-JITTER_VOXELS, JITTER_VOXELS, 3)  # drawn as a nodule's is, and then missed
+        if np.abs(nodules - place).max(axis=1).min() > NEAR_VOXELS:
+            asked.append(("nodule", place, "no"))
             break
     return [(name, _cut(made.volume.hu, centre), word, str(made.patient)) for name, centre, word in asked]
 
@@ -143,7 +153,7 @@ def real_store(data: Path, work: Path) -> PreparedStore:
 
 
 def real_crops(data: Path, work: Path) -> dict[str, Crops]:
-    """Three questions about real CTs: tumour or a like place, left or right, upright or upside down."""
+    """Two questions about real CTs: tumour or a place like it, left or right."""
     path = work / "real_crops.npz"
     if not path.exists():
         store = real_store(data, work)
@@ -153,31 +163,40 @@ def real_crops(data: Path, work: Path) -> dict[str, Crops]:
 
 def _ask_scan(store: PreparedStore, row: int) -> list[Asked]:
     hu, patient = store.hu(row), str(store.rows[row]["patient"])
-    draws, body = generator(0, "learning.turned", row), hu > BODY_HU
-    inside = np.argwhere(body)
-    found = []
-    for turn, place in enumerate(draws.integers(len(inside), size=CROPS_TURNED)):
-        crop = _cut(hu, inside[place])
-        found.append(("upright", crop if turn % 2 else crop[:, :, ::-1], "yes" if turn % 2 else "no", patient))
+    body = hu > BODY_HU
     mask = store.mask(row)
     if mask is None or store.rows[row]["case_id"] == NODULE:
-        return found + [("side", _cut(hu, centre), word, patient) for centre, word in _sides(body)]
-    seen = _cut(hu, np.argwhere(mask > 0).mean(axis=0))
-    places = inside[draws.permutation(len(inside))[:PLACES_TRIED]]
-    free = [place for place in places if not _middle(_cut(mask, place, outside=0)).any()]
-    other = min((_cut(hu, place) for place in free), key=lambda crop: np.abs(_shades(crop) - _shades(seen)).sum())
-    return [*found, ("tumour", seen, "yes", patient), ("tumour", other, "no", patient)]
+        return [("side", _cut(hu, centre), word, patient) for centre, word in _sides(body)]
+    places = _like_tumour(hu, mask)
+    return [("tumour", _cut(hu, place), word, patient) for place, word in zip(places, ("yes", "no"), strict=False)]
 
 
-def _middle(crop: np.ndarray) -> np.ndarray:
-    part = slice(LARGEST_SIDE // 4, -LARGEST_SIDE // 4)
-    return crop[part, part, part]
+def _like_tumour(hu: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+    """The middle of a tumour, and that of the place most like it; none where no place is free or the scan is small."""
+    side = ALIKE_SIDE
+    free = _boxes(mask > 0, side) == 0
+    if not free.any():
+        return []
+    shades = np.digitize(hu, np.linspace(-1000, 400, 17)[1:-1])
+    first = np.rint(np.argwhere(mask > 0).mean(axis=0)).astype(int) - side // 2
+    first = np.clip(first, 0, np.array(free.shape) - 1)
+    unlike = np.zeros(free.shape)
+    for shade in range(16):
+        share = _boxes(shades == shade, side)
+        unlike += np.abs(share - share[tuple(first)])
+    other = np.unravel_index(int(np.where(free, unlike, np.inf).argmin()), free.shape)
+    return [np.array(corner) + side // 2 for corner in (first, other)]
 
 
-def _shades(crop: np.ndarray) -> np.ndarray:
-    """How often each intensity is met in the middle of a crop: 16 bins of air to bone."""
-    counts: np.ndarray = np.histogram(np.clip(_middle(crop), -1000, 399), bins=16, range=(-1000, 400))[0]
-    return counts
+def _boxes(counted: np.ndarray, side: int) -> np.ndarray:
+    """How many voxels count in every box of `side` that lies inside, by its first voxel; empty where none does."""
+    sums = np.pad(counted.astype(np.int64), ((1, 0),) * 3)
+    for axis in range(3):
+        sums = sums.cumsum(axis=axis)
+    for axis in range(3):
+        sums = np.moveaxis(sums, axis, 0)
+        sums = np.moveaxis(sums[side:] - sums[:-side], 0, axis)
+    return sums
 
 
 def _sides(body: np.ndarray) -> list[tuple[np.ndarray, str]]:

@@ -14,12 +14,14 @@ For scans of your own there is no need of this: `dagman pretrain --labelled STOR
 """
 
 import argparse
+import hashlib
+import io
 import json
 import os
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,11 @@ import learning_cases as cases
 import learning_probes as probes
 from dagman import config, files, recipes
 from dagman.ct import crops, phantom_canvas
-from dagman.ct.store import PreparedStore
-from dagman.nets.encoder import Encoder, build
+from dagman.ct.store import PreparedStore, padded_crop
+from dagman.nets.encoder import Encoder
 from dagman.nets.weights import load_encoder
 from dagman.pretext import diagnostics, examination
+from dagman.pretext.codistill import CoDistillation
 from dagman.randomness import generator, torch_seed
 from dagman.run import Run, describe_environment
 from dagman.tasks import diversity
@@ -55,8 +58,10 @@ PHANTOM_STRUCTURES = {name: [label] for label, name in phantom_canvas.NAMES.item
     "body": list(range(1, 15)),
 }
 BINS = 16
-LOOKS, LOOK_ROWS = 4, 60
-"""Crops of a volume, and volumes, on which attention is held against the truth."""
+LOOKS, LOOK_VOLUMES = 2, 20
+"""Crops of a volume, and volumes, on which attention is held against each structure."""
+UNTRAINED = 6
+"""Untrained networks that a run stands beside, of seeds 0 to 5; each run sets out from that of its own seed."""
 
 
 def features(encoder: Encoder, hu: np.ndarray, device: str) -> dict[str, np.ndarray]:
@@ -115,56 +120,57 @@ def ask(seen: Mapping[str, dict[str, np.ndarray]], questions: Mapping[str, cases
     }
 
 
-def table(asked: Asked, baselines: Mapping[str, Asked]) -> list[dict[str, Any]]:
-    """One row a probe: its AUC, and how much it lies above the same features of each baseline."""
-    rows = []
-    for (question, kind, labels), scores in asked.items():
-        row = {"question": question, "features": kind, "labels": labels, "auc": probes.estimate(scores)}
-        for name, others in baselines.items():
-            other = others.get((question, kind, labels))
-            row[f"above {name}"] = probes.estimate(scores, other) if other else None
-        rows.append(row)
-    return rows
-
-
 def attention_on_truth(encoder: Encoder, store: PreparedStore, device: str) -> dict[str, dict[str, float]]:
-    """Share of attention over share of volume of each structure in the masks, with an interval over volumes."""
+    """Share of attention over share of volume of each structure, with an interval over volumes.
+
+    `elsewhere` is that of each map held against the truth of another crop: what comes of where structures lie in a
+    crop, and not of what is seen.
+    """
     if not encoder.config.has_cls:
         return {}
-    phantoms = "phantom" in str(store.rows[0]["case_id"])
     side, cell = encoder.preparation.crop[0], encoder.config.cell_side
+    n = side // cell
     sums: dict[str, list[np.ndarray]] = {}
-    for row in [row for row, entry in enumerate(store.rows) if entry["mask"]][:LOOK_ROWS]:
-        draws, mask = generator(0, "learning.look", row), store.mask(row)
-        assert mask is not None
-        real = "nodule of one CT" if store.rows[row]["case_id"] == cases.NODULE else "tumour"
-        structures = PHANTOM_STRUCTURES if phantoms else {real: [1, 2, 3, 4]}
-        for name, labels in structures.items():
-            inside = np.argwhere(np.isin(mask, labels))
-            if not len(inside):
+    for row in range(len(store)):
+        draws = generator(0, "learning.look", row)
+        for name, inside in structures(store, row).items():
+            if len(sums.get(name, ())) == LOOK_VOLUMES or not inside.any():
                 continue
-            middles = inside[draws.integers(len(inside), size=LOOKS)] + draws.integers(
+            places = np.argwhere(inside)
+            middles = places[draws.integers(len(places), size=LOOKS)] + draws.integers(
                 -side // 4, side // 4, (LOOKS, 3)
             )
             corners = [tuple(int(m) - side // 2 for m in middle) for middle in middles]
             hu = np.stack([store.hu(row, corner, (side,) * 3) for corner in corners])
-            truth = np.stack([np.isin(store.mask(row, corner, (side,) * 3), labels) for corner in corners])
+            truth = np.stack([padded_crop(inside, corner, (side,) * 3, 0) for corner in corners])
             images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
             seen = encode(encoder, images, device=device, precision="float32").attention
             assert seen is not None
-            n = side // cell
             share = truth.reshape(-1, n, cell, n, cell, n, cell).mean(axis=(2, 4, 6)).reshape(LOOKS, -1)
-            sums.setdefault(name, []).append(np.array([(seen.cpu().numpy() * share).sum(), share.mean(axis=1).sum()]))
+            maps = seen.cpu().numpy()
+            met = [(maps * share).sum(), share.mean(axis=1).sum(), (np.roll(maps, 1, axis=0) * share).sum()]
+            sums.setdefault(name, []).append(np.array(met))
     found = {}
     for name, parts in sums.items():
         values = np.stack(parts)
-        again = generator(0, "learning.look.bootstrap").integers(len(values), size=(2000, len(values)))
-        ratios = values[again].sum(axis=1)
-        low, high = np.quantile(ratios[:, 0] / ratios[:, 1], [0.025, 0.975])
         total = values.sum(axis=0)
-        found[name] = {"gain": round(total[0] / total[1], 4), "volumes": len(values)}
+        found[name] = {"gain": total[0] / total[1], "elsewhere": total[2] / total[1], "volumes": len(values)}
         if len(values) > 1:
-            found[name] |= {"low": round(low, 4), "high": round(high, 4)}
+            again = generator(0, "learning.look.bootstrap").integers(len(values), size=(2000, len(values)))
+            ratios = values[again].sum(axis=1)
+            low, high = np.quantile(ratios[:, 0] / ratios[:, 1], [0.025, 0.975])
+            found[name] |= {"low": low, "high": high}
+    return {name: {key: round(float(value), 4) for key, value in one.items()} for name, one in found.items()}
+
+
+def structures(store: PreparedStore, row: int) -> dict[str, np.ndarray]:
+    """Name to voxels of what attention is held against in one volume; the body of real CTs is what is no air."""
+    mask, case = store.mask(row), str(store.rows[row]["case_id"])
+    if "phantom" in case:
+        return {name: np.isin(mask, labels) for name, labels in PHANTOM_STRUCTURES.items()}
+    found = {"body": store.hu(row) > cases.BODY_HU}
+    if mask is not None:
+        found["nodule of one CT" if case == cases.NODULE else "tumour"] = mask > 0
     return found
 
 
@@ -188,12 +194,13 @@ class StopAt:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_start(self, step: int, total_steps: int) -> None:
-        """Nothing to do."""
+    def on_start(self, step: int, _: int) -> None:
+        """A run that goes on one step ahead has no earlier row to stop at."""
+        self.on_step({"step": step})
 
     def on_step(self, row: Mapping[str, Any]) -> None:
         """Stop one step ahead: the request is honoured at the end of the next step."""
-        if row["step"] == self.step - 1:
+        if row["step"] >= self.step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_message(self, text: str) -> None:
@@ -258,7 +265,7 @@ def gather(arguments: argparse.Namespace, side: int) -> tuple[PreparedStore, dic
 
 
 def about(arguments: argparse.Namespace, settings: Mapping[str, str], chosen: PretrainConfig) -> dict[str, Any]:
-    """What was run, when and where."""
+    """What was run."""
     return {
         "name": arguments.name,
         "corpus": arguments.corpus,
@@ -267,24 +274,105 @@ def about(arguments: argparse.Namespace, settings: Mapping[str, str], chosen: Pr
         "altered": arguments.alter,
         "config": config.to_dict(chosen),
         "steps": arguments.steps,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_environment()["versions"],
     }
 
 
-def earlier(path: Path, chosen: PretrainConfig) -> list[dict[str, Any]]:
-    """The probes that an earlier call wrote; a result of other settings is not written over."""
-    if not path.exists():
-        return []
-    before = json.loads(path.read_text())
-    if before["config"] != config.to_dict(chosen):
-        raise SystemExit(f"{path} is of other settings; give another --name or --results")
-    found: list[dict[str, Any]] = before["probes"]
-    return found
+def trained(
+    chosen: PretrainConfig, store: PreparedStore, arguments: argparse.Namespace, name: str
+) -> Iterator[tuple[int, Encoder]]:
+    """The encoder at each step that is asked for, kept in `WORK/encoders`; fewer where someone stops the run."""
+    run, kept = Run(arguments.work / "runs" / name), arguments.work / "encoders" / name
+    for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
+        folder = kept / str(step)
+        if not folder.exists():
+            pretrain(
+                chosen,
+                store,
+                run.folder,
+                device=arguments.device,
+                checkpoint_every=100_000,
+                listeners=[StopAt(step)],
+            )
+            done = run.metrics()[-1]["step"]
+            if done > step:
+                raise SystemExit(f"{run.folder} is past step {step}; ask for later steps, or give another --work")
+            if done < step:
+                return  # someone else asked it to stop
+            copied = folder.with_name(f"{step}.new")
+            shutil.rmtree(copied, ignore_errors=True)
+            shutil.copytree(run.weights, copied / "weights")
+            copied.rename(folder)
+        yield step, load_encoder(folder)
+
+
+def untrained(chosen: PretrainConfig, seed: int) -> Encoder:
+    """The encoder that a run of this seed sets out from."""
+    torch.manual_seed(torch_seed(seed, "weights"))
+    module = CoDistillation(chosen.encoder, chosen.method, mean_intensity=0.5, crop=chosen.data.crop)
+    encoder = module.teacher.encoder.eval()
+    encoder.preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
+    return encoder
+
+
+Questions = Mapping[str, cases.Crops]
+
+
+def see(encoder: Encoder, questions: Questions, device: str) -> dict[str, dict[str, np.ndarray]]:
+    """Features of the crops of all questions."""
+    return {question: features(encoder, asked.hu, device) for question, asked in questions.items()}
+
+
+def networks_of(chosen: PretrainConfig, questions: Questions, arguments: argparse.Namespace) -> list[Asked]:
+    """What the untrained networks answer; their features are kept in `WORK/untrained`, as all seeds share them."""
+    shown = [config.to_dict(chosen)[part] for part in ("encoder", "data")]
+    key = hashlib.sha256(json.dumps(shown, sort_keys=True).encode())
+    for asked in questions.values():
+        key.update(np.ascontiguousarray(asked.hu))
+    answers = []
+    for seed in range(UNTRAINED):
+        path = arguments.work / "untrained" / f"{key.hexdigest()[:16]}-{seed}.npz"
+        if not path.exists():
+            seen = see(untrained(chosen, seed), questions, arguments.device)
+            flat = {
+                f"{question} {kind}": vectors for question, kinds in seen.items() for kind, vectors in kinds.items()
+            }
+            stream = io.BytesIO()
+            np.savez(stream, **flat)  # type: ignore[arg-type]
+            files.write_bytes(path, stream.getvalue())
+        with np.load(path) as stored:
+            kinds: dict[str, dict[str, np.ndarray]] = {}
+            for named, vectors in stored.items():
+                question, kind = named.split(" ")
+                kinds.setdefault(question, {})[kind] = vectors
+        answers.append(ask(kinds, questions))
+    return answers
+
+
+def baselines_of(questions: Questions, window_hu: tuple[float, float]) -> dict[str, Asked]:
+    """What needs no network: voxels, intensities, shells; and intensities told shuffled labels, which shows chance."""
+    draws = generator(0, "learning.shuffled")
+    shuffled = {name: asked._replace(words=draws.permutation(asked.words)) for name, asked in questions.items()}
+    ways = {"voxels": voxels, "histogram": histogram, "shells": shells}
+    return {
+        name: ask({question: way(asked.hu, window_hu) for question, asked in questions.items()}, questions)
+        for name, way in ways.items()
+    } | {"shuffled labels": ask({name: histogram(asked.hu, window_hu) for name, asked in questions.items()}, shuffled)}
+
+
+def table(asked: Asked, networks: list[Asked], baselines: Mapping[str, Asked]) -> list[dict[str, Any]]:
+    """One row a probe: its AUC, how much it lies above a random untrained network, and above each baseline."""
+    rows = []
+    for key, scores in asked.items():
+        row = dict(zip(("question", "features", "labels"), key, strict=True)) | {"auc": probes.estimate(scores)}
+        row["above untrained"] = probes.above(scores, [one[key] for one in networks])
+        for name, others in baselines.items():
+            row[f"above {name}"] = probes.estimate(scores, others[key]) if key in others else None
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
-    """Train, probe, write."""
+    """Train, and keep the encoders; ask them; write."""
     arguments, settings = parse()
     if arguments.alter:
         alterations.ALTERATIONS[arguments.alter]()
@@ -294,56 +382,30 @@ def main() -> None:
     chosen = recipes.with_length(recipes.get(arguments.recipe), arguments.steps, None)
     chosen = config.override(chosen, {**settings, "optimisation.seed": arguments.seed})
     store, questions = gather(arguments, chosen.data.crop[0])
-    name = f"{arguments.corpus}-{arguments.name}-seed{arguments.seed}"
-    run, path = Run(arguments.work / "runs" / name), arguments.results / f"{name}.json"
-    before = earlier(path, chosen)
+    name, result = f"{arguments.corpus}-{arguments.name}-seed{arguments.seed}", about(arguments, settings, chosen)
+    path = arguments.results / f"{name}.json"
+    if path.exists() and any(json.loads(path.read_text())[key] != value for key, value in result.items()):
+        raise SystemExit(f"{path} is of other settings; give another --name or --results")
     few = np.stack([store.hu(row, (40, 40, 40), chosen.data.crop) for row in range(8)])
-
-    def see(encoder: Encoder) -> dict[str, dict[str, np.ndarray]]:
-        return {question: features(encoder, asked.hu, arguments.device) for question, asked in questions.items()}
-
-    torch.manual_seed(torch_seed(arguments.seed, "untrained"))
-    untrained = build(chosen.encoder).eval()
-    untrained.preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
-    window_hu, before_training = chosen.data.window_hu, see(untrained)
-    baselines = {
-        "untrained": ask(before_training, questions),
-        "voxels": ask({name: voxels(asked.hu, window_hu) for name, asked in questions.items()}, questions),
-        "histogram": ask({name: histogram(asked.hu, window_hu) for name, asked in questions.items()}, questions),
-        "shells": ask({name: shells(asked.hu, window_hu) for name, asked in questions.items()}, questions),
-    }
-    draws = generator(0, "learning.shuffled")
-    shuffled = {name: asked._replace(words=draws.permutation(asked.words)) for name, asked in questions.items()}
-    told_apart = {name: {probes.TOGETHER: kinds[probes.TOGETHER]} for name, kinds in before_training.items()}
-    result = about(arguments, settings, chosen) | {
+    probed: list[tuple[Asked, dict[str, Any]]] = []
+    for step, encoder in [(0, untrained(chosen, arguments.seed)), *trained(chosen, store, arguments, name)]:
+        answers = ask(see(encoder, questions, arguments.device), questions)
+        attention = attention_on_truth(encoder, store, arguments.device)
+        probed.append((answers, {"step": step, "attention": attention, "heads": look_at_heads(encoder, few)}))
+    networks = networks_of(chosen, questions, arguments) if questions else []
+    baselines = baselines_of(questions, chosen.data.window_hu)
+    result |= {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_environment()["versions"],
         "volumes": len(store),
         "crops": {question: len(asked.words) for question, asked in questions.items()},
         "patients": {question: len(set(asked.patients)) for question, asked in questions.items()},
-        "baselines": {name: table(asked, {}) for name, asked in baselines.items()}
-        | {"shuffled labels": table(ask(told_apart, shuffled), {})},
-        "untrained_attention": attention_on_truth(untrained, store, arguments.device),
-        "untrained_heads": look_at_heads(untrained, few),
-        "probes": before,
+        "untrained": [table(one, [other for other in networks if other is not one], {}) for one in networks],
+        "baselines": {kind: table(asked, networks, {}) for kind, asked in baselines.items()},
+        "probes": [looks | {"rows": table(answers, networks, baselines)} for answers, looks in probed],
+        "curve": curve(Run(arguments.work / "runs" / name)),
     }
-    asked_at = {probe["step"] for probe in result["probes"]}
-    for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
-        if step in asked_at:
-            continue
-        kept = arguments.work / "encoders" / name / str(step)
-        if not kept.exists():
-            stop = StopAt(step)
-            pretrain(chosen, store, run.folder, device=arguments.device, checkpoint_every=100_000, listeners=[stop])
-            if run.metrics()[-1]["step"] != step:
-                return  # someone else asked it to stop
-            shutil.copytree(run.weights, kept / "weights")
-        encoder = load_encoder(kept)
-        rows = table(ask(see(encoder), questions), baselines)
-        attention, heads = attention_on_truth(encoder, store, arguments.device), look_at_heads(encoder, few)
-        result["probes"].append({"step": step, "rows": rows, "attention": attention, "heads": heads})
-        result["curve"] = curve(run)
-        files.write_json(path, result)
-        scores = {row["question"]: row["auc"]["value"] for row in rows if row["features"] == probes.TOGETHER}
-        print(json.dumps({"step": step, **scores}), flush=True)
+    files.write_json(path, result)
     print(f"wrote {path}")
 
 

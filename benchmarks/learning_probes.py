@@ -3,10 +3,12 @@
 A draw halves the patients, takes labels from one half, balanced over the classes, fits a logistic regression on
 standardised features, and ranks the cases of the other half. The score is the mean AUC over the draws, of one class
 against the others and then over the classes where there are more than two. Its interval draws patients again and keeps
-the fitted probes and their labels; features that are compared meet the same draws and the same resamples.
+the fitted probes and their labels; features that are compared meet the same draws and the same resamples. Beside
+untrained networks the interval draws one of them, too.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +97,7 @@ def probe(features: np.ndarray, words: np.ndarray, patients: np.ndarray, labels:
 
 
 def estimate(scores: Scores, beside: Scores | None = None) -> dict[str, Any]:
-    """AUC with its 95 % interval; with `beside`, how much it lies above that one, on the same resamples."""
+    """AUC with its 95 % interval over patients; with `beside`, how much it lies above that, on the same resamples."""
 
     def difference(weights: np.ndarray) -> np.ndarray:
         assert beside is not None
@@ -109,3 +111,20 @@ def estimate(scores: Scores, beside: Scores | None = None) -> dict[str, Any]:
         seed=0,
     )
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in vars(found).items()}
+
+
+def above(scores: Scores, networks: Sequence[Scores]) -> dict[str, Any]:
+    """How much an AUC lies above that of a network like `networks`, with a 95 % interval.
+
+    Each resample draws patients again and one of the networks: an interval that leaves out which random weights the
+    other network happened to have calls most pairs of untrained networks different from each other.
+    """
+    people, person = np.unique(scores.patients, return_inverse=True)
+    draws = generator(0, "learning.above")
+    weights = draws.multinomial(len(people), np.full(len(people), 1 / len(people)), statistics.RESAMPLES)[:, person]
+    others = np.stack([network.statistic(weights.astype(float)) for network in networks])
+    drawn = others[draws.integers(len(networks), size=len(weights)), np.arange(len(weights))]
+    low, high = np.nanquantile(scores.statistic(weights.astype(float)) - drawn, (0.025, 0.975))
+    once = np.ones((1, len(person)))
+    value = scores.statistic(once)[0] - np.mean([network.statistic(once)[0] for network in networks])
+    return {"value": round(float(value), 4), "low": round(float(low), 4), "high": round(float(high), 4), "why": ""}

@@ -1,8 +1,6 @@
 """Learning itself: a short run on phantoms must still wake what docs/learning.md shows waking."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from dagman.ct import phantom
 from dagman.ct.store import FORMAT, PreparedStore, array_path, write_array
 from dagman.train.pretrain import pretrain
 
-STEPS, VOLUMES = 90, 12
+STEPS, VOLUMES = 100, 12
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +38,11 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0])
 def test_a_short_run_learns(phantoms: PreparedStore, tmp_path: Path, seed: int) -> None:
     recipe = recipes.with_length(recipes.get("dagman-tiny"), STEPS, None)
-    changes: dict[str, Any] = {"data.window_hu": "-1000,400", "optimisation.batch_size": 8, "optimisation.seed": seed}
-    # With it the image term and attention move within so few small batches; with zeros only the distillation does.
-    changes["encoder.hidden_token"] = "learned"
-    recipe = config.override(recipe, changes)
-    pretrain(replace(recipe, recipe="learning"), phantoms, tmp_path / "run", device="cpu")
+    pretrain(config.override(recipe, {"optimisation.seed": seed}), phantoms, tmp_path / "run", device="cpu")
     rows = files.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == STEPS
 
@@ -57,14 +51,18 @@ def test_a_short_run_learns(phantoms: PreparedStore, tmp_path: Path, seed: int) 
 
     first, last = slice(0, 5), slice(-20, None)
     assert mean("image_error_ratio", first) > 1.05, "an untrained network is worse than the visible mean"
-    assert 0.4 < mean("image_error_ratio", last) < 0.97, "the image term learns"
+    assert 0.4 < mean("image_error_ratio", last) < 0.85, "the image term learns"
     for name in ("pooled_spread", "tokens_spread", "cls_spread"):
-        assert mean(name, last) > 0.3, f"{name}: no collapse"
-    assert mean("ampd_loss_ratio", last) < 0.985, "the student follows the teacher's cells"
+        assert mean(name, last) > 0.5, f"{name}: no collapse"
+    for name, most in (("ampd", 0.85), ("aitd", 0.9), ("gitd", 0.9)):
+        assert mean(f"{name}_loss_ratio", last) < most, f"{name}: the student follows the teacher"
     assert mean("attention_entropy", last) < mean("attention_entropy", first), "attention leaves uniform"
-    assert 0.8 < mean("hidden_dropped_excess", last) < 1.2, "hiding does not follow the noise"
+    assert 0.9 < mean("hidden_dropped_excess", last) < 1.1, "hiding does not follow the noise"
     examined = [row for row in rows if row.get("ampd_image_nats") is not None]
     assert [row["step"] for row in examined] == [1, STEPS]
-    assert examined[-1]["ampd_image_nats"] > 2 * examined[-1]["ampd_position_nats"], "patch targets tell of the image"
-    assert min(examined[-1][f"{term}_image_nats"] for term in ("aitd", "gitd")) > 0.05, "no target is uniform"
+    told = examined[-1]
+    assert told["ampd_image_nats"] > 4 * told["ampd_position_nats"], "patch targets tell of the image, not of the place"
+    for term in ("aitd", "gitd"):
+        assert told[f"{term}_image_nats"] > 1.5, f"{term}: targets tell images apart"
+        assert told[f"{term}_within_nats"] > 0.8, f"{term}: and places of one volume"
     assert "ALARM" not in (tmp_path / "run" / "log.txt").read_text()

@@ -138,7 +138,7 @@ class CoDistillation(nn.Module):
         for name, one in compared.items():
             watched |= {f"{name}_{what}": value for what, value in one.watched.items()}
             watched[f"{name}_center_size"] = diagnostics.size(self.center(name)) / diagnostics.size(teacher.means[name])
-            some = hidden.any(dim=1).float().mean().clamp_min(1e-9) if name == "ampd" else 1.0
+            some = hidden.any(dim=1).float().mean() if name == "ampd" else 1.0
             watched[f"{name}_loss_ratio"] = one.loss.detach() / some / math.log(self.center(name).shape[-1])
         if self.student.voxel_head is not None:
             values["amip"], watched["image_error_ratio"] = self._predict(student.pyramid[-1], images, hidden)
@@ -311,7 +311,7 @@ class CoDistillation(nn.Module):
         return losses.balanced(logits, center, temperature, counted=counted)
 
     def _predict(self, final: Tensor, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """AMIP, each view against itself (equation 5), and its ratio to the error of each view's visible mean."""
+        """AMIP, each view against itself (equation 5), and its ratio to the error of the visible means, or NaN."""
         assert self.student.voxel_head is not None
         hidden = hidden.view(len(hidden), *self.grid)
         cells = hiding.cut(images, self.cell_side)
@@ -320,7 +320,7 @@ class CoDistillation(nn.Module):
         with torch.no_grad():
             means = diagnostics.visible_mean(cells, hidden).view(-1, 1, 1, 1).expand(hidden.shape)[hidden]
             baseline = _mean_of_views(means.view(-1, 1, 1, 1).expand(truth.shape), truth, hidden)
-            return loss, loss / baseline.clamp_min(1e-6)
+            return loss, loss / torch.where(baseline > 1e-6, baseline, torch.nan)
 
     def _weigh(self, values: Mapping[str, Tensor]) -> Losses:
         """The total of section 3.2; a loss that does not count is 0."""

@@ -51,7 +51,8 @@ MEANINGS: Mapping[str, str] = {
     "tokens_effective_rank": f"effective rank of {RANK_ROWS} of its cell tokens, evenly picked",
     "image_error_ratio": "error of the image term / that of predicting each view's visible mean; below 1 is learning",
 }
-"""Name in `Outcome.diagnostics` -> what it is. A name is absent where the recipe lacks its head, loss or noise."""
+"""Name in `Outcome.diagnostics` -> what it is. A name is absent where the recipe lacks its head, loss or noise; a value
+about hidden cells is NaN where every view of the batch was left whole."""
 
 
 def spread(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
@@ -116,8 +117,8 @@ def told(probabilities: Float[Tensor, "rows prototypes"], counted: Bool[Tensor, 
 
 
 def entropy_share(said: Told) -> Float[Tensor, ""]:
-    """Mean entropy of the rows over its maximum, ln K; 0 without rows."""
-    return said.entropy / said.rows.clamp_min(1) / math.log(len(said.mass))
+    """Mean entropy of the rows over its maximum, ln K; NaN without rows."""
+    return said.entropy / said.rows / math.log(len(said.mass))
 
 
 @torch.no_grad()
@@ -127,8 +128,8 @@ def size(values: Tensor) -> Float[Tensor, ""]:
 
 
 def variety(said: Told) -> Float[Tensor, ""]:
-    """Mutual information of row and prototype over the largest that so many rows and prototypes allow."""
-    total = said.rows.clamp_min(1)
+    """Mutual information of row and prototype over the largest that so many rows and prototypes allow; or NaN."""
+    total = said.rows
     between, within = losses.entropy(said.mass / total), said.entropy / total
     most = total.clamp(max=len(said.mass)).log().clamp_min(math.log(2))
     return ((between - within) / most).clamp_min(0)
@@ -166,10 +167,13 @@ def of_hiding(
     dropped: Bool[Tensor, "batch cells"] | None,
     attention: Float[Tensor, "batch cells"] | None,
 ) -> dict[str, Tensor]:
-    """How much was hidden, how peaked the guiding attention is, and how both meet the teacher's noise."""
+    """How much was hidden, how peaked the guiding attention is, and how both meet the teacher's noise.
+
+    Shares of hidden cells are NaN where nothing is hidden.
+    """
     found = {"hidden_ratio": hidden.float().mean()}
     if dropped is not None:
-        found["hidden_dropped_ratio"] = (hidden & dropped).sum() / hidden.sum().clamp_min(1)
+        found["hidden_dropped_ratio"] = (hidden & dropped).sum() / hidden.sum()
         found["hidden_dropped_excess"] = found["hidden_dropped_ratio"] / dropped.float().mean()
     if attention is not None:
         cells = attention.shape[1]

@@ -19,13 +19,18 @@ class Alarm:
     """How many rows in a row raise the alarm; an examination is a row every hundred steps."""
     first_ratio: float = 0.0
     """Share of the run before which nothing is counted."""
+    first_step: int = 1
+    """Step before which nothing is counted, however short the run is."""
     advice: str
 
 
-_SPREAD = "lower optimisation.learning_rate, or raise the weights of the distillation losses"
+_GENTLER = (
+    "lower optimisation.learning_rate or raise optimisation.warmup_ratio; with method.balance centering take sinkhorn"
+)
 _UNIFORM = "lower that head's teacher temperature, take fewer prototypes, or more volumes a step"
 _SIGNAL = (
-    "take more steps (some hundred are few), halve optimisation.learning_rate, or lower that head's teacher temperature"
+    "take more steps (some hundred are few) or more volumes a step, halve optimisation.learning_rate or raise "
+    "optimisation.warmup_ratio, or lower that head's teacher temperature"
 )
 _ONE_HOT = "raise that head's teacher temperature, or take more prototypes"
 
@@ -37,7 +42,7 @@ ALARMS = (
             is_bad=lambda value: value < 0.03,
             limit="below 0.03 (random directions: 1)",
             steps=20,
-            advice=_SPREAD,
+            advice=_GENTLER,
         )
         for column in ("pooled_spread", "tokens_spread")
     ),
@@ -67,7 +72,7 @@ ALARMS = (
                 is_bad=lambda value: value < 1e-6,
                 limit="below 1e-6: it says the same of everything",
                 steps=40,
-                advice="set method.balance sinkhorn, or lower optimisation.momentum so that the teacher follows",
+                advice=_GENTLER,
             ),
             Alarm(
                 name="head dead",
@@ -99,8 +104,9 @@ ALARMS = (
                 column=f"{term}_image_nats",
                 is_bad=lambda value: value < 0.1,
                 limit="below 0.1: the teacher says nearly the same of every image",
-                steps=2,
+                steps=1,
                 first_ratio=0.05,
+                first_step=100,
                 advice=_SIGNAL,
             ),
         )
@@ -112,7 +118,7 @@ ALARMS = (
         limit="below 2.5 effective directions",
         steps=20,
         first_ratio=0.3,
-        advice=_SPREAD,
+        advice=_GENTLER,
     ),
     Alarm(
         name="image term does not learn",
@@ -128,8 +134,9 @@ ALARMS = (
         column="ampd_image_share",
         is_bad=lambda value: value < 0.5,
         limit="below 0.5: the teacher's distributions tell where a cell lies rather than what it shows",
-        steps=2,
+        steps=1,
         first_ratio=0.05,
+        first_step=100,
         advice="set method.patch_centers position and, of a Swin, encoder.attention.position attention",
     ),
     Alarm(
@@ -172,7 +179,7 @@ class Watch:
         raised = []
         for alarm in ALARMS:
             value = row.get(alarm.column)
-            if value is None or row["step"] <= alarm.first_ratio * self._total:
+            if value is None or row["step"] <= max(alarm.first_ratio * self._total, alarm.first_step - 1):
                 continue
             rang = alarm in self._ringing
             # Rows in a row that speak for a change: bad ones until it rings, good ones from then on.
@@ -182,8 +189,8 @@ class Watch:
             self._in_a_row[alarm] = 0
             self._ringing ^= {alarm}
             if not rang:
+                lasting = f"for {alarm.steps} rows " if alarm.steps > 1 else ""
                 raised.append(
-                    f"ALARM {alarm.name}: {alarm.column} is {value:.4g}, for {alarm.steps} rows {alarm.limit}; "
-                    f"{alarm.advice}"
+                    f"ALARM {alarm.name}: {alarm.column} is {value:.4g}, {lasting}{alarm.limit}; {alarm.advice}"
                 )
         return raised

@@ -219,10 +219,13 @@ def _measure(job: Job, outcomes: list[Outcome], norm: Tensor, stop: engine.StopR
     """
     weights, device = job.config.method.losses, job.fabric.device
     terms = ["total", *(name for name in ("amip", "ampd", "aitd", "gitd") if getattr(weights, name))]
-    rows = [
-        {name: getattr(outcome.losses, name).detach() for name in terms} | outcome.diagnostics for outcome in outcomes
-    ]
-    values = {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
+    values = {
+        name: torch.stack([getattr(outcome.losses, name).detach().float() for outcome in outcomes]).mean()
+        for name in terms
+    } | {
+        name: torch.stack([outcome.diagnostics[name].float() for outcome in outcomes]).nanmean()
+        for name in outcomes[0].diagnostics
+    }
     means = [mean.sum() for outcome in outcomes for mean in outcome.means.values()]
     values["grad_norm"] = norm.float()
     values["means"] = torch.stack([torch.zeros((), device=device), *means]).sum()
