@@ -19,10 +19,8 @@ QUESTIONS = {
     "nodule": "phantoms: a nodule in the crop or none",
     "tumour": "CTs: tumour or a place like it",
     "side": "CTs: left or right",
-    "upright": "CTs: upright or upside down",
 }
 BASELINES = {
-    "untrained": "untrained",
     "voxels": "8^3 voxels",
     "histogram": "histogram",
     "shells": "shells",
@@ -52,7 +50,7 @@ def corpora() -> dict[str, list[dict[str, Any]]]:
     """The finished runs of `dagman-tiny`, all seeds of each corpus."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in learning("*-tiny-seed*.json", name="tiny"):
-        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
+        if result["probes"][-1]["step"] == result["steps"]:
             found.setdefault(result["corpus"], []).append(result)
     return found
 
@@ -83,8 +81,17 @@ def learning_reach() -> str:
         [meaning, target, *(from_to(first, end, column) for first, end in zip(firsts, ends, strict=True))]
         for meaning, (column, target) in wanted.items()
     ]
+    knows = [
+        1 - math.log(optimisation["batch_size"] / data["pairs_per_volume"]) / math.log(heads["num_prototypes"])
+        for optimisation, data, heads in (
+            (chosen["optimisation"], chosen["data"], chosen["method"]["heads"])
+            for chosen in (result["config"] for result in results)
+        )
+    ]
+    said = "AITD, GITD / ln K of a student that knows which volume of the batch it sees, and no more"
+    body.insert(4, [said, "", *(number(value) for value in knows)])
     for structure in ("body", "organs", "heart", "aorta", "nodule", "tumour", "nodule of one CT"):
-        before = [result["untrained_attention"].get(structure) for result in results]
+        before = [result["probes"][0]["attention"].get(structure) for result in results]
         gains = [result["probes"][-1]["attention"].get(structure) for result in results]
         cells = [f"{old['gain']:.2f}, {gain_of(new)}" if new else "" for old, new in zip(before, gains, strict=True)]
         if any(cells):
@@ -95,7 +102,11 @@ def learning_reach() -> str:
         ["minutes", "", *(number(end["seconds"] * r["steps"] / 60, 0) for r, end in zip(results, ends, strict=True))]
     )
     header = ["", "aim", *(f"{result['corpus']}, seed {result['seed']}" for result in results)]
-    told = "Each cell: at the first step (attention: untrained), then at the end (mean of the last fifth of the steps)"
+    told = (
+        "Each cell: at the first step (attention: where the run set out), then at the end (mean of the last fifth of "
+        "the steps); attention with its interval over volumes, and in [] that of each map against the truth of another "
+        "crop"
+    )
     return rows(header, body) + f"\n\n{told}. One thread a run, two runs side by side. {machine(results[0])}."
 
 
@@ -107,7 +118,7 @@ def from_to(first: dict[str, float], end: dict[str, float], column: str) -> str:
 def gain_of(gain: dict[str, float]) -> str:
     """A share of attention over that of the volume, with its interval where there are several volumes."""
     interval_of = f" ({gain['low']:.2f} to {gain['high']:.2f})" if "low" in gain else ""
-    return f"{gain['gain']:.2f}{interval_of}"
+    return f"{gain['gain']:.2f}{interval_of} [{gain['elsewhere']:.2f}]"
 
 
 def asked(table: list[dict[str, Any]], question: str, kind: str, labels: int | None) -> dict[str, Any] | None:
@@ -138,9 +149,9 @@ def learning_token() -> str:
             if results:
                 ends = [end_of(result) for result in results]
                 shown = [_range([end[column] for end in ends], digits) for column, digits in columns.values()]
-                organ = gained([result["probes"][-1]["rows"] for result in results], "organ")
-                body.append([corpus, meaning, str(results[0]["steps"]), *shown, organ])
-    return rows(["pretrained on", "hidden token", "steps", *columns, QUESTIONS["organ"]], body)
+                precision = results[0]["config"]["optimisation"]["precision"]
+                body.append([corpus, meaning, str(results[0]["steps"]), precision, str(len(results)), *shown])
+    return rows(["pretrained on", "hidden token", "steps", "precision", "seeds", *columns], body)
 
 
 def _range(values: list[float], digits: int) -> str:
@@ -149,38 +160,41 @@ def _range(values: list[float], digits: int) -> str:
 
 
 def learning_probes() -> str:
-    """Probes at the end of the runs, beside the untrained encoder and raw voxels, all features together."""
+    """Probes at the end of the runs, beside untrained encoders and what needs no network, all features together."""
     body = []
+    seeds = max((len(results) for results in corpora().values()), default=0)
     for corpus, results in corpora().items():
+        tables, first = [result["probes"][-1]["rows"] for result in results], results[0]
         for question, meaning in QUESTIONS.items():
             for labels in (8, 32, None):
-                ends = [asked(result["probes"][-1]["rows"], question, "all", labels) for result in results]
-                bases = [
-                    mean_auc([asked(result["baselines"].get(name, []), question, "all", labels) for result in results])
-                    for name in BASELINES
-                ]
-                gained = [interval(row["above untrained"]) if row else "" for row in ends]
-                if any(gained):
-                    shown = str(labels) if labels else "all"
-                    body.append([corpus, meaning, shown, mean_auc(ends), *bases, *gained])
-    seeds = max(len(results) for results in corpora().values())
-    gains = [f"above untrained, seed {seed}" for seed in range(seeds)]
-    width = 4 + len(BASELINES)
-    body = [row + [""] * (width + seeds - len(row)) for row in body]
+                ends = [asked(table, question, "all", labels) for table in tables]
+                networks = mean_auc([asked(table, question, "all", labels) for table in first["untrained"]])
+                bases = [mean_auc([asked(first["baselines"][name], question, "all", labels)]) for name in BASELINES]
+                above = [interval(row["above untrained"]) if row else "" for row in ends]
+                others = [gained(tables, question, labels, name) for name in ("voxels", "histogram")]
+                row = [corpus, meaning, str(labels or "all"), mean_auc(ends), networks, *bases, *others, *above]
+                body.append(row + [""] * (seeds - len(above)))
+    if not body:
+        return NOT_YET
     first = next(iter(corpora().values()))[0]
     told = "; ".join(
         f"{meaning}: {first['crops'][question]:,} crops of {first['patients'][question]} patients"
         for question, meaning in QUESTIONS.items()
         if question in first["crops"]
     )
-    header = ["pretrained on", "question", "labels", "pretrained", *BASELINES.values(), *gains]
+    header = ["pretrained on", "question", "labels", "pretrained", "untrained", *BASELINES.values()]
+    header += ["above voxels", "above histogram", *(f"above untrained, seed {seed}" for seed in range(seeds))]
     return rows(header, body) + f"\n\n{told}."
 
 
-def gained(tables: list[list[dict[str, Any]]], question: str) -> str:
-    """Mean gain over the untrained encoder with 32 labels, and seeds whose interval lies apart from 0."""
-    found = [asked(table, question, "all", 32) for table in tables]
-    gains = [row["above untrained"] for row in found if row and row["above untrained"]["low"] is not None]
+def gained(
+    tables: list[list[dict[str, Any]]], question: str, labels: int | None = 32, beside: str = "untrained"
+) -> str:
+    """Mean gain over a baseline, and in how many tables its interval lies apart from 0."""
+    found = [asked(table, question, "all", labels) for table in tables]
+    gains = [row[f"above {beside}"] for row in found if row and row[f"above {beside}"]["low"] is not None]
+    if not gains:
+        return ""
     above, below = sum(gain["low"] > 0 for gain in gains), sum(gain["high"] < 0 for gain in gains)
     mean = sum(gain["value"] for gain in gains) / len(gains)
     said = [f"{count} {word}" for count, word in ((above, "above"), (below, "below")) if count]
@@ -188,12 +202,38 @@ def gained(tables: list[list[dict[str, Any]]], question: str) -> str:
 
 
 def learning_claims() -> str:
-    """In how many seeds the pretrained encoder lies above the untrained one, and below, intervals apart; 32 labels."""
+    """In how many seeds the pretrained encoder lies above untrained ones, and below, intervals apart."""
+    if not corpora():
+        return NOT_YET
     body = [
-        [meaning, *(gained([result["probes"][-1]["rows"] for result in some], name) for some in corpora().values())]
+        [
+            meaning,
+            *(
+                gained([result["probes"][-1]["rows"] for result in some], name, labels)
+                for some in corpora().values()
+                for labels in (8, 32, None)
+            ),
+        ]
         for name, meaning in QUESTIONS.items()
     ]
-    return rows(["32 labels", *(f"pretrained on {corpus}" for corpus in corpora())], body)
+    header = [f"{corpus}, {labels} labels" for corpus in corpora() for labels in (8, 32, "all")]
+    return rows(["pretrained on", *header], body)
+
+
+def learning_null() -> str:
+    """How untrained encoders compare with each other: what no training gives, measured as gains are."""
+    if not corpora():
+        return NOT_YET
+    tables, body = next(iter(corpora().values()))[0]["untrained"], []
+    for question, meaning in QUESTIONS.items():
+        cells = []
+        for labels in (8, 32, None):
+            found = [row for table in tables if (row := asked(table, question, "all", labels))]
+            values = [row["auc"]["value"] for row in found]
+            apart = sum(row["above untrained"]["low"] > 0 or row["above untrained"]["high"] < 0 for row in found)
+            cells.append(f"{min(values):.3f} to {max(values):.3f}; {apart} apart of {len(found)}" if found else "")
+        body.append([meaning, *cells])
+    return rows(["AUC of untrained encoders", "8 labels", "32 labels", "all"], body)
 
 
 def learning_when() -> str:
@@ -232,15 +272,14 @@ def learning_heads() -> str:
     body = []
     for corpus, results in corpora().items():
         result = max(results, key=lambda one: len(one["probes"]))
-        looks = [("0", result["untrained_heads"]), *((str(one["step"]), one["heads"]) for one in result["probes"])]
-        for step, heads in looks:
+        for step, heads in ((str(one["step"]), one["heads"]) for one in result["probes"]):
             spread = [
                 f"{math.log(len(head['distance_mm'])) - head['distance_entropy']:.4f} / {head['row_entropy']:.3f}"
                 for head in heads
             ]
             body.append([f"{corpus}, seed {result['seed']}", step, *spread])
-        places = [head["place"] for head in result["untrained_heads"]]
-    return rows(["pretrained on", "step", *places], body)
+        places = [head["place"] for head in result["probes"][0]["heads"]]
+    return rows(["pretrained on", "step", *places], body) if body else NOT_YET
 
 
 def learning_look() -> str:
@@ -275,12 +314,12 @@ def learning_look() -> str:
 
 
 def with_ratios(result: dict[str, Any], point: dict[str, float]) -> dict[str, float]:
-    """A point of a curve with its losses over ln K, those of AMPD over the views that are hidden."""
+    """A point of a curve with its losses over ln K, those of AMPD over the views that are hidden, as runs log them."""
     method = result["config"]["method"]
     most = math.log(method["heads"]["num_prototypes"])
     shares = {"aitd": 1.0, "gitd": 1.0, "ampd": method["hidden"]["probability"]}
     ratios = {f"{term}_loss_ratio": point[term] / share / most for term, share in shares.items() if term in point}
-    return point | ratios
+    return ratios | point
 
 
 def learning_factors() -> str:
@@ -314,8 +353,12 @@ def learning_factors() -> str:
     if not results:
         return NOT_YET
     first = results[0]
-    told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed 0 where no other is named"
-    figures = [cell for row in body for cell in row[2:] if cell]
+    told = (
+        f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed 0 where no other is named, in "
+        "bf16 (but `float32`), with a learned hidden token (but `zero-hidden-token`)"
+    )
+    others = [row for row in body if not row[0].startswith(("as-it-is", "float32"))]
+    figures = [cell for row in others for cell in row[2:] if cell]
     marked = sum("**" in cell for cell in figures)
     bold = (
         "bold: outside the 95 % interval for one run more like `as-it-is` and `float32` "

@@ -80,6 +80,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tour": tour,
     "uses-attention": uses.uses_attention,
     "learning-claims": learning.learning_claims,
+    "learning-null": learning.learning_null,
     "learning-token": learning.learning_token,
     "learning-when": learning.learning_when,
     "input": speed.input_rates,
