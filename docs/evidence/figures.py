@@ -4,18 +4,12 @@ import json
 from typing import Any
 
 from common import ROOT
-from learning import QUESTIONS, with_ratios
+from learning import QUESTIONS, corpora, with_ratios
 from matplotlib.figure import Figure
 
 from dagman.figures import image, learning, progress
 
-RESULTS = ROOT / "benchmarks" / "results" / "learning"
-
-
-def runs(corpus: str, name: str = "tiny") -> list[dict[str, Any]]:
-    """The results of all seeds that are finished."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{corpus}-{name}-seed*.json"))]
-    return [result for result in found if result["probes"] and result["probes"][-1]["step"] == result["steps"]]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def scaling(result: dict[str, Any]) -> bytes:
@@ -46,13 +40,10 @@ def scaling(result: dict[str, Any]) -> bytes:
 
 def main() -> None:
     """Draw what there are results for."""
-    if (RESULTS.parent / "scaling.json").exists():
-        (ROOT / "docs" / "scaling.png").write_bytes(scaling(json.loads((RESULTS.parent / "scaling.json").read_text())))
+    if (RESULTS / "scaling.json").exists():
+        (ROOT / "docs" / "scaling.png").write_bytes(scaling(json.loads((RESULTS / "scaling.json").read_text())))
         print("wrote docs/scaling.png")
-    for corpus in ("phantoms", "real"):
-        found = runs(corpus)
-        if not found:
-            continue
+    for corpus, found in corpora().items():
         asked = {question: title for question, title in QUESTIONS.items() if question in found[0]["crops"]}
         pictures = {
             f"learning-probes-{corpus}.png": learning.png(found, asked),

@@ -1,8 +1,10 @@
 """Tables about learning: `docs/learning.md`."""
 
+import functools
 import json
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from common import NOT_YET, RESULTS, ROOT, interval, load, machine, number, rows
@@ -50,11 +52,22 @@ def corpora() -> dict[str, list[dict[str, Any]]]:
     """The finished runs of `dagman-tiny`, all seeds of each corpus."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in learning("*-tiny-seed*.json", name="tiny"):
-        if result["probes"][-1]["step"] == result["steps"]:
+        if "untrained" in result and result["probes"][-1]["step"] == result["steps"]:
             found.setdefault(result["corpus"], []).append(result)
     return found
 
 
+def of_runs(table: Callable[[], str]) -> Callable[[], str]:
+    """A table about the runs of `corpora`, once there are any."""
+
+    @functools.wraps(table)
+    def told() -> str:
+        return table() if corpora() else NOT_YET
+
+    return told
+
+
+@of_runs
 def learning_reach() -> str:
     """What the runs came to, beside what was aimed at."""
     wanted = {
@@ -159,10 +172,11 @@ def _range(values: list[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+@of_runs
 def learning_probes() -> str:
     """Probes at the end of the runs, beside untrained encoders and what needs no network, all features together."""
     body = []
-    seeds = max((len(results) for results in corpora().values()), default=0)
+    seeds = max(len(results) for results in corpora().values())
     for corpus, results in corpora().items():
         tables, first = [result["probes"][-1]["rows"] for result in results], results[0]
         for question, meaning in QUESTIONS.items():
@@ -174,8 +188,6 @@ def learning_probes() -> str:
                 others = [gained(tables, question, labels, name) for name in ("voxels", "histogram")]
                 row = [corpus, meaning, str(labels or "all"), mean_auc(ends), networks, *bases, *others, *above]
                 body.append(row + [""] * (seeds - len(above)))
-    if not body:
-        return NOT_YET
     first = next(iter(corpora().values()))[0]
     told = "; ".join(
         f"{meaning}: {first['crops'][question]:,} crops of {first['patients'][question]} patients"
@@ -201,10 +213,9 @@ def gained(
     return f"{mean:+.3f}; {', '.join(said) or 'none apart'} of {len(gains)}"
 
 
+@of_runs
 def learning_claims() -> str:
     """In how many seeds the pretrained encoder lies above untrained ones, and below, intervals apart."""
-    if not corpora():
-        return NOT_YET
     body = [
         [
             meaning,
@@ -220,10 +231,9 @@ def learning_claims() -> str:
     return rows(["pretrained on", *header], body)
 
 
+@of_runs
 def learning_null() -> str:
     """How untrained encoders compare with each other: what no training gives, measured as gains are."""
-    if not corpora():
-        return NOT_YET
     tables, body = next(iter(corpora().values()))[0]["untrained"], []
     for question, meaning in QUESTIONS.items():
         cells = []
@@ -236,6 +246,7 @@ def learning_null() -> str:
     return rows(["AUC of untrained encoders", "8 labels", "32 labels", "all"], body)
 
 
+@of_runs
 def learning_when() -> str:
     """The same on the way, at the steps that all seeds were probed at."""
     body, every = [], set()
@@ -251,6 +262,7 @@ def learning_when() -> str:
     return rows(["pretrained on", "32 labels", *(f"step {step}" for step in sorted(every))], body)
 
 
+@of_runs
 def learning_parts() -> str:
     """How much each kind of features gained over the untrained encoder's, 32 labels: mean and range over the seeds."""
     body = []
@@ -267,6 +279,7 @@ def learning_parts() -> str:
     return rows(["pretrained on", "question", "pooled", "mean cell", "[CLS]", "all"], body)
 
 
+@of_runs
 def learning_heads() -> str:
     """How the attention heads of a run changed on the way: first seed of each corpus with answers on the way."""
     body = []
@@ -279,9 +292,10 @@ def learning_heads() -> str:
             ]
             body.append([f"{corpus}, seed {result['seed']}", step, *spread])
         places = [head["place"] for head in result["probes"][0]["heads"]]
-    return rows(["pretrained on", "step", *places], body) if body else NOT_YET
+    return rows(["pretrained on", "step", *places], body)
 
 
+@of_runs
 def learning_look() -> str:
     """What is logged on the way, means over the seeds and their range where they differ."""
     columns = {
