@@ -21,7 +21,7 @@ def test_two_planted_cases_and_their_patients_are_found(tmp_path):
     files.write_text(tmp_path / "run" / "weights" / "model.safetensors", "")
     for weights in (tmp_path / "run", tmp_path / "run" / "weights" / "model.safetensors"):
         seen = leakage.seen(store, weights)
-        assert seen == (True, {"c0": "voxels", "c1": "patient", "c2": "patient", "c3": "voxels"}, {})
+        assert seen == (True, {"c0": "voxels", "c1": "patient", "c2": "patient", "c3": "voxels"}, {}, True)
     report = leakage.report(seen, ["c1", "c3", "c5"])
     assert report["same_voxels"] == {"count": 1, "cases": ["c3"]}
     assert report["same_patient"] == {"count": 1, "cases": ["c1"]}
@@ -99,3 +99,29 @@ def test_rows_without_hash_or_patient_match_nothing(tmp_path):
     leakage.record(store.rows, tmp_path / "run")
     assert leakage.seen(store, tmp_path / "run").how == {}
     assert dataclasses.asdict(small_study.PREPARATION)["crop"] == (32, 32, 64)
+
+
+@pytest.mark.parametrize("patient", [None, "0123456789ab"], ids=["none", "a hash of DICOM"])
+def test_patients_that_cannot_tell_are_not_called_none(tmp_path, patient):
+    store = made(tmp_path, 2)
+    leakage.record([{"case_id": "other", "patient": patient, "voxel_sha256": "ff"}], tmp_path / "run")
+    report = leakage.report(leakage.seen(store, tmp_path / "run"), ["c0"])
+    assert report["known"]
+    assert not report["patients_known"]
+    assert "saw none of the 1 tested cases; whether it saw other CTs of their patients is unknown" in leakage.line(
+        report
+    )
+
+
+def test_labels_learnt_in_another_preparation_or_of_another_ct_of_the_patient_are_told(tmp_path):
+    store = made(tmp_path, 6)
+    again = [{**store.rows[0], "voxel_sha256": "resampled otherwise", "source_sha256": "a"}]
+    store.rows[0]["source_sha256"] = "a"
+    leakage.record(again, tmp_path / "tuned", task="classification")
+    seen = leakage.seen(store, tmp_path / "tuned")
+    assert seen.how == {"c0": "voxels", "c1": "patient"}
+    assert seen.learnt == {"c0": ["classification"], "c1": ["classification"]}
+    patients = {row["case_id"]: row["patient"] for row in store.rows}
+    with pytest.raises(DagmanError, match=r"labels of 1 of its cases \(c0\)"):
+        leakage.refuse(seen, [], patients, "classification")
+    assert "with labels of 1 of them" in leakage.line(leakage.report(seen, ["c1"]))

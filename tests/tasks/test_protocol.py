@@ -77,6 +77,14 @@ def test_a_column_that_cannot_be_used_is_refused(splits, said):
     assert said in str(caught.value)
 
 
+def test_folds_of_a_table_are_numbered_from_0_whatever_their_names():
+    found = protocol.from_column(["fold-2", "fold-7", "fold-2"], np.array(["one", "two", "three"]), "t")
+    assert [(part.number, part.test.tolist(), part.train.tolist()) for part in found] == [
+        (0, [0, 2], [1]),
+        (1, [1], [0, 2]),
+    ]
+
+
 def test_a_patient_in_two_folds_is_refused():
     with pytest.raises(DagmanError, match=r"E-LEAK.*1 patients.*\(one\)"):
         protocol.from_column(["fold-0", "fold-1", "fold-0"], np.array(["one", "one", "two"]), "t")

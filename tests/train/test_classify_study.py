@@ -126,6 +126,23 @@ def test_labels_of_test_cases_do_not_reach_the_fit(study, store, tmp_path, monke
     assert not test & set(seen)
 
 
+def test_probabilities_know_how_frequent_the_classes_were(store):
+    network = EncoderClassifier(small_study.encoder(), 2)
+    torch.nn.init.zeros_(network.last.weight)
+    lesson = classify.ClassifyLesson(
+        network=network.eval(),
+        dataset=CaseCrops(store, (0,), (0,), network.preparation, 0),
+        identity=None,
+        store=store,
+        weights=torch.tensor([4 / (2 * 3), 4 / (2 * 1)]),
+        held_out=(),
+        held_out_numbers=(),
+    )
+    assert lesson.likely([0])[0].tolist() == [0.5, 0.5]
+    lesson.restore_shares()
+    assert lesson.likely([0])[0].tolist() == pytest.approx([0.75, 0.25])
+
+
 def halves(store, flip=False):
     sides = ["train"] * 6 + ["validation"] * 2 + ["test"] * 4
     split = PreparedStore(store.folder)

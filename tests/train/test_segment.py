@@ -1,5 +1,6 @@
 """A study of segmentation, from the store to its scores: learnt, resumed, saved, read again, or refused."""
 
+import copy
 import json
 import os
 import signal
@@ -87,6 +88,15 @@ def test_test_cases_that_pretraining_saw_are_listed(short, store, tmp_path):
     assert found["pretraining_overlap"]["same_voxels"] == {"count": 2, "cases": ["c1", "c4"]}
     unknown = training.train(small_study.encoder(), store, folder, SHORT, weights=tmp_path / "elsewhere" / "a" / "b")
     assert not unknown["pretraining_overlap"]["known"]
+
+
+def test_one_ct_with_two_masks_is_refused(store, tmp_path):
+    rows = [dict(row) for row in store.rows]
+    rows[1] |= {name: rows[0][name] for name in ("voxel_sha256", "source_sha256", "patient")}
+    twice = copy.copy(store)
+    twice.rows = rows
+    with pytest.raises(DagmanError, match=r"E-MASK.*one CT has several rows with other masks \(c0, c1\)"):
+        training.train(small_study.encoder(), twice, tmp_path, SHORT)
 
 
 def test_files_of_two_segmenters_are_not_mixed(short, tmp_path):

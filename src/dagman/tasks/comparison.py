@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dagman.tasks import delong, predictions
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.statistics import Estimate
 from dagman.tasks.table import write_rows
 
 NOTE = (
-    "Intervals draw patients again, the same for all; DeLong's p takes cases as independent, so it is too small where "
-    "a patient has several. Models are not fitted again."
+    "Intervals draw patients again, the same for all; DeLong's p takes cases as independent, so there is none where a "
+    "patient has several. Models are not fitted again."
 )
 
 
@@ -23,7 +25,7 @@ class Row(NamedTuple):
     difference: Estimate | None
     """AUC of the first less this one's; None for the first itself."""
     p: float | None
-    """DeLong's, of two classes."""
+    """DeLong's, of two classes; None where a patient has several cases, which it takes as independent."""
 
 
 def rows(found: Mapping[str, Predictions]) -> list[Row]:
@@ -40,7 +42,7 @@ def rows(found: Mapping[str, Predictions]) -> list[Row]:
             made.append(Row(name, one.auc(), None, None))
             continue
         test = None
-        if len(one.names) == 2:
+        if len(one.names) == 2 and len(np.unique(one.groups)) == len(one.groups):
             test = delong.compare(first.probability, one.probability, one.positive, one.fold)
         made.append(Row(name, one.auc(), predictions.difference(first, one), test.p if test else None))
     return made

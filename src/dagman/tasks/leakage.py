@@ -4,6 +4,7 @@ A CT that pretraining saw without its label is counted and named. Refused are we
 study's cases for the same task, and a CT that stands on two sides of the study under different names.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from dagman.errors import DagmanError, ExitCode
 CASES = "cases.jsonl"
 """Beside weights: each case that they were trained on, its patient, hash of its voxels and, for labels, the task."""
 VOXELS, PATIENT = "voxels", "patient"
+_HASH = re.compile(r"[0-9a-f]{12}")
+"""Of a DICOM PatientID, as `ct.index` gives it."""
 LISTED = 20
 
 
@@ -26,8 +29,9 @@ class Seen(NamedTuple):
     how: dict[str, str]
     """Case to `voxels` (the same CT) or `patient` (another CT of the same patient)."""
     learnt: dict[str, list[str]]
-    """Case to the tasks whose labels of it the weights were trained on. Voxels tell: another data set may use the same
-    names for its patients."""
+    """Case to the tasks whose labels, of it or of another CT of its patient, the weights were trained on."""
+    patients_known: bool = True
+    """False where patients cannot tell: some case has none, or one side has DICOM's hashes and the other names."""
 
 
 def record(
@@ -79,20 +83,31 @@ def seen(store: PreparedStore, weights: Path | None) -> Seen:
     listed = _listed(weights)
     names = ("voxel_sha256", "source_sha256", "patient")
     voxels, sources, patients = ({row.get(name) for row in listed} - {None} for name in names)
-    tasks: dict[str, set[str]] = {}
+    tasks: dict[tuple[str, str], set[str]] = {}
     for row in listed:
-        if row.get("task"):
-            tasks.setdefault(row["voxel_sha256"], set()).add(row["task"])
+        for name in names:
+            if row.get("task") and row.get(name):
+                tasks.setdefault((name, row[name]), set()).add(row["task"])
     how: dict[str, str] = {}
     learnt: dict[str, list[str]] = {}
     for row in store.rows:
-        case, voxel = str(row["case_id"]), row.get("voxel_sha256")
-        if voxel in voxels or _source(row) in sources:
+        case = str(row["case_id"])
+        keys = {name: row.get(name) for name in names} | {"source_sha256": _source(row)}
+        if keys["voxel_sha256"] in voxels or keys["source_sha256"] in sources:
             how[case] = VOXELS
-            learnt |= {case: sorted(tasks[voxel])} if voxel in tasks else {}
-        elif row.get("patient") in patients:
+        elif keys["patient"] in patients:
             how[case] = PATIENT
-    return Seen(all(row["case_id"] is not None for row in listed), how, learnt)
+        if found := set[str]().union(*(tasks.get((name, str(key)), ()) for name, key in keys.items())):
+            learnt[case] = sorted(found)
+    known = all(row["case_id"] is not None for row in listed)
+    return Seen(known, how, learnt, known and _share_patients(listed, store.rows))
+
+
+def _share_patients(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every case has a patient, named in one way on both sides."""
+    sides = [[str(row.get("patient") or "") for row in rows] for rows in (one, other)]
+    kinds = [{bool(_HASH.fullmatch(patient)) for patient in patients} for patients in sides]
+    return all(patient for patients in sides for patient in patients) and bool(kinds[0] & kinds[1])
 
 
 def twins(store: PreparedStore) -> list[list[str]]:
@@ -116,7 +131,8 @@ def refuse(what: Seen, same: Sequence[Sequence[str]], group_of: Mapping[str, str
     Raises:
         DagmanError: `E-LEAK`, exit code 4.
     """
-    learnt = [case for case in group_of if task in what.learnt.get(case, ())]
+    same_ct = [case for case in group_of if what.how.get(case) == VOXELS]
+    learnt = [case for case in same_ct if task in what.learnt.get(case, ())]
     if learnt:
         raise _leak(
             f"the weights were trained on labels of {len(learnt)} of its cases",
@@ -140,7 +156,7 @@ def _leak(problem: str, cases: Sequence[str], advice: str) -> DagmanError:
 def report(what: Seen, tested: Iterable[str]) -> dict[str, Any]:
     """Plain values for a result: how many of the tested cases the weights have seen, and which."""
     tested = list(tested)
-    found: dict[str, Any] = {"known": what.known, "tested": len(tested)}
+    found: dict[str, Any] = {"known": what.known, "patients_known": what.patients_known, "tested": len(tested)}
     by_word = {word: [case for case in tested if what.how.get(case) == word] for word in (VOXELS, PATIENT)}
     for name, cases in {**by_word, "labels": [case for case in tested if case in what.learnt]}.items():
         found[f"same_{name}"] = {"count": len(cases), "cases": sorted(cases)[:LISTED]}
@@ -150,13 +166,16 @@ def report(what: Seen, tested: Iterable[str]) -> dict[str, Any]:
 def line(found: dict[str, Any]) -> str:
     """The same for a person."""
     voxels, patient, labels = (found[f"same_{word}"] for word in (VOXELS, PATIENT, "labels"))
-    said = (
-        "" if found["known"] else "whether pretraining saw the tested cases is unknown: no list of its cases is there"
-    )
+    said = ""
+    if not found["known"]:
+        said = "whether pretraining saw the tested cases is unknown: no list of its cases is there"
+    elif not found["patients_known"]:
+        said = "whether it saw other CTs of their patients is unknown: cases lack a patient, or names differ in kind"
     if voxels["count"] or patient["count"]:
         names = ", ".join((voxels["cases"] + patient["cases"])[:5])
         how = f"with labels of {labels['count']} of them" if labels["count"] else "without their labels"
         others = f", and other CTs of the patients of {patient['count']} more" if patient["count"] else ""
         counted = f"pretraining saw {voxels['count']} of the {found['tested']} tested cases{others} ({names}), {how}"
         return f"{counted}; {said}" if said else counted
-    return said or f"pretraining saw none of the {found['tested']} tested cases"
+    none = f"pretraining saw none of the {found['tested']} tested cases"
+    return none if not said else f"{none}; {said}" if found["known"] else said

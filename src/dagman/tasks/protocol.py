@@ -101,16 +101,16 @@ def groups(
 
 
 def from_folds(fold: Shaped[np.ndarray, " cases"]) -> list[Sides]:
-    """One part for each fold, which tests it; training parts choose on what is drawn from them."""
+    """One part for each fold, numbered from 0, which tests it; training parts choose on what is drawn from them."""
     nothing = np.array([], dtype=np.int64)
     return [
         Sides(
-            number=int(number),
-            train=np.flatnonzero(fold != number),
+            number=number,
+            train=np.flatnonzero(fold != name),
             chosen=nothing,
-            test=np.flatnonzero(fold == number),
+            test=np.flatnonzero(fold == name),
         )
-        for number in np.unique(fold)
+        for number, name in enumerate(np.unique(fold))
     ]
 
 

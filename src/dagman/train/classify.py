@@ -137,7 +137,7 @@ class ClassifyLesson:
     identity: Any
     store: PreparedStore
     weights: Tensor
-    """Of each class, so that all count the same."""
+    """Of each class, so that all count the same: the inverse of its share of the cases times the number of classes."""
     held_out: tuple[int, ...]
     """Rows of the store."""
     held_out_numbers: tuple[int, ...]
@@ -158,6 +158,16 @@ class ClassifyLesson:
         likely = self.likely(self.held_out)[np.arange(len(numbers)), numbers]
         said = np.log(np.maximum(likely, 1e-12))
         return float(np.mean([said[numbers == number].mean() for number in np.unique(numbers)]))
+
+    @torch.no_grad()
+    def restore_shares(self) -> None:
+        """Let the network that has learnt know how frequent the classes were.
+
+        The loss has it believe that all are alike; from here on its probabilities are those of cases drawn as the
+        training cases were, as a linear probe's are.
+        """
+        assert isinstance(self.network, EncoderClassifier | ResNet50)
+        self.network.last.bias.sub_(self.weights.log().to(self.network.last.bias.device))
 
     def likely(self, rows: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Probabilities of cases."""
@@ -293,6 +303,7 @@ class _Study:
     def conclude(self, part: Part, lesson: ClassifyLesson, fitted: Fitted, seconds: float) -> dict[str, Any]:
         """Predict a part's test cases, write its classifier, and its result last."""
         folder, names = place(self, part), self.cohort.classes.names
+        lesson.restore_shares()
         cut = self._threshold(lesson)
         card = {
             "task": TASK,
@@ -310,7 +321,7 @@ class _Study:
         assert isinstance(network, EncoderClassifier | ResNet50)
         made = Classifier(network=network, names=names, threshold=cut, card=card)
         learnt = () if self.config.finetune.frozen else self.rows([*part.train, *part.held_out])
-        leakage.record([self.store.rows[row] for row in learnt], folder, task=TASK, start=self.weights)
+        leakage.record([self.store.rows[row] for row in learnt], folder, task=TASK, start=self.resnet or self.weights)
         classifiers.save(made, folder)
         result = {
             **card,
@@ -332,10 +343,10 @@ class _Study:
         return f"AUC {self.predicted(part, result).auc()}"
 
     def _threshold(self, lesson: ClassifyLesson) -> float:
-        """Chosen on the held-out cases of the training part; one half where they lack a class."""
+        """Chosen on the held-out cases of the training part; the share of positives where they lack a class."""
         positive = np.array(lesson.held_out_numbers) == 1
         if len(self.cohort.classes.names) > 2 or not positive.any() or positive.all():
-            return 0.5
+            return float(0.5 / lesson.weights[1])
         return threshold(lesson.likely(lesson.held_out)[:, 1], positive)
 
     def summarise(self, done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:

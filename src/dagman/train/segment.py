@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from dagman import config as configs
 from dagman import files
 from dagman.ct.store import PreparedStore, write_array
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 from dagman.figures import segmentation as figure
 from dagman.nets.encoder import Encoder
 from dagman.nets.unetr import SegmentationNetwork
@@ -179,7 +179,9 @@ def train(
     chosen = parts(plan, config.protocol)
     names, group_of = [str(row["case_id"]) for row in store.rows], dict(zip(plan.rows, plan.groups, strict=True))
     together = protocols.together(names, group_of, chosen, config.protocol)
-    leakage.refuse(leakage.seen(store, weights), leakage.twins(store), together, TASK)
+    same = leakage.twins(store)
+    leakage.refuse(leakage.seen(store, weights), same, together, TASK)
+    _refuse_two_truths(store, same)
     work = _Work(
         encoder=_with_crop(encoder, config),
         store=store,
@@ -218,6 +220,22 @@ def _with_crop(encoder: Encoder, config: SegmentConfig) -> Encoder:
     other = copy.deepcopy(encoder)
     other.preparation = replace(encoder.preparation, crop=crop)
     return other
+
+
+def _refuse_two_truths(store: PreparedStore, same: Sequence[Sequence[str]]) -> None:
+    """Refuse a CT whose voxels are foreground in one row and background in another."""
+    masks = {str(row["case_id"]): row["mask"] and row["mask"]["sha256"] for row in store.rows}
+    for cases in same:
+        if len({masks[case] for case in cases} - {None}) > 1:
+            named = ", ".join(cases[:5])
+            advice = "give each CT one label map of all that is to be found (of LIDC: scans.csv)"
+            raise DagmanError(
+                "MASK",
+                "study",
+                f"one CT has several rows with other masks ({named})",
+                advice,
+                exit_code=ExitCode.REFUSED,
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

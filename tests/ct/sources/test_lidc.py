@@ -188,6 +188,16 @@ def test_verb_writes_labels_masks_and_a_table_that_prepare_takes(
     assert "LIDC-IDRI" not in str(scan.patient)
     assert {row["patient"] for row in rows} == {"LIDC-IDRI-9999"}
     assert [row["mask"]["voxels"]["1"] > 0 for row in store.rows] == [True, True]
+    assert not table(output / "scans.csv"), "the mask of a CT is of all its nodules, and one could not be drawn"
+    written = lidc_files.write_masks(lidc.nodules(path)[:2], [tmp_path / "LIDC"], tmp_path / "whole", "drop3")
+    assert (written.nodules, written.problems) == (2, ())
+    [whole] = table(tmp_path / "whole" / "scans.csv")
+    assert (whole["case_id"], whole["patient"]) == (scan.case_id, scan.patient)
+    masks = [
+        np.asarray(nibabel.load(tmp_path / "whole" / row["mask"]).dataobj)
+        for row in (whole, *table(tmp_path / "whole" / "nodules.csv"))
+    ]
+    assert (masks[0] == masks[1] | masks[2]).all()
 
 
 def test_no_database_and_no_such_database(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -22,7 +23,7 @@ from dagman.errors import DagmanError
 from dagman.files import write_bytes, write_text
 from dagman.types import Grid, Scan
 
-LABELS, TABLE, MASKS = "labels.csv", "nodules.csv", "masks"
+LABELS, TABLE, SCANS, MASKS = "labels.csv", "nodules.csv", "scans.csv", "masks"
 CONSENSUS = 0.5
 """Share of the readings that must hold a voxel."""
 Tell = Callable[[int, int, str], None]
@@ -64,36 +65,38 @@ def write_masks(
     workers: int = 2,
     progress: Tell | None = None,
 ) -> Written:
-    """Consensus masks of the nodules whose CT is there, on its own grid, and the table that `prepare` takes.
+    """Consensus masks of the nodules whose CT is there, on its own grid, and the tables that `prepare` takes.
 
-    A CT is known by its SeriesInstanceUID. One that cannot be read costs its own nodules only.
+    `nodules.csv` has a row and a mask for each nodule that the rule keeps, to classify; `scans.csv` a row for each CT
+    with one mask of all its nodules, to segment. A CT is known by its SeriesInstanceUID. One that cannot be read costs
+    its own nodules only; one of whose nodules some cannot be drawn is not in `scans.csv`, where they would pass for
+    lung.
 
     Args:
         nodules: Of the whole database.
         sources: DICOM trees.
-        output: Gets `nodules.csv` and `masks/`.
+        output: Gets `nodules.csv`, `scans.csv` and `masks/`.
         rule: For the labels.
         workers: CTs read at a time.
         progress: Called with CTs done, CTs in all, and the case.
     """
     wanted: dict[str, list[Nodule]] = defaultdict(list)
     for nodule in nodules:
-        if label(nodule.malignancy, rule) is not None:
-            wanted[f"ct-{_hashed(nodule.scan.series_uid, 10)}"].append(nodule)
+        wanted[f"ct-{_hashed(nodule.scan.series_uid, 10)}"].append(nodule)
     scans, problems = index(sources)
     known = [(scan, wanted[name]) for scan in scans if (name := scan.case_id[: len("ct-") + 10]) in wanted]
     lost = [problem for problem in problems if not problem.ignored]
-    rows: list[list[object]] = []
+    drawn: list[_Drawn] = []
     with ThreadPoolExecutor(workers) as pool:
-        for done, (new, failed) in enumerate(
-            pool.map(lambda pair: _scan_rows(pair[0], pair[1], output, rule), known), 1
-        ):
-            rows += new
-            lost += failed
+        for one in pool.map(lambda pair: _draw(pair[0], pair[1], output, rule), known):
+            drawn.append(one)
             if progress:
-                progress(done, len(known), known[done - 1][1][0].scan.patient)
-    header: list[list[object]] = [["case_id", "image", "label", "mask", "patient"]]
-    write_text(output / TABLE, _csv(header + sorted(rows, key=str)))
+                progress(len(drawn), len(known), known[len(drawn) - 1][1][0].scan.patient)
+    rows = sorted((row for one in drawn for row in one.rows), key=str)
+    whole = sorted((one.whole for one in drawn if one.whole), key=str)
+    write_text(output / TABLE, _csv([["case_id", "image", "label", "mask", "patient"], *rows]))
+    write_text(output / SCANS, _csv([["case_id", "image", "mask", "patient"], *whole]))
+    lost += [problem for one in drawn for problem in one.problems]
     return Written(nodules=len(rows), scans=len(known), problems=tuple(lost))
 
 
@@ -103,29 +106,42 @@ def _hashed(identifier: str, digits: int) -> str:
     return hmac.new(key, identifier.encode(), "sha256").hexdigest()[:digits]
 
 
-def _scan_rows(
-    scan: Scan, nodules: Sequence[Nodule], output: Path, rule: Rule
-) -> tuple[list[list[object]], list[Problem]]:
-    """Rows of the nodules of one CT, their masks written."""
-    rows: list[list[object]] = []
-    problems = []
+class _Drawn(NamedTuple):
+    """What came of one CT."""
+
+    rows: list[list[object]]
+    """Of its nodules."""
+    whole: list[object] | None
+    """Of the CT; None where its mask would lack a nodule."""
+    problems: list[Problem]
+
+
+def _draw(scan: Scan, nodules: Sequence[Nodule], output: Path, rule: Rule) -> _Drawn:
+    """Write the masks of one CT."""
     try:
         grid = read.read(scan).own_grid
     except DagmanError as error:
-        return [], [Problem.of(error)]
+        return _Drawn([], None, [Problem.of(error)])
     if grid is None:
         raise AssertionError("a CT from a file has a grid of its own")
+    image, patient = os.path.relpath(scan.source.absolute(), output.absolute()), _hashed(nodules[0].scan.patient, 12)
+    drawn, all_nodules = _Drawn([], None, []), np.zeros(grid.shape, np.uint8)
     for nodule in nodules:
         try:
             mask = consensus(nodule, grid)
         except DagmanError as error:
-            problems.append(Problem.of(error))
+            drawn.problems.append(Problem.of(error))
             continue
-        name = f"{MASKS}/{nodule.case_id}.nii.gz"
-        _write_nifti(output / name, mask, grid)
-        image = os.path.relpath(scan.source.absolute(), output.absolute())
-        rows.append([nodule.case_id, image, label(nodule.malignancy, rule), name, _hashed(nodule.scan.patient, 12)])
-    return rows, problems
+        all_nodules |= mask
+        if (kept := label(nodule.malignancy, rule)) is not None:
+            name = f"{MASKS}/{nodule.case_id}.nii.gz"
+            _write_nifti(output / name, mask, grid)
+            drawn.rows.append([nodule.case_id, image, kept, name, patient])
+    if drawn.problems:
+        return drawn
+    name = f"{MASKS}/{scan.case_id}.nii.gz"
+    _write_nifti(output / name, all_nodules, grid)
+    return drawn._replace(whole=[scan.case_id, image, name, patient])
 
 
 def consensus(nodule: Nodule, grid: Grid, share: float = CONSENSUS) -> UInt8[np.ndarray, "columns rows slices"]:
