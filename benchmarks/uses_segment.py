@@ -4,8 +4,9 @@
 
 Three starts of one size: `pretrained` (RUN's encoder), `scratch` (the same network, new random weights) and `plain` (a
 SwinUNETR: the same without semantic attention, new random weights). Every training writes its own
-`benchmarks/results/uses/segment-sts-START-FRACTION-FOLD.json`; what is there is not run again, so that the table grows
-over several sittings, and `--part i/n` shares it out. A training that was interrupted goes on bit for bit.
+`benchmarks/results/uses/segment-sts-START-FRACTION-FOLD-seedSEED.json`; what is there, of the same steps and weights,
+is not run again, so that the table grows over several sittings, and `--part i/n` shares it out. A training that was
+interrupted goes on bit for bit.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dagman import PreparedStore, load_encoder, prepare
+from dagman import PreparedStore, files, load_encoder, prepare
 from dagman.nets.encoder import new
 from dagman.tasks import statistics
 from dagman.tasks.protocol import Protocol
@@ -160,27 +161,28 @@ def main() -> None:
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--only", help="such as pretrained-0.25-0")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", choices=["float32", "bf16"], default="bf16")
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     part, parts = map(int, arguments.part.split("/"))
-    store = sarcomas(arguments.data, arguments.work)
+    store, loaded = sarcomas(arguments.data, arguments.work), load_encoder(arguments.weights)
+    digest = files.sha256_file(loaded.report.source) if loaded.report else None
     planned = [(name, fold, fraction) for fold, fraction in PLAN for name in STARTS]
     for name, fold, fraction in planned[part::parts]:
         key = f"{name}-{fraction:g}-{fold}"
-        path = RESULTS / f"segment-sts-{key}.json"
+        path = RESULTS / f"segment-sts-{key}-seed{arguments.seed}.json"
         if arguments.only and not re.fullmatch(arguments.only, key):
             continue
-        if path.exists() and json.loads(path.read_text())["steps"] == arguments.steps:
+        about = {"steps": arguments.steps, "weights": digest if name == "pretrained" else None}
+        if path.exists() and about.items() <= json.loads(path.read_text()).items():
             continue
         found = run(name, fold, fraction, store, arguments)
         if found is None:
             print("stopped; run the same command to continue")
             return
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        files.write_json(path, found | about)
     print(table(arguments.steps, arguments.seed))
 
 

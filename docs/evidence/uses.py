@@ -91,7 +91,7 @@ def uses_classify() -> str:
     found = [json.loads(path.read_text()) for path in sorted((RESULTS / "uses").glob("classify-*.json"))]
     if not found:
         return NOT_YET
-    titles = {"sts": "lung metastasis (STS)", "adrenal": "Adrenal 28"}
+    titles = {"sts": "lung metastasis (STS)", "adrenal": "Adrenal 28 (binary shapes, no CT)"}
     body = []
     for study, title in titles.items():
         for start, name in STARTS.items():

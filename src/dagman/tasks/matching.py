@@ -206,10 +206,10 @@ class Scored:
 
     @property
     def dice_of_predicted(self) -> dict[str, float]:
-        """Mean Dice of each class over the cases that have a prediction."""
+        """Mean Dice of each class over the cases that have a prediction and whose reference holds the class."""
         dice: dict[str, list[float]] = {}
         for row in self.rows:
-            if row.case_id not in self.missing:
+            if row.case_id not in self.missing and row.scores.lesions:
                 dice.setdefault(row.name, []).append(row.scores.dice)
         return {name: float(np.mean(values)) for name, values in dice.items()}
 
