@@ -3,9 +3,9 @@
     python benchmarks/uses_classify.py --data DATA --work WORK --weights RUN [--part 0/2] [--only adrenal]
 
 STS: 40 patients in three folds, crops around the tumour: the protocol, not evidence, with 17 positives. Adrenal 28: the
-official split, a few seeds; these are binary shapes of glands, not CTs: the chain is shown, not what CTs teach. Starts:
-`probe` and `fine-tuned` (RUN's encoder), `random probe` (the same encoder untrained), `scratch` (it, trained from random
-weights), `resnet50` (MONAI's, from random weights). Every training writes its own
+official split, a few seeds; these are binary shapes of glands, not CTs: the chain is shown, not what CTs teach.
+Starts: `probe` and `fine-tuned` (RUN's encoder), `random probe` (the same encoder untrained), `scratch` (it, trained
+from random weights), `resnet50` (MONAI's, from random weights). Every training writes its own
 `benchmarks/results/uses/classify-STUDY-START-seedSEED.json`; what is there, of the same weights, is not run again, so
 that the table grows over several sittings, and `--part i/n` shares it out. A training that was interrupted goes on bit
 for bit.

@@ -25,8 +25,8 @@ RULES = {
     "field's diagonal; counted under `states`, never dropped",
     "lesions": "connected parts of the reference (26 neighbours), found where one voxel is predicted; false positives "
     "are parts of the prediction without a voxel of the reference",
-    "distances": "hd95_mm: the larger of the two directed 95th percentiles between surfaces (MONAI's; medpy pools them); "
-    "nsd_2mm counts surface voxels within 2 mm, not their area (as MONAI; DeepMind's weighs areas)",
+    "distances": "hd95_mm: the larger of the two directed 95th percentiles between surfaces (as MONAI); nsd_2mm "
+    "counts surface voxels within 2 mm, not their area (as MONAI; DeepMind's weighs areas)",
     "interval": "95 %, bias-corrected and accelerated bootstrap over patients",
 }
 TOLD = ("dice", "hd95_mm", "nsd_2mm", "absolute_volume_error_percent", "lesion_sensitivity")
