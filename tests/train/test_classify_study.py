@@ -31,21 +31,22 @@ QUICK = FinetuneConfig(steps=16, batch_size=4, learning_rate=1e-3, layer_decay=1
 STUDY = ClassifyConfig(finetune=QUICK, positive="bright", protocol=Protocol(folds=2))
 
 
-def case(number):
+def case(number, radius=10):
     """A ball that is brighter or darker than the body."""
-    hu, mask = small_study.case(number, radius=10)
+    hu, mask = small_study.case(number, radius=radius)
     hu[mask > 0] += np.int16(0 if number % 2 else -400)
     return hu, mask
 
 
-def write(folder, count=12, *, masks=True, split=None):
-    cases = {f"c{number:02d}": case(number) for number in range(count)}
+def write(folder, count=12, *, masks=True, split=None, radius=10, patients=None):
+    cases = {f"c{number:02d}": case(number, radius) for number in range(count)}
     if not masks:
         cases = {name: (hu, None) for name, (hu, _) in cases.items()}
     table = small_study.write_cases(folder, cases, split=split)
     rows = list(csv.DictReader(table.read_text().splitlines()))
     for number, row in enumerate(rows):
         row["label"] = "bright" if number % 2 else "dark"
+        row["patient"] = f"{patients}{number}" if patients else row["patient"]
     with table.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
@@ -357,6 +358,22 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
     assert "E-FORMAT broken: " in shown or "broken.nii.gz" in shown
     attention = next(line for line in shown.splitlines() if line.startswith("Next: dagman attention --weights "))
     load_encoder(Path(attention.split()[4]))
+
+
+def test_labelled_new_cases_test_a_classifier_and_those_it_learnt_from_do_not(study, store, tmp_path, capfd):
+    command = ["classify", "predict", "--weights", str(study[0])]
+    assert cli.run([*command, "-i", str(store.folder), "-o", str(tmp_path / "own")]) == 0
+    assert "learnt from labels of 12 of these cases" in capfd.readouterr().err
+    assert not (tmp_path / "own" / "tested").exists()
+    scans = write(tmp_path / "raw", 6, radius=8, patients="elsewhere")
+    assert cli.run([*command, "-i", str(scans), "-o", str(tmp_path / "new")]) == 0
+    said = capfd.readouterr()
+    assert "6 tested cases (3 dark, 3 bright), 6 patients, frozen classifier and threshold" in said.err
+    found = predictions.read(tmp_path / "new" / "tested")
+    assert found.thresholds == (np.mean([one.threshold for one in classifier.load(study[0])]),)
+    result = json.loads((tmp_path / "new" / "tested" / "result.json").read_text())
+    assert (result["cases"], result["patients"], result["group_by"]) == (6, 6, "patient")
+    assert result["auc"]["value"] == found.auc().value > 0.8
 
 
 @pytest.mark.parametrize("sides", ["64,64", "64,64,x"])

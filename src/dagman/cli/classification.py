@@ -9,6 +9,8 @@ from dagman.cli.watching import Crop, Output, Sources, Switch, next_step, progre
 from dagman.errors import ExitCode
 
 if TYPE_CHECKING:
+    from dagman.ct.store import PreparedStore
+    from dagman.tasks.classifier import Classifier
     from dagman.tasks.embed import Origin
     from dagman.tasks.protocol import Protocol
     from dagman.tasks.table import Table
@@ -298,6 +300,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
         sources: CT files, folders, DICOM trees, a CSV (with masks, if the classifier learnt around masks), or a
             prepared store.
         output: Folder for predictions.csv, with all scans prepared into its folder `prepared`, by this call or earlier.
+            Where scans have labels of the classifier's classes (a CSV), `tested` says what the predictions are worth.
         workers: Processes that prepare scans.
         device: `cpu` or `cuda`.
     """
@@ -323,10 +326,34 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
     path = classifiers.write_predictions(table, called, first.names, output)
     say(f"{len(called)} cases: " + ", ".join(f"{called.count(name)} {name}" for name in first.names))
     say(f"wrote {path}")
+    _tested(table, loaded, store, weights, output / "tested")
     if isinstance(first.network, EncoderClassifier) and first.network.encoder.config.has_cls:
         place = classifiers.places(weights)[0]
         next_step(f"dagman attention --weights {place} -i SCANS -o {output / 'attention'}")
     return ExitCode.REJECTED if rejected or len(rows) < len(store) else ExitCode.OK
+
+
+def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", weights: Path, folder: Path) -> None:
+    """Where new cases have labels, say and write what the predictions are worth."""
+    from dagman.tasks import classifier as classifiers
+    from dagman.tasks import leakage, predictions
+    from dagman.tasks.classify import TASK
+
+    seen = [leakage.seen(store, place) for place in classifiers.places(weights)]
+    learnt = {case for one in seen for case, tasks in one.learnt.items() if TASK in tasks}
+    found = classifiers.tested(table, loaded, learnt)
+    if learnt:
+        say(f"the classifier learnt from labels of {len(learnt)} of these cases or their patients: they test nothing")
+    if not found:
+        return
+    more = {
+        "method": f"{len(loaded)} classifiers of {weights}, tested on cases that they did not learn from",
+        "protocol": "frozen classifier and threshold",
+        "pretraining_overlap": leakage.report(seen[0], found.case_ids),
+    }
+    paths = predictions.write(found, folder, more)
+    _say(predictions.summary(found) | more)
+    say(f"wrote {' and '.join(map(str, paths))}")
 
 
 def _prepared(sources: list[Path], stored: Path, preparation: "Preparation", workers: int) -> int:

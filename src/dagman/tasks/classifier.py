@@ -5,7 +5,7 @@ A folder: `weights/` (which every verb that takes an encoder reads; a ResNet's `
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dagman.nets.encoder import Encoder
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.tasks.classify import TASK, Probe
 from dagman.tasks.embed import Origin, mean_per_case, suited
+from dagman.tasks.predictions import Predictions
 from dagman.tasks.table import Table, write_rows
 from dagman.types import Preparation
 
@@ -217,14 +218,46 @@ def predict(
     tables = [probabilities(each.network, store, rows, device=device, progress=progress) for each in classifiers]
     mean = np.mean([table.features for table in tables], axis=0)
     names = classifiers[0].names
-    if len(names) == 2:
-        cut = float(np.mean([each.threshold for each in classifiers]))
-        called = (mean[:, 1] >= cut).astype(int)
-    else:
-        called = mean.argmax(axis=1)
+    called = (mean[:, 1] >= _cut(classifiers)).astype(int) if len(names) == 2 else mean.argmax(axis=1)
     first = tables[0]
     table = Table(case_ids=first.case_ids, patients=first.patients, labels=first.labels, features=mean)
     return table, [names[number] for number in called]
+
+
+def _cut(classifiers: Sequence[Classifier]) -> float:
+    return float(np.mean([each.threshold for each in classifiers]))
+
+
+def tested(table: Table, classifiers: Sequence[Classifier], learnt: Container[str]) -> Predictions | None:
+    """What predictions of cases that have a label are worth, at the threshold that the classifiers came with.
+
+    Args:
+        table: From `predict`.
+        classifiers: Which made it.
+        learnt: Cases whose labels they learnt from; they test nothing.
+
+    Returns:
+        None where no case has a label that is one of the classes.
+    """
+    names = classifiers[0].names
+    rows = sorted(
+        (row for row, case in enumerate(table.case_ids) if table.labels[row] in names and case not in learnt),
+        key=lambda row: table.case_ids[row],
+    )
+    if not rows:
+        return None
+    known = all(table.patients[row] for row in rows)
+    return Predictions(
+        case_ids=tuple(table.case_ids[row] for row in rows),
+        groups=np.array([table.patients[row] if known else table.case_ids[row] for row in rows]),
+        labels=np.array([names.index(str(table.labels[row])) for row in rows]),
+        names=names,
+        fold=np.zeros(len(rows), dtype=np.int64),
+        probabilities=table.features[rows],
+        thresholds=(_cut(classifiers),),
+        group_by="patient" if known else "case",
+        num_unlabelled=len(table.case_ids) - len(rows),
+    )
 
 
 def write_predictions(table: Table, called: Sequence[str], names: Sequence[str], folder: Path) -> Path:
