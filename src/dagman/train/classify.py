@@ -229,7 +229,7 @@ def finetune(
         resnet=resnet,
         seen=leakage.seen(store, resnet or weights),
     )
-    refuse_mirrored_sides(study.cohort.classes.names, keep_sides=config.keep_sides)
+    refuse_mirrored_sides(study.cohort.classes.names, keep_sides=config.keep_sides, say=say)
     leakage.refuse(study.seen, leakage.twins(store), study.cohort.together, TASK)
     parts = study.cohort.parts
     if resnet and config.network == "resnet50":

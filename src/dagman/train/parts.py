@@ -10,6 +10,10 @@ from dagman.errors import DagmanError
 from dagman.tasks.protocol import Part
 from dagman.train.finetune import FinetuneConfig, Fitted, Lesson, Progress, finished, fit, forget
 
+_SIDE = re.compile(r"(?i:(?<![a-z])(left|right)(?![a-z]))|(?<![A-Za-z])[LlRr](?![A-Za-z0-9])|(Left|Right)(?![a-z])")
+"""A side as a word, as a letter of its own (not the L of L1), or at the start of a part of a CamelCase name."""
+_UNNAMED = re.compile(r"label \d+")
+
 
 @runtime_checkable
 class Study(Protocol):
@@ -81,17 +85,26 @@ def learn(
     return done
 
 
-def refuse_mirrored_sides(classes: Sequence[str], *, keep_sides: bool) -> None:
+def refuse_mirrored_sides(classes: Sequence[str], *, keep_sides: bool, say: Callable[[str], None]) -> None:
     """Whoever mirrors crops swaps left and right.
+
+    Args:
+        classes: Their names: words (left lung, kidney_l, RightAtrium) tell sides, numbers do not.
+        keep_sides: Crops are not mirrored.
+        say: Hears a warning about classes whose names tell nothing.
 
     Raises:
         DagmanError: `E-CONFIG` where classes name a side and crops are mirrored.
     """
-    sided = [name for name in classes if {"left", "right"} & set(re.findall(r"[a-z]+", name.lower()))]
-    if sided and not keep_sides:
+    if keep_sides:
+        return
+    if sided := [name for name in classes if _SIDE.search(name)]:
         raise DagmanError(
             "CONFIG",
             "keep_sides",
             f"is off, and classes name a side ({', '.join(sided[:4])}), which mirrored crops swap",
             "add --keep-sides",
         )
+    unnamed = [name for name in classes if _UNNAMED.fullmatch(name)]
+    if len(unnamed) > 1:
+        say(f"crops are mirrored: where {', '.join(unnamed[:4])} are left and right of one thing, add --keep-sides")

@@ -175,7 +175,7 @@ def train(
     config = config or SegmentConfig()
     suited(store, encoder.preparation)
     plan = study(store.folder, stored(store), labels=config.labels, group_by=config.protocol.group_by)
-    refuse_mirrored_sides(plan.classes.names, keep_sides=config.keep_sides)
+    refuse_mirrored_sides(plan.classes.names, keep_sides=config.keep_sides, say=say)
     chosen = parts(plan, config.protocol)
     names, group_of = [str(row["case_id"]) for row in store.rows], dict(zip(plan.rows, plan.groups, strict=True))
     together = protocols.together(names, group_of, chosen, config.protocol)
