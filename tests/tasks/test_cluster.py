@@ -55,6 +55,17 @@ def test_distances_within_and_between_on_a_rectangle():
     assert values["silhouette"] == pytest.approx(1 - 2 / values["inter"])
 
 
+def test_two_crops_of_one_structure_are_no_pair():
+    points = np.array([[0.0], [0.1], [2.0], [10.0], [10.1]])
+    labels, structures = np.array(["a", "a", "a", "b", "b"]), np.array([1, 1, 2, 3, 3])
+    values = separation.measured(separation.between(points), labels, structures)
+    assert values["intra"] == pytest.approx([2, 1.9, 1.95, np.nan, np.nan], nan_ok=True)
+    assert values["inter"][0] == pytest.approx(10.05)
+    assert values["silhouette"] == pytest.approx(
+        [1 - 2 / 10.05, 1 - 1.9 / 9.95, 1 - 1.95 / 8.05, *[np.nan] * 2], nan_ok=True
+    )
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 5))
 def test_silhouettes_are_those_of_scikit_learn(seed, classes):

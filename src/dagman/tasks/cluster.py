@@ -151,7 +151,8 @@ def compare(
                 else voxels_of_places(store, places, first.preparation)
             )
             cases = [place.case_id for place in places]
-        runs[name] = cluster(table, groups=cases if group_by == "case" else None, seed=seed)
+        structures = None if places is None else [place.structure for place in places]
+        runs[name] = cluster(table, groups=cases if group_by == "case" else None, structures=structures, seed=seed)
         if progress:
             progress(number, len(plan))
     return runs
@@ -168,13 +169,19 @@ def require_umap() -> None:
 
 
 def cluster(
-    table: Table, *, groups: Sequence[str] | None = None, seed: int = 0, neighbours: int = NEIGHBOURS
+    table: Table,
+    *,
+    groups: Sequence[str] | None = None,
+    structures: Sequence[str] | None = None,
+    seed: int = 0,
+    neighbours: int = NEIGHBOURS,
 ) -> Clusters:
     """Lay labelled features out in a map, and measure how well their classes hold together.
 
     Args:
         table: Features with a class each; `structures.embed_places` or `embed.embed` make it.
         groups: What counts as the patient of each crop, its case for example; the table's patients where None.
+        structures: What each crop is of; crops of one structure are no pair. Each of its own where None.
         seed: Of the map and the bootstrap.
         neighbours: Of the k-NN vote, fewer where fewer crops are there.
 
@@ -189,6 +196,7 @@ def cluster(
     people = np.array(groups) if groups is not None else _patients(table)
     table, keep, left_out = _clustered(table)
     people = people[keep]
+    own = np.array(structures)[keep] if structures is not None else None
     why = _unusable(table.features)
     nothing = np.full(len(table.labels), np.nan)
     if why:
@@ -199,9 +207,9 @@ def cluster(
         drawn = lay_out(features, seed=seed)
         distances = between(features)
         values = {
-            **measured(distances / usual(distances), labels),
+            **measured(distances / usual(distances), labels, own),
             "knn": votes(distances, labels, people, neighbours),
-            **{f"map_{name}": each for name, each in measured(between(drawn), labels).items()},
+            **{f"map_{name}": each for name, each in measured(between(drawn), labels, own).items()},
         }
     return Clusters(table=table, groups=people, map=drawn, values=values, left_out=left_out, seed=seed, why=why)
 

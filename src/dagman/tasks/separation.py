@@ -31,21 +31,33 @@ def usual(distances: np.ndarray) -> float:
 
 
 def measured(
-    distances: Float[np.ndarray, "crops crops"], labels: Shaped[np.ndarray, " crops"]
+    distances: Float[np.ndarray, "crops crops"],
+    labels: Shaped[np.ndarray, " crops"],
+    structures: Shaped[np.ndarray, " crops"] | None = None,
 ) -> dict[str, Float[np.ndarray, " crops"]]:
     """Of each crop the mean distance to others of its class, to those of other classes, and its silhouette.
 
     Args:
         distances: Of all pairs.
         labels: Classes, at least two, with at least two crops each.
-    """
-    from sklearn.metrics import silhouette_samples
+        structures: What each crop is of: two crops of one structure overlap, and are no pair. Each of its own without.
 
-    same = labels[:, None] == labels
+    Returns:
+        NaN for the distance within a class, and the silhouette, of a crop whose class has no other structure.
+    """
+    own = np.arange(len(labels)) if structures is None else structures
+    names = np.unique(labels)
+    same = (labels[:, None] == labels) & (own[:, None] != own)
+    within, pairs = (distances * same).sum(axis=1), same.sum(axis=1)
+    intra = np.divide(within, pairs, out=np.full(len(labels), np.nan), where=pairs > 0)
+    to_class = np.stack([distances[:, labels == name].mean(axis=1) for name in names], axis=1)
+    nearest = np.where(labels[:, None] == names, np.inf, to_class).min(axis=1)
+    apart = np.maximum(intra, nearest)
+    other = labels[:, None] != labels
     return {
-        "intra": (distances * same).sum(axis=1) / (same.sum(axis=1) - 1),
-        "inter": (distances * ~same).sum(axis=1) / (~same).sum(axis=1),
-        "silhouette": silhouette_samples(distances, labels, metric="precomputed"),
+        "intra": intra,
+        "inter": (distances * other).sum(axis=1) / other.sum(axis=1),
+        "silhouette": np.where(apart == 0, 0.0, (nearest - intra) / np.where(apart == 0, 1.0, apart)),
     }
 
 

@@ -37,6 +37,11 @@ class Place:
     label: str
     voxel: Triple
 
+    @property
+    def structure(self) -> str:
+        """What the crop is of; crops of one structure overlap."""
+        return self.name.rpartition(".")[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
