@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import small_study
 from dagman import cli
+from dagman.cli.starting import starting_encoder
 from dagman.ct.prepare import PrepareConfig, prepare
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
@@ -358,6 +359,16 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
     assert "E-FORMAT broken: " in shown or "broken.nii.gz" in shown
     attention = next(line for line in shown.splitlines() if line.startswith("Next: dagman attention --weights "))
     load_encoder(Path(attention.split()[4]))
+
+
+def test_random_starts_fit_the_store_and_can_be_like_a_run(study, store):
+    like = starting_encoder(None, str(study[0] / "fold-0"), 1, store)
+    tuned = load_encoder(study[0] / "fold-0")
+    assert (like.config, like.preparation) == (tuned.config, tuned.preparation)
+    assert not torch.equal(next(like.parameters()), next(tuned.parameters()))
+    coarse = PreparedStore(store.folder)
+    coarse.settings = {**store.settings, "spacing_mm": 3.0}
+    assert starting_encoder(None, "dagman-tiny", 0, coarse, CROP).preparation.spacing_mm == 3.0
 
 
 def test_labelled_new_cases_test_a_classifier_and_those_it_learnt_from_do_not(study, store, tmp_path, capfd):

@@ -1,5 +1,6 @@
 """The verbs of classification: classify probe, finetune and predict, and compare."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -208,7 +209,7 @@ def finetune(
             `--network resnet50` a file of ResNet weights, or `none`.
         data: A prepared store with labels: crops around masks where there are masks, else anywhere in the volume.
         output: Folder of the study.
-        recipe: The encoder of `--weights none`.
+        recipe: Sizes, window and crop of `--weights none` and of a ResNet: a recipe's, or those of a run folder.
         network: `resnet50` is MONAI's 3D ResNet-50, to be compared with.
         which: What the linear layer sees: as `dagman embed --which`.
         crop: Voxels (x, y, z) of a crop, such as 64,64,64; the encoder's own without.
@@ -241,9 +242,9 @@ def finetune(
     require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
     require(network == "encoder" or not frozen, "--frozen", "goes with an encoder", "leave it out for a ResNet")
     start = None if fresh or network == "resnet50" else Path(weights)
-    encoder = starting_encoder(start, recipe, seed, crop)
-    say(str(encoder.report) if encoder.report else f"starting from new random weights ({network})")
     store = PreparedStore(data)
+    encoder = starting_encoder(start, recipe, seed, store, crop)
+    say(str(encoder.report) if encoder.report else f"starting from new random weights ({network})")
     learning = FinetuneConfig(
         steps=steps,
         batch_size=batch_size,
@@ -388,6 +389,9 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
     for line in comparison.lines(rows):
         print(line)
     say(comparison.NOTE)
+    shown = {str(json.loads((run / predictions.RESULT).read_text()).get("preparation")) for run in runs} - {"None"}
+    if len(shown) > 1:
+        say("Note: they were shown other windows, crops or spacings: what differs need not come of the weights")
     if any(one.group_by == "case" for one in found.values()):
         say("Note: not grouped by patient: scores may be too good, and intervals too narrow")
     if output:

@@ -11,6 +11,7 @@ from dagman.cli.watching import Crop, Output, Sources, Switch, next_step, progre
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
+    from dagman.ct.store import PreparedStore
     from dagman.nets.encoder import Encoder
     from dagman.tasks.matching import Scored
 
@@ -56,7 +57,8 @@ def train(
         weights: A run folder or .safetensors file to start from, or `none` for new random weights.
         data: A prepared store with masks.
         output: Folder of the study.
-        recipe: The encoder of `--weights none`: `dagman-tiny`, or `smit-swin-tiny` for a plain SwinUNETR.
+        recipe: Sizes, window and crop of `--weights none`: those of a recipe (`smit-swin-tiny`: a plain SwinUNETR) or
+            of a run folder.
         crop: Voxels (x, y, z) of a crop, such as 96,96,96; the encoder's own without.
         labels: Such as `2,5`, or `tumour=1+2,node=5` to join labels; all labels without.
         folds: Number of folds.
@@ -82,7 +84,8 @@ def train(
     from dagman.train import segment as training
     from dagman.train.finetune import FinetuneConfig
 
-    encoder, source = _start(weights, recipe, seed)
+    store = PreparedStore(data)
+    encoder, source = _start(weights, recipe, seed, store)
     decay = layer_decay or (1.0 if weights == "none" else 0.75)
     config = training.SegmentConfig(
         finetune=FinetuneConfig(
@@ -100,7 +103,6 @@ def train(
         protocol=Protocol(folds=folds, split=split, fraction=fraction, group_by=group_by, seed=seed),
         keep_sides=keep_sides,
     )
-    store = PreparedStore(data)
     masked = sum(row["mask"] is not None for row in store.rows)
     say(f"{masked} of {len(store)} cases have a mask; starting from {source}")
     with progress("Segmenting") as tell:
@@ -128,9 +130,9 @@ def train(
     return ExitCode.OK
 
 
-def _start(weights: str, recipe: str, seed: int) -> tuple["Encoder", str]:
+def _start(weights: str, recipe: str, seed: int, store: "PreparedStore") -> tuple["Encoder", str]:
     """The encoder every fold starts from, and where it comes from."""
-    encoder = starting_encoder(None if weights == "none" else Path(weights), recipe, seed)
+    encoder = starting_encoder(None if weights == "none" else Path(weights), recipe, seed, store)
     if encoder.report:
         say(str(encoder.report))
     return encoder, weights if encoder.report else f"new random weights of {recipe}"

@@ -357,6 +357,7 @@ class _Study:
             "method": f"fine-tuned {'head' if config.finetune.frozen else 'network'}, {config.network}",
             "source": results[0]["source"],
             "protocol": config.protocol.words,
+            "preparation": configs.to_dict(self.encoder.preparation),
             "best_steps": [result["best_step"] for result in results],
             "minutes": round(sum(result["seconds"] for result in results) / 60, 1),
             "pretraining_overlap": leakage.report(self.seen, found.case_ids),
