@@ -45,6 +45,8 @@ from dagman.types import Preparation
 SHIFT_RATIO = 0.125
 """Of a crop's side by which it may miss its place in training."""
 JITTER_RATIO = 0.1
+LEAST_TO_CUT = 10
+"""Held-out cases of each class from which a threshold is chosen: of fewer it is chance."""
 Tell = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 
@@ -343,9 +345,12 @@ class _Study:
         return f"AUC {self.predicted(part, result).auc()}"
 
     def _threshold(self, lesson: ClassifyLesson) -> float:
-        """Chosen on the held-out cases of the training part; the share of positives where they lack a class."""
+        """Chosen on the held-out cases of the training part; the share of positives where they are too few to choose.
+
+        At that share a network that weighed classes alike calls what it holds for as likely as not.
+        """
         positive = np.array(lesson.held_out_numbers) == 1
-        if len(self.cohort.classes.names) > 2 or not positive.any() or positive.all():
+        if len(self.cohort.classes.names) > 2 or min(positive.sum(), (~positive).sum()) < LEAST_TO_CUT:
             return float(0.5 / lesson.weights[1])
         return threshold(lesson.likely(lesson.held_out)[:, 1], positive)
 
