@@ -198,7 +198,8 @@ def predict(
         say(f"wrote {found.path}: {volumes}")
     if not done:
         return ExitCode.NOTHING_USABLE
-    next_step(f"dagman segment score -i {output} --reference MASKS -o {output}-scores")
+    if to == "nifti":
+        next_step(f"dagman segment score -i {output} --reference MASKS -o {output}-scores")
     return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
 
 

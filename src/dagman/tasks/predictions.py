@@ -165,7 +165,7 @@ def summary(found: Predictions) -> dict[str, Any]:
         "warning": None if found.group_by == "patient" else "not grouped by patient: scores may be too good",
         "folds": len(found.thresholds),
         "seed": found.seed,
-        "interval": "95 %, bias-corrected and accelerated bootstrap over patients, models not fitted again",
+        "interval": f"95 %, bias-corrected and accelerated bootstrap over {found.group_by}s, models not fitted again",
         **{name: vars(score) for name, score in found.scores.items()},
         **({} if binary else {"class_auc": {name: vars(score) for name, score in found.class_auc().items()}}),
         "fold_auc": found.fold_auc(),

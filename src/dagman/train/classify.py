@@ -75,6 +75,10 @@ class ClassifyConfig:
         if self.network == "resnet50" and self.finetune.batch_size < 2:
             problem = "cannot be 1: the norms of a ResNet need several crops"
             raise DagmanError("CONFIG", "finetune.batch_size", problem, "give at least 2")
+        if self.network == "resnet50" and self.finetune.frozen:
+            raise DagmanError(
+                "CONFIG", "finetune.frozen", "cannot be true of a ResNet", "freeze an encoder, or nothing"
+            )
 
 
 class CaseCrop(NamedTuple):
