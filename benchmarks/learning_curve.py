@@ -133,8 +133,9 @@ def attention_on_truth(encoder: Encoder, store: PreparedStore, device: str) -> d
     sums: dict[str, list[np.ndarray]] = {}
     for row in range(len(store)):
         draws = generator(0, "learning.look", row)
-        for name, inside in structures(store, row).items():
-            if len(sums.get(name, ())) == LOOK_VOLUMES or not inside.any():
+        enough = {name for name, parts in sums.items() if len(parts) == LOOK_VOLUMES}
+        for name, inside in structures(store, row, enough).items():
+            if name in enough or not inside.any():
                 continue
             places = np.argwhere(inside)
             middles = places[draws.integers(len(places), size=LOOKS)] + draws.integers(
@@ -163,13 +164,15 @@ def attention_on_truth(encoder: Encoder, store: PreparedStore, device: str) -> d
     return {name: {key: round(float(value), 4) for key, value in one.items()} for name, one in found.items()}
 
 
-def structures(store: PreparedStore, row: int) -> dict[str, np.ndarray]:
+def structures(store: PreparedStore, row: int, enough: set[str]) -> dict[str, np.ndarray]:
     """Name to voxels of what attention is held against in one volume; the body of real CTs is what is no air."""
-    mask, case = store.mask(row), str(store.rows[row]["case_id"])
+    case = str(store.rows[row]["case_id"])
     if "phantom" in case:
-        return {name: np.isin(mask, labels) for name, labels in PHANTOM_STRUCTURES.items()}
-    found = {"body": store.hu(row) > cases.BODY_HU}
-    if mask is not None:
+        wanted = PHANTOM_STRUCTURES.keys() - enough
+        mask = store.mask(row) if wanted else None
+        return {name: np.isin(mask, PHANTOM_STRUCTURES[name]) for name in PHANTOM_STRUCTURES if name in wanted}
+    found = {} if "body" in enough else {"body": store.hu(row) > cases.BODY_HU}
+    if (mask := store.mask(row)) is not None:
         found["nodule of one CT" if case == cases.NODULE else "tumour"] = mask > 0
     return found
 
