@@ -236,7 +236,7 @@ def test_the_image_term_has_no_gradient_outside_hidden_voxels_and_no_row_without
     [HidingConfig(ratio=0.1, hint_ratio=0.1), HidingConfig(probability=0.0), HidingConfig(kind="random", ratio=0.0)],
     ids=["all hints", "probability 0", "ratio 0"],
 )
-def test_nothing_hidden_is_no_loss_and_no_nan(settings: HidingConfig) -> None:
+def test_nothing_hidden_is_no_loss_and_tells_nothing_of_hidden_cells(settings: HidingConfig) -> None:
     model = build(dataclasses.replace(DAGMAN, hidden=settings))
     outcome, hidden, _ = run(model)
     outcome.losses.total.backward()
@@ -246,7 +246,10 @@ def test_nothing_hidden_is_no_loss_and_no_nan(settings: HidingConfig) -> None:
     for name, parameter in model.student.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-    assert all(value.isfinite() for value in outcome.diagnostics.values())
+    assert {name for name, value in outcome.diagnostics.items() if not value.isfinite()} == {
+        *("image_error_ratio", "ampd_loss_ratio", "hidden_dropped_ratio", "hidden_dropped_excess"),
+        *(f"ampd_{side}_{what}" for side in ("teacher", "student") for what in ("entropy", "variety")),
+    }
 
 
 RECIPES = {
