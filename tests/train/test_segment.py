@@ -276,7 +276,7 @@ def test_a_crop_of_one_final_token_is_refused_before_work(store, tmp_path):
 
 def test_an_empty_mask_counts_and_a_case_without_mask_is_told(tmp_path):
     cases = {f"c{number}": small_study.case(number) for number in range(5)}
-    cases["empty"] = (cases["c0"][0], np.zeros_like(cases["c0"][1]))
+    cases["empty"] = (small_study.case(7)[0], np.zeros_like(cases["c0"][1]))
     cases["bare"] = (small_study.case(9)[0], None)
     split = {name: "test" if name in ("empty", "c0") else "train" for name in cases}
     store = small_study.store(tmp_path, cases, split=split)
