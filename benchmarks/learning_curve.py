@@ -327,7 +327,7 @@ def see(encoder: Encoder, questions: Questions, device: str) -> dict[str, dict[s
 
 def networks_of(chosen: PretrainConfig, questions: Questions, arguments: argparse.Namespace) -> list[Asked]:
     """What the untrained networks answer; their features are kept in `WORK/untrained`, as all seeds share them."""
-    shown = [config.to_dict(chosen)[part] for part in ("encoder", "data")]
+    shown = [arguments.alter, *(config.to_dict(chosen)[part] for part in ("encoder", "data"))]
     key = hashlib.sha256(json.dumps(shown, sort_keys=True).encode())
     for asked in questions.values():
         key.update(np.ascontiguousarray(asked.hu))
@@ -395,6 +395,8 @@ def main() -> None:
         answers = ask(see(encoder, questions, arguments.device), questions)
         attention = attention_on_truth(encoder, store, arguments.device)
         probed.append((answers, {"step": step, "attention": attention, "heads": look_at_heads(encoder, few)}))
+    if probed[-1][1]["step"] != arguments.steps:
+        return  # someone asked the run to stop; the same command goes on
     networks = networks_of(chosen, questions, arguments) if questions else []
     baselines = baselines_of(questions, chosen.data.window_hu)
     result |= {

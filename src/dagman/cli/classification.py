@@ -301,7 +301,8 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
         sources: CT files, folders, DICOM trees, a CSV (with masks, if the classifier learnt around masks), or a
             prepared store.
         output: Folder for predictions.csv, with all scans prepared into its folder `prepared`, by this call or earlier.
-            Where scans have labels of the classifier's classes (a CSV), `tested` says what the predictions are worth.
+            Where scans have labels of the classifier's classes (a CSV), `tested` says what those of
+            a network that was fine-tuned as a whole are worth.
         workers: Processes that prepare scans.
         device: `cpu` or `cuda`.
     """
@@ -340,6 +341,8 @@ def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", 
     from dagman.tasks import leakage, predictions
     from dagman.tasks.classify import TASK
 
+    if any(each.card.get("finetune", {}).get("frozen", True) for each in loaded):
+        return  # a probe and a trained head keep no list of the cases they learnt from: these could be the same
     seen = [leakage.seen(store, place) for place in classifiers.places(weights)]
     learnt = {case for one in seen for case, tasks in one.learnt.items() if TASK in tasks}
     found = classifiers.tested(table, loaded, learnt)
