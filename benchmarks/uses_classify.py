@@ -100,7 +100,7 @@ def probed(start: str, study: str, encoder: Encoder, store: PreparedStore, weigh
     seen = encoder if start == "probe" else untrained(encoder)
     table = embed(seen, store, which="all")
     found = probing.probe(table, STUDIES[study]["protocol"])
-    overlap = leakage.report(leakage.seen(store, weights if start == "probe" else None), found.case_ids)
+    overlap = leakage.report(leakage.seen(store.rows, weights if start == "probe" else None), found.case_ids)
     return predictions.summary(found) | {"method": "linear probe", "pretraining_overlap": overlap}
 
 

@@ -65,7 +65,7 @@ if result is None:
 print("\n".join(segmentation_scores.lines(result)))
 
 # 4. Segment a scan on its own voxels; the file lies over the scan in any viewer.
-loaded = segmenter.load(work / "study" / "fold-0")
+loaded = segmenter.load(work / "study")
 (scan,), _ = index([work / "scans" / "0_image.nii.gz"])
 found = segment.predict(loaded, scan, work / "predicted")
 print(f"{found.path}: {found.volumes_cc}")

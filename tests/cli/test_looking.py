@@ -10,6 +10,7 @@ import pytest
 from dagman.cli import looking, run
 from dagman.errors import DagmanError
 from dagman.tasks import cluster as clusters
+from dagman.tasks import leakage
 
 
 def rows_of(path):
@@ -83,6 +84,7 @@ def test_attention_of_two_runs_with_heads_and_gains(scans, two_runs, tmp_path, c
     assert first["gain"]["value"] == pytest.approx(sum(gains) / 2)
     assert first["gain"]["low"] <= first["gain"]["value"] <= first["gain"]["high"]
     assert "gain_above_first" in second
+    assert "Note: second: whether pretraining saw the tested cases is unknown" in said.err
 
 
 def test_attention_of_one_run_keeps_its_short_name_and_takes_a_mask(scans, two_runs, tmp_path, capsys):
@@ -118,7 +120,13 @@ def test_whole_cases_are_clustered_by_their_label(organ_store, two_runs, tmp_pat
     monkeypatch.setattr(clusters, "require_umap", lambda: None)
     monkeypatch.setattr(clusters, "lay_out", lambda features, *, seed: features[:, :2])
     arguments = ["--weights", str(two_runs[0]), "-i", str(organ_store.folder), "-o", str(tmp_path)]
+    leakage.record(organ_store.rows[:2], two_runs[0])
     assert run(["cluster", *arguments, "--of", "cases", "--group-by", "case"]) == 0
-    assert "Note: not grouped by patient" in capsys.readouterr().err
+    (two_runs[0] / leakage.CASES).unlink()
+    said = capsys.readouterr().err
+    assert "Note: not grouped by patient" in said
+    assert "first: pretraining saw 0 of the 5 tested cases, and other CTs of the patients of 2 more" in said
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["cases"], result["classes"]) == (5, {"even": 3, "odd": 2})
+    names = sorted(row["case_id"] for row in organ_store.rows[:2])
+    assert result["pretraining_overlap"]["first"]["same_patient"] == {"count": 2, "cases": names}

@@ -91,7 +91,7 @@ def test_nifti_opens_where_the_scan_opens(tmp_path, bright, axes):
     image.set_sform(affine, code=1)
     nibabel.save(image, tmp_path / "scan.nii.gz")
     (scan,), _ = index([tmp_path / "scan.nii.gz"])
-    found = segment.predict(bright, scan, tmp_path / "out")
+    found = segment.predict([bright], scan, tmp_path / "out")
     written = nibabel.load(found.path)
     np.testing.assert_array_equal(np.asarray(written.dataobj), truth(hu))
     for form in ("get_qform", "get_sform"):
@@ -105,23 +105,46 @@ def test_nifti_opens_where_the_scan_opens(tmp_path, bright, axes):
     assert found.volumes_cc["bone"] == pytest.approx(voxels[9] * 0.008)
 
 
+def test_of_several_networks_the_mean_of_the_probabilities_counts(tmp_path, bright):
+    class Doubtful(SegmentationNetwork):
+        """Class 2 wherever it is asked, but never sure of it."""
+
+        def forward(self, images):
+            return torch.cat([torch.zeros_like(images), torch.zeros_like(images), torch.ones_like(images)], dim=1)
+
+    other = Doubtful(bright.network.encoder, 3).eval()
+    both = [bright, replace(bright, network=other)]
+    hu = body((40, 36, 34), (2.0,) * 3)
+    nibabel.save(nibabel.Nifti1Image(hu, np.eye(4) * 2), tmp_path / "scan.nii.gz")
+    (scan,), _ = index([tmp_path / "scan.nii.gz"])
+    told = []
+    found = segment.predict(both, scan, tmp_path / "out", progress=lambda *done: told.append(done))
+    mean = np.mean([segment.probabilities(each.network, hu) for each in both], axis=0)
+    numbers = np.asarray(nibabel.load(found.path).dataobj)
+    np.testing.assert_array_equal(numbers, np.array([0, 4, 9])[mean.argmax(axis=0)])
+    # The one that is sure decides, the other does not.
+    np.testing.assert_array_equal(numbers == 4, truth(hu) == 4)
+    assert told[-1][0] == told[-1][1]
+    assert sorted(told) == told
+
+
 def test_a_kill_while_a_prediction_is_noted_costs_that_note_alone(tmp_path, bright):
     named = replace(bright, digest="weights")
     for name in ("one", "two"):
         nibabel.save(nibabel.Nifti1Image(body((40, 36, 34), (2.0,) * 3), np.eye(4) * 2), tmp_path / f"{name}.nii.gz")
     one, two = index([tmp_path / "one.nii.gz", tmp_path / "two.nii.gz"])[0]
     folder = tmp_path / "out"
-    made = segment.predict(named, one, folder)
-    assert segment.before(named, one, folder) == made
-    assert segment.before(replace(named, digest="others"), one, folder) is None
-    assert segment.before(bright, one, folder) is None, "weights that no file holds are not known again"
+    made = segment.predict([named], one, folder)
+    assert segment.before([named], one, folder) == made
+    assert segment.before([replace(named, digest="others")], one, folder) is None
+    assert segment.before([bright], one, folder) is None, "weights that no file holds are not known again"
     notes = folder / segment.DONE
     notes.write_text(notes.read_text()[:-20])
-    assert segment.before(named, one, folder) is None
-    segment.predict(named, two, folder)
-    assert segment.before(named, two, folder)
-    segment.predict(named, one, folder)
-    assert segment.before(named, one, folder) == made
+    assert segment.before([named], one, folder) is None
+    segment.predict([named], two, folder)
+    assert segment.before([named], two, folder)
+    segment.predict([named], one, folder)
+    assert segment.before([named], one, folder) == made
 
 
 @pytest.mark.parametrize(("suffix", "spacing_mm"), [(".nrrd", (0.9, 1.1, 3.0)), (".mha", (3.0, 1.0, 1.0))])
@@ -134,7 +157,7 @@ def test_other_formats_and_voxels_keep_place_and_volume(tmp_path, bright, suffix
     image.SetDirection((TURN @ np.diag([1.0, -1.0, 1.0])).ravel().tolist())
     SimpleITK.WriteImage(image, str(tmp_path / f"scan{suffix}"))
     (scan,), _ = index([tmp_path / f"scan{suffix}"])
-    written = SimpleITK.ReadImage(str(segment.predict(bright, scan, tmp_path / "out").path))
+    written = SimpleITK.ReadImage(str(segment.predict([bright], scan, tmp_path / "out").path))
     for word in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
         np.testing.assert_allclose(getattr(written, word)(), getattr(image, word)(), atol=1e-4)
     ours, right = SimpleITK.GetArrayFromImage(written).transpose(2, 1, 0), truth(hu)
@@ -187,8 +210,8 @@ def series(real_data):
 
 def test_dicom_seg_refers_to_patient_and_slices(tmp_path, bright, series):
     highdicom = pytest.importorskip("highdicom", reason="the extra `seg` is not installed")
-    found = segment.predict(bright, series, tmp_path, to="dicom-seg")
-    nifti = np.asarray(nibabel.load(segment.predict(bright, series, tmp_path).path).dataobj)
+    found = segment.predict([bright], series, tmp_path, to="dicom-seg")
+    nifti = np.asarray(nibabel.load(segment.predict([bright], series, tmp_path).path).dataobj)
     written = highdicom.seg.segread(found.path)
     source = {path: pydicom.dcmread(path, stop_before_pixels=True) for path in series.files}
     first = next(iter(source.values()))
@@ -209,4 +232,4 @@ def test_dicom_seg_of_a_nifti_is_refused(tmp_path, bright):
     Path(tmp_path / "scan.nii.gz").write_bytes(gzip.compress(image.to_bytes()))
     (scan,), _ = index([tmp_path / "scan.nii.gz"])
     with pytest.raises(DagmanError, match=r"E-FORMAT.*is no DICOM"):
-        segment.predict(bright, scan, tmp_path, to="dicom-seg")
+        segment.predict([bright], scan, tmp_path, to="dicom-seg")

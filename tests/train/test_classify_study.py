@@ -330,6 +330,10 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
     assert "whether pretraining saw the tested cases is unknown" in shown.err
     result = json.loads((tmp_path / "lp" / "result.json").read_text())
     assert result["method"] == "linear probe"
+    learnt = ["classify", "predict", "--weights", str(tmp_path / "lp" / "classifier"), "-i", str(store.folder)]
+    assert cli.run([*learnt, "-o", str(tmp_path / "own")]) == 0
+    assert "learnt from labels of 12 of these cases" in capfd.readouterr().err
+    assert not (tmp_path / "own" / "tested").exists()
     few = [*probe, "-o", str(tmp_path / "few"), "--fraction", "0.7", "--draws", "2"]
     assert cli.run(few) == 0
     assert json.loads((tmp_path / "few" / "draws.json").read_text())["draws"] == 2
@@ -414,8 +418,9 @@ def test_a_probe_as_classifier_says_what_the_probe_says(store, tmp_path):
 
     encoder = small_study.encoder()
     table = embed.embed(encoder, store)
-    probe, names = probing.fit_all(table, Protocol(folds=2), positive="bright", unlabelled="refuse")
-    origin = embed.Origin(tmp_path, "pooled", store.store_id, Seen(True, {}, {}), [], 0, None)
+    probe, names, learnt = probing.fit_all(table, Protocol(folds=2), positive="bright", unlabelled="refuse")
+    assert learnt == set(table.case_ids)
+    origin = embed.Origin(tmp_path, "pooled", store.store_id, Seen(True, {}, {}), [], 0, None, [])
     made = classifier.from_probe(probe, names, encoder, origin)
     found = classifier.probabilities(made.network, store)
     np.testing.assert_allclose(found.features, probe.probabilities(table.features.astype(float)), atol=1e-4)

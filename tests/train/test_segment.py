@@ -68,7 +68,7 @@ def test_finished_folds_are_not_learnt_again_and_other_settings_are_refused(shor
 def test_a_saved_segmenter_gives_what_was_scored_and_its_encoder_is_one(short, store):
     folder, _ = short
     fold = json.loads((folder / "fold-1" / "result.json").read_text())
-    loaded = segmenter.load(folder / "fold-1")
+    (loaded,) = segmenter.load(folder / "fold-1")
     assert loaded.card["store"] == store.store_id
     assert load_encoder(folder / "fold-1").preparation == small_study.PREPARATION
     names = [row["case_id"] for row in store.rows]
@@ -99,6 +99,17 @@ def test_one_ct_with_two_masks_is_refused(store, tmp_path):
         training.train(small_study.encoder(), twice, tmp_path, SHORT)
 
 
+def test_a_study_predicts_with_all_folds_and_says_what_it_learnt_from(short, tmp_path, capsys):
+    table = small_study.write_cases(tmp_path / "raw", {f"c{number}": small_study.case(number) for number in range(2)})
+    loaded = segmenter.load(short[0])
+    assert [each.card["fold"] for each in loaded] == [0, 1, 2]
+    command = ["segment", "predict", "--weights", str(short[0]), "-i", str(table), "-o", str(tmp_path / "out")]
+    assert run(command) == 0
+    said = capsys.readouterr().err
+    assert "with 3 networks" in said
+    assert "it learnt from masks of 2 of these scans or their patients (c0, c1): they test nothing" in said
+
+
 def test_files_of_two_segmenters_are_not_mixed(short, tmp_path):
     import shutil
 
@@ -107,7 +118,7 @@ def test_files_of_two_segmenters_are_not_mixed(short, tmp_path):
     shutil.copy(folder / "fold-1" / "decoder.safetensors", tmp_path / "mixed")
     with pytest.raises(DagmanError, match=r"E-WEIGHTS.*not what was written"):
         segmenter.load(tmp_path / "mixed")
-    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*fold-0"):
+    with pytest.raises(DagmanError, match=r"E-WEIGHTS.*holds no segmenter.json.*or a fold of it"):
         segmenter.load(tmp_path)
 
 
@@ -166,7 +177,7 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
     assert run([*train, "--weights", str(tmp_path / "run")]) == 0
     told = capsys.readouterr()
     assert "label 1: 4 cases" in told.out
-    assert f"Next: dagman segment predict --weights {fold}" in told.err
+    assert f"Next: dagman segment predict --weights {study} " in told.err
     predict = ["segment", "predict", "--weights", str(fold), "-i", str(tmp_path / "raw" / "c0.nii.gz")]
     assert run([*predict, "-o", str(tmp_path / "found")]) == 0
     capsys.readouterr()

@@ -81,7 +81,7 @@ def probe(encoder: Encoder, labelled: PreparedStore, place: Path, run: Path, dev
             "positive": positive,
             "negative": negative,
             "patients": len(np.unique(study.groups)),
-            "seen": leakage.report(leakage.seen(labelled, run), study.table.case_ids),
+            "seen": leakage.report(leakage.seen(labelled.rows, run), study.table.case_ids),
         },
     }
     files.write_json(place / _PROBE, told)

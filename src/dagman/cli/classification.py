@@ -163,9 +163,10 @@ def _save_probe(
     if encoder.report is None or sha256_file(encoder.report.source) != origin.weights_sha256:
         say(f"no classifier was saved: {origin.weights} has other weights since; embed again")
         return None
-    fitted, names = classifying.fit_all(table, protocol, **given)
+    fitted, names, learnt = classifying.fit_all(table, protocol, **given)
     made = classifier.from_probe(fitted, names, encoder, origin)
-    leakage.record([], output / "classifier", start=origin.weights)
+    rows = [row for row in origin.cases if row["case_id"] in learnt]
+    leakage.record(rows, output / "classifier", task=classifying.TASK, start=origin.weights, head=True)
     classifier.save(made, output / "classifier")
     say(f"wrote {output / 'classifier'}, learnt from all labelled cases but those of the split `test`")
     return output / "classifier"
@@ -301,8 +302,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
         sources: CT files, folders, DICOM trees, a CSV (with masks, if the classifier learnt around masks), or a
             prepared store.
         output: Folder for predictions.csv, with all scans prepared into its folder `prepared`, by this call or earlier.
-            Where scans have labels of the classifier's classes (a CSV), `tested` says what those of
-            a network that was fine-tuned as a whole are worth.
+            Where scans have labels of the classifier's classes (a CSV), `tested` says what predictions are worth.
         workers: Processes that prepare scans.
         device: `cpu` or `cuda`.
     """
@@ -341,9 +341,7 @@ def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", 
     from dagman.tasks import leakage, predictions
     from dagman.tasks.classify import TASK
 
-    if any(each.card.get("finetune", {}).get("frozen", True) for each in loaded):
-        return  # a probe and a trained head keep no list of the cases they learnt from: these could be the same
-    seen = [leakage.seen(store, place) for place in classifiers.places(weights)]
+    seen = [leakage.seen(store.rows, place, head=True) for place in classifiers.places(weights)]
     learnt = {case for one in seen for case, tasks in one.learnt.items() if TASK in tasks}
     found = classifiers.tested(table, loaded, learnt)
     if learnt:

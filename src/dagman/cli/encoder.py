@@ -47,10 +47,11 @@ def embed(
         weights=start,
         which=which,
         store=store.store_id,
-        seen=leakage.seen(store, start),
+        seen=leakage.seen(store.rows, start),
         twins=leakage.twins(store),
         masks=sum(row["mask"] is not None for row in store.rows),
         weights_sha256=sha256_file(encoder.report.source) if start and encoder.report else None,
+        cases=[leakage.told(row) for row in store.rows],
     )
     if untrained:
         encoder = embedding.untrained(encoder)

@@ -1,6 +1,7 @@
 """The verbs that look into encoders, one or several side by side: attention, cluster, diversity."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -37,7 +38,7 @@ def attention(
         device: `cpu` or `cuda`.
     """
     from dagman.ct.index import index
-    from dagman.tasks import pointing, statistics
+    from dagman.tasks import leakage, pointing, statistics
     from dagman.tasks.attention import explain
 
     encoders = _loaded(weights)
@@ -50,7 +51,7 @@ def attention(
     failed = [problem for problem in problems if not problem.ignored]
     for problem in failed:
         say(str(problem))
-    looks, done = [], 0
+    looks, seen = [], []
     for number, scan in enumerate(scans, 1):
         try:
             with progress(f"Attention of {scan.case_id} ({number} of {len(scans)})") as tell:
@@ -60,20 +61,21 @@ def attention(
                 raise
             say(str(error))
             continue
-        done += 1
+        seen.append(scan)
         looks += [look.pointing for look in found.looks.values()]
         for name, (nifti, look) in found.looks.items():
             points = f", {look.shares.gain:.2f} times the body's mean inside the mask" if look.shares else ""
             say(f"{scan.case_id}, {name}: {look.lowest:.2f} to {look.highest:.2f} times uniform over the body{points}")
             say(f"wrote {nifti}")
         say(f"wrote {', '.join(str(path) for path in (found.picture, found.heads) if path)}")
-    if not done:
+    if not seen:
         return ExitCode.NOTHING_USABLE
+    overlap = _overlap(encoders, weights, leakage.scan_rows(seen))
     for row in pointing.summary(looks)["rows"]:
         if row["cases_with_gain"]:
             print(f"{row['weights']}, {row['cases_with_gain']} masks: gain {statistics.Estimate(**row['gain'])}")
-    say(f"wrote {', '.join(map(str, pointing.write(looks, output)))}")
-    return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
+    say(f"wrote {', '.join(map(str, pointing.write(looks, output, found=overlap)))}")
+    return ExitCode.REJECTED if failed or len(seen) < len(scans) else ExitCode.OK
 
 
 def cluster(
@@ -130,6 +132,8 @@ def cluster(
         runs = clusters.compare(
             encoders, store, places, which=which, group_by=group_by, seed=seed, device=device, progress=tell
         )
+    asked = {place.case_id for place in places} if places else set(next(iter(runs.values())).table.case_ids)
+    found |= _overlap(encoders, weights, [row for row in store.rows if row["case_id"] in asked])
     result = clusters.summary(runs, group_by=group_by)
     say(f"{result['crops']} crops, {len(result['classes'])} classes, {result[group_by + 's']} {group_by}s")
     for row in result["rows"]:
@@ -180,6 +184,17 @@ def diversity(
     _say_why_no_interval(rows[0]["distance_mm"])
     say(f"wrote {', '.join(map(str, heads.write(runs, output, seed=seed)))}")
     return ExitCode.OK
+
+
+def _overlap(encoders: Iterable[str], weights: list[Path], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many of the cases each encoder was trained on; said, and for the result."""
+    from dagman.tasks import leakage
+
+    found = {}
+    for name, path in zip(encoders, weights, strict=True):
+        found[name] = leakage.report(leakage.seen(rows, path), [row["case_id"] for row in rows])
+        say(f"Note: {name}: {leakage.line(found[name])}")
+    return {"pretraining_overlap": found}
 
 
 def _loaded(weights: list[Path]) -> "dict[str, Encoder]":

@@ -125,8 +125,7 @@ def train(
         print(line)
     _warn(result)
     say(f"wrote {output / 'result.json'}, {output / 'cases.csv'} and {output / 'cases.png'}")
-    first = result["folds_finished"][0]
-    next_step(f"dagman segment predict --weights {output / f'fold-{first}'} -i SCANS -o {output / 'predicted'}")
+    next_step(f"dagman segment predict --weights {output} -i SCANS -o {output / 'predicted'}")
     return ExitCode.OK
 
 
@@ -163,22 +162,23 @@ def predict(
     Run again, it goes on: what is there from the same scan and weights stays.
 
     Args:
-        weights: A fold of `dagman segment train`, such as STUDY/fold-0.
+        weights: The output folder of `dagman segment train` (the mean of its folds counts), or one fold of it.
         sources: CT files, folders, DICOM trees, or a CSV.
         output: Folder for CASE.nii.gz, or CASE.dcm.
         to: `dicom-seg` writes a DICOM segmentation with the patient's references, for DICOM input.
         device: `cpu` or `cuda`.
     """
     from dagman.ct.index import index
+    from dagman.tasks import leakage, segmenter
     from dagman.tasks import segment as segmenting
-    from dagman.tasks import segmenter
 
     loaded = segmenter.load(weights)
     scans, problems = index(sources)
     failed = [problem for problem in problems if not problem.ignored]
     for problem in failed:
         say(str(problem))
-    say(f"{len(scans)} scans; segmenting {', '.join(loaded.classes.names)}")
+    say(f"{len(scans)} scans; segmenting {', '.join(loaded[0].classes.names)} with {len(loaded)} networks")
+    _say_learnt(leakage.scan_rows(scans), segmenter.places(weights))
     done = 0
     for number, scan in enumerate(scans, 1):
         try:
@@ -201,6 +201,19 @@ def predict(
     if to == "nifti":
         next_step(f"dagman segment score -i {output} --reference MASKS -o {output}-scores")
     return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
+
+
+def _say_learnt(rows: list[dict[str, Any]], places: list[Path]) -> None:
+    """Warn of scans whose masks, or those of their patients, were learnt from: scores on them test nothing."""
+    from dagman.tasks import leakage
+    from dagman.train.segment import TASK
+
+    seen = [leakage.seen(rows, place, head=True) for place in places]
+    learnt = sorted({case for one in seen for case, tasks in one.learnt.items() if TASK in tasks})
+    if learnt:
+        named = ", ".join(learnt[:5]) + (", ..." if len(learnt) > 5 else "")
+        counted = f"it learnt from masks of {len(learnt)} of these scans or their patients"
+        say(f"Note: {counted} ({named}): they test nothing")
 
 
 @segment.command

@@ -152,7 +152,7 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
         fault_point("prepare.before_mask")
         labels, counts = np.unique(prepared.mask, return_counts=True)
         row["mask"] = {
-            "source_sha256": _source_sha256([scan.mask] if scan.mask else []),
+            "source_sha256": source_sha256([scan.mask] if scan.mask else []),
             "tiny_labels": list(prepared.tiny_labels),
             **({"rois": list(scan.rois)} if scan.rois else {}),
             "voxels": {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label},
@@ -166,7 +166,7 @@ def _brought_into_form(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepa
     """A scan as read and as stored, and the checksum of its files."""
     volume = read.read(scan)
     mask = read.read_mask_of(scan, volume)
-    digest = _source_sha256(scan.files)
+    digest = source_sha256(scan.files)
     return volume, prepare_volume(volume, config, mask.hu if mask else None), digest
 
 
@@ -235,7 +235,7 @@ def fingerprint(scan: Scan) -> Row:
     }
 
 
-def _source_sha256(files: Iterable[Path]) -> str:
+def source_sha256(files: Iterable[Path]) -> str:
     """SHA-256 of one file, or of the sorted SHA-256s of several (a series in any order)."""
     digests = sorted(sha256_file(path) for path in files)
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -243,7 +243,7 @@ def _source_sha256(files: Iterable[Path]) -> str:
 
 def refuse_other_case(scan: Scan, row: Row) -> None:
     """The store has a case of this name from another place: the same bytes are the same case, others are not."""
-    digest = medmnist.sha256(scan.files[0]) if scan.kind == "medmnist" else _source_sha256(scan.files)
+    digest = medmnist.sha256(scan.files[0]) if scan.kind == "medmnist" else source_sha256(scan.files)
     if digest != row["source_sha256"]:
         raise DagmanError(
             "DUPCASE",

@@ -118,12 +118,13 @@ def predicted(
 
 def fit_all(
     table: Table, protocol: Protocol, *, positive: str | None, unlabelled: label_rules.Unlabelled
-) -> tuple[Probe, tuple[str, ...]]:
-    """A probe of all labelled cases but those of the split `test`, to predict new cases with; and the classes."""
+) -> tuple[Probe, tuple[str, ...], set[str]]:
+    """A probe of all labelled cases but those of the split `test`, to predict new cases with; classes; its cases."""
     cohort = cohorts.cohort(table, replace(protocol, fraction=1.0), positive=positive, unlabelled=unlabelled)
     features = _usable(cohort.table)
     rows = sorted({row for part in cohort.parts for row in (*part.train, *part.held_out)})
-    return fit(features[rows], cohort.numbers[rows], _inner(cohort, rows)), cohort.classes.names
+    probe = fit(features[rows], cohort.numbers[rows], _inner(cohort, rows))
+    return probe, cohort.classes.names, {cohort.table.case_ids[row] for row in rows}
 
 
 def _inner(cohort: Cohort, rows: Any) -> np.ndarray:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ class Origin(NamedTuple):
     """Cases with a mask, seen by the crop around it."""
     weights_sha256: str | None
     """Of their file: that of a run which went on is another."""
+    cases: list[dict[str, Any]]
+    """What `leakage.record` keeps of each."""
 
 
 class _Crop(NamedTuple):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dagman import files
+from dagman.ct.case import source_sha256
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
+from dagman.types import Scan
 
 CASES = "cases.jsonl"
 """Beside weights: each case that they were trained on, its patient, hash of its voxels and, for labels, the task."""
@@ -35,7 +37,12 @@ class Seen(NamedTuple):
 
 
 def record(
-    rows: Iterable[Mapping[str, Any]], folder: Path, *, task: str | None = None, start: Path | None = None
+    rows: Iterable[Mapping[str, Any]],
+    folder: Path,
+    *,
+    task: str | None = None,
+    start: Path | None = None,
+    head: bool = False,
 ) -> None:
     """Write the cases that weights are trained on into their folder.
 
@@ -44,14 +51,17 @@ def record(
         folder: Of the run or classifier.
         task: Whose labels are learnt, such as `classification`; None for pretraining.
         start: Weights that this training starts from: their list comes first.
+        head: Only what stands on the encoder learns: whoever takes the encoder alone has seen none of it.
     """
-    said = [] if start is None else _listed(start)
-    for row in rows:
-        told = {name: row.get(name) for name in ("case_id", "patient", "voxel_sha256")} | {
-            "source_sha256": _source(row)
-        }
-        said.append(told | ({"task": task} if task else {}))
+    said = [] if start is None else [row for row in _listed(start) if not row.get("head")]
+    more = ({"task": task} if task else {}) | ({"head": True} if head else {})
+    said += [told(row) | more for row in rows]
     files.write_text(folder / CASES, "".join(map(files.json_line, said)))
+
+
+def told(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a list of cases keeps of a manifest's row."""
+    return {name: row.get(name) for name in ("case_id", "patient", "voxel_sha256")} | {"source_sha256": _source(row)}
 
 
 def _source(row: Mapping[str, Any]) -> str | None:
@@ -68,29 +78,30 @@ def _listed(weights: Path) -> list[dict[str, Any]]:
     return files.read_lines(file, required=("case_id", "patient", "voxel_sha256"))
 
 
-def seen(store: PreparedStore, weights: Path | None) -> Seen:
-    """Which cases of a store weights have seen.
+def seen(rows: Sequence[Mapping[str, Any]], weights: Path | None, *, head: bool = False) -> Seen:
+    """Which cases weights have seen.
 
     Args:
-        store: The labelled cases.
+        rows: Of the manifest of a store, or such as `scan_rows`.
         weights: A folder or file of weights; None for new random ones.
+        head: Of the classifier or segmenter that lies there as a whole, not of its encoder alone.
 
     Raises:
         DagmanError: `E-MANIFEST` for a damaged list.
     """
     if weights is None:
         return Seen(True, {}, {})
-    listed = _listed(weights)
+    listed = [row for row in _listed(weights) if head or not row.get("head")]
     names = ("voxel_sha256", "source_sha256", "patient")
     voxels, sources, patients = ({row.get(name) for row in listed} - {None} for name in names)
     tasks: dict[tuple[str, str], set[str]] = {}
-    for row in listed:
+    for learnt_row in listed:
         for name in names:
-            if row.get("task") and row.get(name):
-                tasks.setdefault((name, row[name]), set()).add(row["task"])
+            if learnt_row.get("task") and learnt_row.get(name):
+                tasks.setdefault((name, learnt_row[name]), set()).add(learnt_row["task"])
     how: dict[str, str] = {}
     learnt: dict[str, list[str]] = {}
-    for row in store.rows:
+    for row in rows:
         case = str(row["case_id"])
         keys = {name: row.get(name) for name in names} | {"source_sha256": _source(row)}
         if keys["voxel_sha256"] in voxels or keys["source_sha256"] in sources:
@@ -100,7 +111,14 @@ def seen(store: PreparedStore, weights: Path | None) -> Seen:
         if found := set[str]().union(*(tasks.get((name, str(key)), ()) for name, key in keys.items())):
             learnt[case] = sorted(found)
     known = all(row["case_id"] is not None for row in listed)
-    return Seen(known, how, learnt, known and _share_patients(listed, store.rows))
+    return Seen(known, how, learnt, known and _share_patients(listed, rows))
+
+
+def scan_rows(scans: Iterable[Scan]) -> list[dict[str, Any]]:
+    """What `seen` asks of scans that no store holds: their voxels are known by the hash of their files."""
+    return [
+        {"case_id": scan.case_id, "patient": scan.patient, "source_sha256": source_sha256(scan.files)} for scan in scans
+    ]
 
 
 def _share_patients(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:

@@ -1,6 +1,6 @@
 """Does attention point at what a mask outlines? Shares of one case, means over cases, intervals over patients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,8 +88,17 @@ def _mean(values: dict[str, float], patient_of: dict[str, str | None], seed: int
     return vars(found)
 
 
-def write(rows: Sequence[Pointing], folder: Path, *, seed: int = 0) -> list[Path]:
-    """Write `attention.csv`, a row for each case and weights, and `result.json`; returns their paths."""
+def write(
+    rows: Sequence[Pointing], folder: Path, *, seed: int = 0, found: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write `attention.csv`, a row for each case and weights, and `result.json`; returns their paths.
+
+    Args:
+        rows: Of all cases.
+        folder: Where.
+        seed: Of the bootstrap.
+        found: What else the result should say, as plain values.
+    """
     paths = [folder / "attention.csv", folder / "result.json"]
     write_rows(
         paths[0],
@@ -103,5 +112,5 @@ def write(rows: Sequence[Pointing], folder: Path, *, seed: int = 0) -> list[Path
             for row in rows
         ),
     )
-    files.write_json(paths[1], summary(rows, seed=seed))
+    files.write_json(paths[1], {**summary(rows, seed=seed), **(found or {})})
     return paths

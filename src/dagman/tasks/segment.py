@@ -1,8 +1,9 @@
 """A CT to a label map that lies where the CT lies: overlapping crops, blended, on the scan's own grid."""
 
+import functools
 import gzip
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +41,7 @@ class Outputs(NamedTuple):
 
 
 def predict(
-    segmenter: Segmenter,
+    segmenters: Sequence[Segmenter],
     scan: Scan,
     folder: Path,
     *,
@@ -52,7 +53,7 @@ def predict(
     """Write `CASE.nii.gz`, or `CASE.dcm`, with the labels on the scan's own voxels, and note it in `predictions.jsonl`.
 
     Args:
-        segmenter: From `tasks.segmenter.load`.
+        segmenters: From `tasks.segmenter.load`; of several the mean of their probabilities counts.
         scan: Any CT that `ct.index` lists.
         folder: Where the file goes.
         to: `dicom-seg` needs a DICOM series, whose patient and slices the file refers to.
@@ -66,40 +67,48 @@ def predict(
     if to == "dicom-seg" and scan.kind != "dicom":
         raise DagmanError("FORMAT", scan.source, "is no DICOM, so there is nothing to refer to", "leave out --to")
     volume = read(scan)
-    preparation = segmenter.network.encoder.preparation
+    classes, preparation = segmenters[0].classes, segmenters[0].preparation
     prepared = prepare_volume(
         volume, PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
     )
-    found = probabilities(segmenter.network, prepared.hu, device=device, precision=precision, progress=progress)
+    found = np.zeros((len(classes) + 1, *prepared.hu.shape), np.float32)
+    for number, each in enumerate(segmenters):
+        tell = progress and functools.partial(_tell, progress, number, len(segmenters))
+        likely = probabilities(each.network, prepared.hu, device=device, precision=precision, progress=tell)
+        found += likely / len(segmenters)
     x, y, z = volume.hu.shape
     own = volume.own_grid or Grid((x, y, z), volume.affine)
     numbers = most_likely(found, prepared.affine, own)
     path = _place(folder, scan, to)
     if to == "nifti":
-        write_nifti(segmenter.classes.label_map(numbers), own.affine, path)
+        write_nifti(classes.label_map(numbers), own.affine, path)
     else:
         from dagman.tasks import dicom_seg
 
-        dicom_seg.write(numbers, own, scan.files, segmenter.classes.names, path)
+        dicom_seg.write(numbers, own, scan.files, classes.names, path)
     voxel_cc = abs(float(np.linalg.det(own.affine[:3, :3]))) / 1000
-    counts = np.bincount(numbers.ravel(), minlength=len(segmenter.classes) + 1)[1:]
-    volumes = dict(zip(segmenter.classes.names, (counts * voxel_cc).tolist(), strict=True))
+    counts = np.bincount(numbers.ravel(), minlength=len(classes) + 1)[1:]
+    volumes = dict(zip(classes.names, (counts * voxel_cc).tolist(), strict=True))
     made = {"file": path.name, "sha256": files.sha256_file(path), "volumes_cc": volumes}
     files.repair_log(folder / DONE)
-    files.append_line(folder / DONE, _identity(segmenter, scan) | made)
+    files.append_line(folder / DONE, _identity(segmenters, scan) | made)
     return Outputs(path, volumes)
 
 
-def before(segmenter: Segmenter, scan: Scan, folder: Path, *, to: To = "nifti") -> Outputs | None:
+def _tell(progress: Progress, number: int, networks: int, done: int, total: int) -> None:
+    progress(number * total + done, networks * total)
+
+
+def before(segmenters: Sequence[Segmenter], scan: Scan, folder: Path, *, to: To = "nifti") -> Outputs | None:
     """What `predict` wrote earlier with the same weights of the same files, if it still lies there unchanged."""
     path = _place(folder, scan, to)
-    if not (segmenter.digest and path.is_file() and (folder / DONE).is_file()):
+    if not (all(each.digest for each in segmenters) and path.is_file() and (folder / DONE).is_file()):
         return None
     rows = files.read_lines(folder / DONE, required=("case_id", "file", "sha256", "volumes_cc"))
     found = [row for row in rows if row["file"] == path.name][-1:]
     if not found or found[0]["sha256"] != files.sha256_file(path):
         return None
-    identity = _identity(segmenter, scan)
+    identity = _identity(segmenters, scan)
     return Outputs(path, found[0]["volumes_cc"]) if identity.items() <= found[0].items() else None
 
 
@@ -107,10 +116,10 @@ def _place(folder: Path, scan: Scan, to: To) -> Path:
     return folder / f"{scan.case_id}{'.nii.gz' if to == 'nifti' else '.dcm'}"
 
 
-def _identity(segmenter: Segmenter, scan: Scan) -> dict[str, Any]:
+def _identity(segmenters: Sequence[Segmenter], scan: Scan) -> dict[str, Any]:
     """What decides a prediction."""
     source = sorted(files.sha256_file(path) for path in scan.files)
-    return {"case_id": scan.case_id, "weights": segmenter.digest, "source": source}
+    return {"case_id": scan.case_id, "weights": [each.digest for each in segmenters], "source": source}
 
 
 def probabilities(

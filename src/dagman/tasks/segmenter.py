@@ -18,6 +18,7 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.nets.unetr import SegmentationNetwork
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.tasks.classes import Classes
+from dagman.types import Preparation
 
 FORMAT = 1
 DECODER = Path("decoder.safetensors")
@@ -35,6 +36,11 @@ class Segmenter:
     """Where it comes from."""
     digest: str = ""
     """SHA-256 over its files; none where it was not read from any."""
+
+    @property
+    def preparation(self) -> Preparation:
+        """How a CT is shown to it."""
+        return self.network.encoder.preparation
 
 
 def save(segmenter: Segmenter, folder: Path) -> None:
@@ -56,12 +62,31 @@ def save(segmenter: Segmenter, folder: Path) -> None:
     files.write_json(folder / CARD, described)
 
 
-def load(folder: Path) -> Segmenter:
-    """Read a segmenter that `save` wrote.
+def load(folder: Path) -> list[Segmenter]:
+    """The segmenter that `save` wrote, or those of all folds of a study: their probabilities are averaged.
 
     Raises:
-        DagmanError: `E-WEIGHTS`, exit code 4, for a folder that is none, or whose files do not belong together.
+        DagmanError: `E-WEIGHTS`, exit code 4, for a folder that holds none, whose files do not belong together, or
+            folds that do not match.
     """
+    folders = places(folder)
+    if not folders:
+        problem, advice = f"holds no {CARD}", "give the output folder of `dagman segment train`, or a fold of it"
+        raise _refused(folder, problem, advice)
+    found = [_load(each) for each in folders]
+    first = found[0]
+    for path, other in zip(folders, found, strict=True):
+        if (other.classes, other.preparation) != (first.classes, first.preparation):
+            raise _refused(path, f"differs from {folders[0]} in classes or preparation", "give one fold")
+    return found
+
+
+def places(folder: Path) -> list[Path]:
+    """Where segmenters lie: in the folder itself, or in its folds."""
+    return [folder] if (folder / CARD).is_file() else sorted(path.parent for path in folder.glob(f"fold-*/{CARD}"))
+
+
+def _load(folder: Path) -> Segmenter:
     described = _described(folder)
     for name, digest in described["files"].items():
         if not (folder / name).is_file() or files.sha256_file(folder / name) != digest:
@@ -78,10 +103,6 @@ def _described(folder: Path) -> Mapping[str, Any]:
         described = json.loads((folder / CARD).read_text())
         if described["format"] == FORMAT and {"classes", "files", "card"} <= described.keys():
             return dict(described)
-    except FileNotFoundError:
-        raise _refused(
-            folder, f"holds no {CARD}", "give a fold of `dagman segment train`, such as OUTPUT/fold-0"
-        ) from None
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise _refused(folder / CARD, f"cannot be read as format {FORMAT}", "restore the folder, or update dagman")

@@ -233,7 +233,7 @@ def finetune(
         config=config,
         weights=weights,
         resnet=resnet,
-        seen=leakage.seen(store, resnet or weights),
+        seen=leakage.seen(store.rows, resnet or weights),
     )
     refuse_mirrored_sides(study.cohort.classes.names, keep_sides=config.keep_sides, say=say)
     leakage.refuse(study.seen, leakage.twins(store), study.cohort.together, TASK)
@@ -326,8 +326,9 @@ class _Study:
         network = lesson.network.cpu()
         assert isinstance(network, EncoderClassifier | ResNet50)
         made = Classifier(network=network, names=names, threshold=cut, card=card)
-        learnt = () if self.config.finetune.frozen else self.rows([*part.train, *part.held_out])
-        leakage.record([self.store.rows[row] for row in learnt], folder, task=TASK, start=self.resnet or self.weights)
+        learnt = [self.store.rows[row] for row in self.rows([*part.train, *part.held_out])]
+        start, head = self.resnet or self.weights, self.config.finetune.frozen
+        leakage.record(learnt, folder, task=TASK, start=start, head=head)
         classifiers.save(made, folder)
         result = {
             **card,

@@ -180,7 +180,7 @@ def train(
     names, group_of = [str(row["case_id"]) for row in store.rows], dict(zip(plan.rows, plan.groups, strict=True))
     together = protocols.together(names, group_of, chosen, config.protocol)
     same = leakage.twins(store)
-    leakage.refuse(leakage.seen(store, weights), same, together, TASK)
+    leakage.refuse(leakage.seen(store.rows, weights), same, together, TASK)
     _refuse_two_truths(store, same)
     work = _Work(
         encoder=_with_crop(encoder, config),
@@ -291,7 +291,7 @@ class _Work:
 
     def conclude(self, part: Part, lesson: SegmentLesson, fitted: Fitted, seconds: float) -> dict[str, Any]:
         """Test a fold, write its segmenter, and its result last."""
-        started, folder = time.monotonic(), place(self, part)
+        started, folder, config = time.monotonic(), place(self, part), self.config
         rows = self._test(part, lesson)
         card = {
             "task": TASK,
@@ -301,13 +301,13 @@ class _Work:
             "fold": part.number,
             "cases_learnt_from": len(part.train),
             "best_step": fitted.best_step,
-            "finetune": configs.to_dict(self.config.finetune),
+            "finetune": configs.to_dict(config.finetune),
         }
         network = lesson.network.cpu()
         assert isinstance(network, SegmentationNetwork)
         segmenter.save(Segmenter(network=network, classes=lesson.classes, card=card), folder)
-        learnt = () if self.config.finetune.frozen else (*part.train, *part.held_out)
-        leakage.record([self.store.rows[row] for row in learnt], folder, task=TASK, start=self.weights)
+        learnt = [self.store.rows[row] for row in (*part.train, *part.held_out)]
+        leakage.record(learnt, folder, task=TASK, start=self.weights, head=config.finetune.frozen)
         result = {
             **card,
             "held_out_dice": fitted.best_score,
@@ -351,7 +351,7 @@ class _Work:
             "grid": f"scores on the store's voxels of {self.store.settings['spacing_mm']:g} mm",
             "left_out": self.plan.left_out,
             "pretraining_overlap": leakage.report(
-                leakage.seen(self.store, self.weights), dict.fromkeys(row.case_id for row in rows)
+                leakage.seen(self.store.rows, self.weights), dict.fromkeys(row.case_id for row in rows)
             ),
             "best_steps": [done[number]["best_step"] for number in sorted(done)],
             "settings": configs.to_dict(config),
