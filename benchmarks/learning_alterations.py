@@ -1,6 +1,7 @@
 """What a run may differ in that no setting changes: initial values, targets, weights that change on the way.
 
 Each is a change of the package for one process, asked for by `learning_curve.py --alter NAME`; none of them is kept.
+Those that change on the way count passes of their process: run them without a stop.
 """
 
 from collections.abc import Callable

@@ -117,7 +117,9 @@ def _ask_phantom(case: int) -> list[Asked]:
         if np.abs(nodules - place).max(axis=1).min() > NEAR_VOXELS:
             asked.append(("nodule", place, "no"))
             break
-    return [(name, _cut(made.volume.hu, centre), word, str(made.patient)) for name, centre, word in asked]
+    # Of patients 2n and 2n + 1 one nodule is malignant: apart they would tell each other's class.
+    groups = {"malignancy": f"pair {made.patient // 2}"}
+    return [(name, _cut(made.volume.hu, at), word, groups.get(name, str(made.patient))) for name, at, word in asked]
 
 
 LAYOUT = ("ct_corpus/index.json", "ct_corpus/*.nii.gz", "sts/*_ct.nii.gz", "lidc/LIDC-IDRI-0314_nodule_votes.nii.gz")
@@ -159,6 +161,20 @@ def real_crops(data: Path, work: Path) -> dict[str, Crops]:
         store = real_store(data, work)
         _save(path, [crop for row in range(len(store)) for crop in _ask_scan(store, row)])
     return _load(path)
+
+
+def unseen(store: PreparedStore) -> list[int]:
+    """Every second sarcoma: rows whose tumours are asked about, for runs that leave these scans out."""
+    masked = [row for row, said in enumerate(store.rows) if said["mask"] and said["case_id"] != NODULE]
+    return masked[1::2]
+
+
+def by_sight(questions: dict[str, Crops], store: PreparedStore) -> dict[str, Crops]:
+    """The question of tumours asked apart: of the patients of `unseen`, and of the others."""
+    asked = questions["tumour"]
+    left_out = np.isin(asked.patients, [str(store.rows[row]["patient"]) for row in unseen(store)])
+    parts = {"tumour unseen": left_out, "tumour seen": ~left_out}
+    return questions | {name: Crops(*(values[part] for values in asked)) for name, part in parts.items()}
 
 
 def _ask_scan(store: PreparedStore, row: int) -> list[Asked]:

@@ -5,17 +5,15 @@
 Trains a recipe on phantoms or on the real CTs of the folder DATA (laid out as `learning_cases.LAYOUT` says), stops at
 the steps of `--at`, asks the teacher the questions of `learning_cases.py`, about real CTs only with `--data`, and goes
 on exactly where it stopped; run again, it continues. The encoder of each such step is kept in `WORK/encoders`.
-SETTINGS are pairs such as `--method.guide noisy`. Every answer stands beside those of the same encoder untrained, of
-raw voxels and of a histogram of intensities. The result is
-`WORK/results/CORPUS-NAME-seedSEED.json`, or lies in the folder of `--results`: that of the repository
+SETTINGS are pairs such as `--method.guide noisy`. Every answer stands beside those of `learning_baselines.py`. The
+result is `WORK/results/CORPUS-NAME-seedSEED.json`, or lies in the folder of `--results`: that of the repository
 (`benchmarks/results/learning`) is what `make docs` writes its tables from.
 
 For scans of your own there is no need of this: `dagman pretrain --labelled STORE` probes a run on its way.
 """
 
 import argparse
-import hashlib
-import io
+import functools
 import json
 import os
 import shutil
@@ -30,6 +28,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 import learning_alterations as alterations
+import learning_baselines as baselines
 import learning_cases as cases
 import learning_probes as probes
 from dagman import config, files, recipes
@@ -38,14 +37,12 @@ from dagman.ct.store import PreparedStore, padded_crop
 from dagman.nets.encoder import Encoder
 from dagman.nets.weights import load_encoder
 from dagman.pretext import diagnostics, examination
-from dagman.pretext.codistill import CoDistillation
-from dagman.randomness import generator, torch_seed
+from dagman.randomness import generator
 from dagman.run import Run, describe_environment
 from dagman.tasks import diversity
 from dagman.tasks.embed import encode
 from dagman.train.pretrain import pretrain
 from dagman.train.settings import PretrainConfig
-from dagman.types import Preparation
 
 METRICS = [
     *("total", "amip", "ampd", "aitd", "gitd", "seconds", "learning_rate", "weight_decay", "momentum", "grad_norm"),
@@ -57,11 +54,8 @@ PHANTOM_STRUCTURES = {name: [label] for label, name in phantom_canvas.NAMES.item
     "organs": [4, 5, 6, 7, 8, 9, 10],
     "body": list(range(1, 15)),
 }
-BINS = 16
 LOOKS, LOOK_VOLUMES = 2, 20
 """Crops of a volume, and volumes, on which attention is held against each structure."""
-UNTRAINED = 6
-"""Untrained networks that a run stands beside, of seeds 0 to 5; each run sets out from that of its own seed."""
 
 
 def features(encoder: Encoder, hu: np.ndarray, device: str) -> dict[str, np.ndarray]:
@@ -76,48 +70,6 @@ def features(encoder: Encoder, hu: np.ndarray, device: str) -> dict[str, np.ndar
         for name, part in (parts | {"all": torch.cat(list(parts.values()), dim=1)}).items():
             found.setdefault(name, []).append(part.float().cpu().numpy())
     return {name: np.concatenate(parts) for name, parts in found.items()}
-
-
-def voxels(hu: np.ndarray, window_hu: tuple[float, float]) -> dict[str, np.ndarray]:
-    """A baseline that knows no network: 8^3 means."""
-    images = torch.from_numpy(crops.window(hu, window_hu))[:, None]
-    return {probes.TOGETHER: torch.nn.functional.adaptive_avg_pool3d(images, 8).flatten(1).numpy()}
-
-
-def histogram(hu: np.ndarray, window_hu: tuple[float, float]) -> dict[str, np.ndarray]:
-    """A baseline that knows no place either: share of the voxels in 16 bins of the window."""
-    shown = crops.window(hu, window_hu).reshape(len(hu), -1)
-    bins = np.minimum((shown * BINS).astype(int), BINS - 1)
-    return {probes.TOGETHER: np.stack([(bins == number).mean(axis=1) for number in range(BINS)], axis=1)}
-
-
-def shells(hu: np.ndarray, window_hu: tuple[float, float]) -> dict[str, np.ndarray]:
-    """A baseline made by hand for what lies in the middle: intensity, deviation and slope by distance from there."""
-    shown = crops.window(hu, window_hu)
-    side = shown.shape[1]
-    away = np.linalg.norm(np.indices((side,) * 3) - (side - 1) / 2, axis=0).astype(int).ravel()
-    within = (away[:, None] == np.arange(side // 2)).astype(np.float32)
-    within /= within.sum(axis=0)
-    found = []
-    for crop in shown.astype(np.float32):
-        slope = np.sqrt(sum(step**2 for step in np.gradient(crop)))
-        mean, square = crop.ravel() @ within, crop.ravel() ** 2 @ within
-        found.append(np.concatenate([mean, np.sqrt(np.clip(square - mean**2, 0, None)), slope.ravel() @ within]))
-    return {probes.TOGETHER: np.stack(found)}
-
-
-Asked = dict[tuple[str, str, int | None], probes.Scores]
-"""(question, features, labels) -> scores."""
-
-
-def ask(seen: Mapping[str, dict[str, np.ndarray]], questions: Mapping[str, cases.Crops]) -> Asked:
-    """All probes: all features together with 8, 32 and all labels, each by itself with 32."""
-    return {
-        (question, kind, labels): probes.probe(vectors, questions[question].words, questions[question].patients, labels)
-        for question, kinds in seen.items()
-        for kind, vectors in kinds.items()
-        for labels in (probes.LABELS if kind == probes.TOGETHER else (32,))
-    }
 
 
 def attention_on_truth(encoder: Encoder, store: PreparedStore, device: str) -> dict[str, dict[str, float]]:
@@ -237,8 +189,9 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--at", type=int, nargs="*", default=[100, 300, 600])
     parser.add_argument("--volumes", type=int, default=160, help="phantoms to train on")
     parser.add_argument("--asked", type=int, default=160, help="phantoms to ask about")
+    parser.add_argument("--half", action="store_true", help="real: leave every second sarcoma out, ask of both halves")
     parser.add_argument("--alter", choices=list(alterations.ALTERATIONS), help="a change that is no setting")
-    parser.add_argument("--no-questions", action="store_true", help="train and watch, but probe nothing")
+    parser.add_argument("--questions", nargs="*", help="names of those asked; all without, none with no name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="processor threads; 0 for all")
     parser.add_argument("--results", type=Path, help="folder of the result; WORK/results without it")
@@ -256,15 +209,20 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
 def gather(arguments: argparse.Namespace, side: int) -> tuple[PreparedStore, dict[str, cases.Crops]]:
     """What is trained on, and the questions with crops of `side`."""
     work, questions = arguments.work, {}
-    if not arguments.no_questions:
+    if arguments.questions != []:
         questions = cases.phantom_crops(work / f"phantom_crops_{arguments.asked}.npz", arguments.asked)
         if arguments.data:
             questions |= cases.real_crops(arguments.data, work)
     if arguments.corpus == "real":
         store = cases.real_store(arguments.data, work)
+        if arguments.half:
+            questions = cases.by_sight(questions, store) if questions else questions
+            left_out = cases.unseen(store)
+            store.rows = [said for row, said in enumerate(store.rows) if row not in left_out]
     else:
         store = cases.phantom_store(work / f"phantoms_{arguments.volumes}", arguments.volumes)
-    return store, {name: asked._replace(hu=asked.middle(side)) for name, asked in questions.items()}
+    chosen = {name: asked for name, asked in questions.items() if name in (arguments.questions or questions)}
+    return store, {name: asked._replace(hu=asked.middle(side)) for name, asked in chosen.items()}
 
 
 def about(arguments: argparse.Namespace, settings: Mapping[str, str], chosen: PretrainConfig) -> dict[str, Any]:
@@ -275,6 +233,7 @@ def about(arguments: argparse.Namespace, settings: Mapping[str, str], chosen: Pr
         "seed": arguments.seed,
         "settings": settings,
         "altered": arguments.alter,
+        **({"half": True} if arguments.half else {}),
         "config": config.to_dict(chosen),
         "steps": arguments.steps,
     }
@@ -285,6 +244,8 @@ def trained(
 ) -> Iterator[tuple[int, Encoder]]:
     """The encoder at each step that is asked for, kept in `WORK/encoders`; fewer where someone stops the run."""
     run, kept = Run(arguments.work / "runs" / name), arguments.work / "encoders" / name
+    if run.config_file.exists() and run.config_file.read_text() != config.to_yaml(chosen):
+        raise SystemExit(f"{run.folder} was trained with other settings; give another --name or --work")
     for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
         folder = kept / str(step)
         if not folder.exists():
@@ -308,68 +269,21 @@ def trained(
         yield step, load_encoder(folder)
 
 
-def untrained(chosen: PretrainConfig, seed: int) -> Encoder:
-    """The encoder that a run of this seed sets out from."""
-    torch.manual_seed(torch_seed(seed, "weights"))
-    module = CoDistillation(chosen.encoder, chosen.method, mean_intensity=0.5, crop=chosen.data.crop)
-    encoder = module.teacher.encoder.eval()
-    encoder.preparation = Preparation(window_hu=chosen.data.window_hu, crop=chosen.data.crop)
-    return encoder
-
-
-Questions = Mapping[str, cases.Crops]
-
-
-def see(encoder: Encoder, questions: Questions, device: str) -> dict[str, dict[str, np.ndarray]]:
+def see(encoder: Encoder, questions: baselines.Questions, device: str) -> dict[str, dict[str, np.ndarray]]:
     """Features of the crops of all questions."""
     return {question: features(encoder, asked.hu, device) for question, asked in questions.items()}
 
 
-def networks_of(chosen: PretrainConfig, questions: Questions, arguments: argparse.Namespace) -> list[Asked]:
-    """What the untrained networks answer; their features are kept in `WORK/untrained`, as all seeds share them."""
-    shown = [arguments.alter, *(config.to_dict(chosen)[part] for part in ("encoder", "data"))]
-    key = hashlib.sha256(json.dumps(shown, sort_keys=True).encode())
-    for asked in questions.values():
-        key.update(np.ascontiguousarray(asked.hu))
-    answers = []
-    for seed in range(UNTRAINED):
-        path = arguments.work / "untrained" / f"{key.hexdigest()[:16]}-{seed}.npz"
-        if not path.exists():
-            seen = see(untrained(chosen, seed), questions, arguments.device)
-            flat = {
-                f"{question} {kind}": vectors for question, kinds in seen.items() for kind, vectors in kinds.items()
-            }
-            stream = io.BytesIO()
-            np.savez(stream, **flat)  # type: ignore[arg-type]
-            files.write_bytes(path, stream.getvalue())
-        with np.load(path) as stored:
-            kinds: dict[str, dict[str, np.ndarray]] = {}
-            for named, vectors in stored.items():
-                question, kind = named.split(" ")
-                kinds.setdefault(question, {})[kind] = vectors
-        answers.append(ask(kinds, questions))
-    return answers
-
-
-def baselines_of(questions: Questions, window_hu: tuple[float, float]) -> dict[str, Asked]:
-    """What needs no network: voxels, intensities, shells; and intensities told shuffled labels, which shows chance."""
-    draws = generator(0, "learning.shuffled")
-    shuffled = {name: asked._replace(words=draws.permutation(asked.words)) for name, asked in questions.items()}
-    ways = {"voxels": voxels, "histogram": histogram, "shells": shells}
-    return {
-        name: ask({question: way(asked.hu, window_hu) for question, asked in questions.items()}, questions)
-        for name, way in ways.items()
-    } | {"shuffled labels": ask({name: histogram(asked.hu, window_hu) for name, asked in questions.items()}, shuffled)}
-
-
-def table(asked: Asked, networks: list[Asked], baselines: Mapping[str, Asked]) -> list[dict[str, Any]]:
+def table(
+    asked: baselines.Asked, networks: list[baselines.Asked], others: Mapping[str, baselines.Asked]
+) -> list[dict[str, Any]]:
     """One row a probe: its AUC, how much it lies above a random untrained network, and above each baseline."""
     rows = []
     for key, scores in asked.items():
         row = dict(zip(("question", "features", "labels"), key, strict=True)) | {"auc": probes.estimate(scores)}
         row["above untrained"] = probes.above(scores, [one[key] for one in networks])
-        for name, others in baselines.items():
-            row[f"above {name}"] = probes.estimate(scores, others[key]) if key in others else None
+        for name, other in others.items():
+            row[f"above {name}"] = probes.estimate(scores, other[key]) if key in other else None
         rows.append(row)
     return rows
 
@@ -387,18 +301,21 @@ def main() -> None:
     store, questions = gather(arguments, chosen.data.crop[0])
     name, result = f"{arguments.corpus}-{arguments.name}-seed{arguments.seed}", about(arguments, settings, chosen)
     path = arguments.results / f"{name}.json"
-    if path.exists() and any(json.loads(path.read_text())[key] != value for key, value in result.items()):
+    if path.exists() and any(json.loads(path.read_text()).get(key) != value for key, value in result.items()):
         raise SystemExit(f"{path} is of other settings; give another --name or --results")
     few = np.stack([store.hu(row, (40, 40, 40), chosen.data.crop) for row in range(8)])
-    probed: list[tuple[Asked, dict[str, Any]]] = []
-    for step, encoder in [(0, untrained(chosen, arguments.seed)), *trained(chosen, store, arguments, name)]:
-        answers = ask(see(encoder, questions, arguments.device), questions)
+    probed: list[tuple[baselines.Asked, dict[str, Any]]] = []
+    for step, encoder in [(0, baselines.untrained(chosen, arguments.seed)), *trained(chosen, store, arguments, name)]:
+        answers = baselines.ask(see(encoder, questions, arguments.device), questions)
         attention = attention_on_truth(encoder, store, arguments.device)
         probed.append((answers, {"step": step, "attention": attention, "heads": look_at_heads(encoder, few)}))
     if probed[-1][1]["step"] != arguments.steps:
         return  # someone asked the run to stop; the same command goes on
-    networks = networks_of(chosen, questions, arguments) if questions else []
-    baselines = baselines_of(questions, chosen.data.window_hu)
+    networks: list[baselines.Asked] = []
+    if questions:
+        look = functools.partial(see, questions=questions, device=arguments.device)
+        networks = baselines.networks(chosen, questions, arguments.work / "untrained", arguments.alter, look)
+    plain = baselines.without_network(questions, chosen.data.window_hu)
     result |= {
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_environment()["versions"],
@@ -406,8 +323,9 @@ def main() -> None:
         "crops": {question: len(asked.words) for question, asked in questions.items()},
         "patients": {question: len(set(asked.patients)) for question, asked in questions.items()},
         "untrained": [table(one, [other for other in networks if other is not one], {}) for one in networks],
-        "baselines": {kind: table(asked, networks, {}) for kind, asked in baselines.items()},
-        "probes": [looks | {"rows": table(answers, networks, baselines)} for answers, looks in probed],
+        "baselines": {kind: table(asked, networks, {}) for kind, asked in plain.items()},
+        "chance": baselines.chance(questions, chosen.data.window_hu),
+        "probes": [looks | {"rows": table(answers, networks, plain)} for answers, looks in probed],
         "curve": curve(Run(arguments.work / "runs" / name)),
     }
     files.write_json(path, result)

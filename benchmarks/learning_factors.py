@@ -1,6 +1,10 @@
-"""What decides whether it learns: short runs of `dagman-tiny` with a learned token, each with one factor changed.
+"""What decides whether it learns: short runs of `dagman-tiny`, each with one factor changed.
 
     python benchmarks/learning_factors.py --work WORK [--data DATA] [--seed 0] [--part 0/2]
+    python benchmarks/learning_factors.py --work WORK [--data DATA] [--seed 0] [--part 0/2] --today
+
+Without `--today`: all factors, 150 steps without a probe, of the recipe as it was when its hidden token was learned.
+With it: those that matter most, of the recipe as it is, 300 steps, and which organ it is asked at the end.
 
 On the real CTs of DATA, or on phantoms without. Each run writes `WORK/results/CORPUS-factor-NAME-seedSEED.json`, or
 into the folder of `--results`; what is there is not run again: the table grows over several sittings. `--part i/n` does
@@ -74,6 +78,20 @@ FACTORS: dict[str, dict[str, str]] = {
     "float32": {"optimisation.precision": "float32"},
 }
 """What is changed, the most telling first; a name of `learning_alterations.py` also alters what no setting changes."""
+TODAY = {
+    "as-it-is": {},
+    **{
+        name: FACTORS[name]
+        for name in (
+            *("rate-1e-3", "centering", "one-pair-a-volume", "noisy-guide", "warmer-teacher", "one-patch-center"),
+            *("no-warm-up", "prototypes-1024", "momentum-.996", "rate-2e-4"),
+        )
+    },
+    "residual-position": {"encoder.attention.position": "residual"},
+    "paper-weights": FACTORS["paper-weights"],
+    "learned-token": {"encoder.hidden_token": "learned"},
+}
+"""The same of the recipe as it is."""
 BASE = {"optimisation.precision": "bf16", "encoder.hidden_token": "learned"}
 """Of all runs but those about it: the recipe as it was before this table changed its hidden token."""
 
@@ -83,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="folder of real CTs; phantoms without")
-    parser.add_argument("--steps", type=int, default=2 * alterations.HALF)
+    parser.add_argument("--today", action="store_true", help="of the recipe as it is, longer, and probed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--threads", type=int, default=0)
@@ -92,18 +110,24 @@ def main() -> None:
     results = arguments.results or arguments.work / "results"
     corpus = "real" if arguments.data else "phantoms"
     part, parts = map(int, arguments.part.split("/"))
-    for name, settings in list(FACTORS.items())[part::parts]:
-        if (results / f"{corpus}-factor-{name}-seed{arguments.seed}.json").exists():
+    factors, prefix = (TODAY, "today") if arguments.today else (FACTORS, "factor")
+    steps, questions = (300, ["organ"]) if arguments.today else (2 * alterations.HALF, [])
+    for name, settings in list(factors.items())[part::parts]:
+        if (results / f"{corpus}-{prefix}-{name}-seed{arguments.seed}.json").exists():
             continue
         script = Path(__file__).with_name("learning_curve.py")
-        common = ["--work", arguments.work, "--steps", arguments.steps, "--seed", arguments.seed, "--no-questions"]
-        common += ["--results", results]
+        common = ["--work", arguments.work, "--steps", steps, "--seed", arguments.seed, "--results", results]
+        common += ["--questions", *questions]
         if arguments.data:
             common += ["--data", arguments.data, "--corpus", corpus]
-        if name in alterations.ALTERATIONS:
+        if name in alterations.ALTERATIONS and not arguments.today:
             common += ["--alter", name]
-        chosen = [word for key, value in (BASE | settings).items() for word in (f"--{key}", value)]
-        command = [sys.executable, script, "--name", f"factor-{name}", "--threads", arguments.threads, "--at"]
+        chosen = [
+            word
+            for key, value in (settings if arguments.today else BASE | settings).items()
+            for word in (f"--{key}", value)
+        ]
+        command = [sys.executable, script, "--name", f"{prefix}-{name}", "--threads", arguments.threads, "--at"]
         print(f"{name}: {' '.join(chosen) or 'the recipe'}", flush=True)
         subprocess.run(list(map(str, [*command, *common, *chosen])), check=True)
 

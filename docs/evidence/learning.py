@@ -3,30 +3,28 @@
 import functools
 import json
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from common import NOT_YET, RESULTS, ROOT, interval, load, machine, number, rows
+from common import NOT_YET, RESULTS, interval, machine, measured, number, rows
 
 LOOKED_AT = (1, 100, 300, 600, 1000)
 LAST_ROWS = 2
 """Points of a thinned curve that stand for its end: about the last fifth of the steps."""
-STUDENT = {3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
-"""Degrees of freedom -> 97.5th percentile of Student's t."""
+STOPS = (0, 100, 200, 300, 600, 1000)
+"""Steps at which the recorded runs were asked."""
 
 QUESTIONS = {
     "organ": "phantoms: which of 8 organs",
     "malignancy": "phantoms: malignant nodule or benign",
     "nodule": "phantoms: a nodule in the crop or none",
-    "tumour": "CTs: tumour or a place like it",
-    "side": "CTs: left or right",
+    "tumour": "CTs it saw unlabelled: tumour or a place like it",
+    "side": "CTs it saw unlabelled: left or right",
 }
 BASELINES = {
     "voxels": "8^3 voxels",
     "histogram": "histogram",
     "shells": "shells",
-    "shuffled labels": "shuffled",
 }
 
 
@@ -94,32 +92,12 @@ def learning_reach() -> str:
         [meaning, target, *(from_to(first, end, column) for first, end in zip(firsts, ends, strict=True))]
         for meaning, (column, target) in wanted.items()
     ]
-    knows = [
-        1 - math.log(optimisation["batch_size"] / data["pairs_per_volume"]) / math.log(heads["num_prototypes"])
-        for optimisation, data, heads in (
-            (chosen["optimisation"], chosen["data"], chosen["method"]["heads"])
-            for chosen in (result["config"] for result in results)
-        )
-    ]
-    said = "AITD, GITD / ln K of a student that knows which volume of the batch it sees, and no more"
-    body.insert(4, [said, "", *(number(value) for value in knows)])
-    for structure in ("body", "organs", "heart", "aorta", "nodule", "tumour", "nodule of one CT"):
-        before = [result["probes"][0]["attention"].get(structure) for result in results]
-        gains = [result["probes"][-1]["attention"].get(structure) for result in results]
-        cells = [f"{old['gain']:.2f}, {gain_of(new)}" if new else "" for old, new in zip(before, gains, strict=True)]
-        if any(cells):
-            aim = "2" if structure in ("organs", "nodule", "nodule of one CT") else ""
-            body.append([f"attention / volume on: {structure}", aim, *cells])
     body.append(["steps", "", *(str(result["steps"]) for result in results)])
     body.append(
         ["minutes", "", *(number(end["seconds"] * r["steps"] / 60, 0) for r, end in zip(results, ends, strict=True))]
     )
     header = ["", "aim", *(f"{result['corpus']}, seed {result['seed']}" for result in results)]
-    told = (
-        "Each cell: at the first step (attention: where the run set out), then at the end (mean of the last fifth of "
-        "the steps); attention with its interval over volumes, and in [] that of each map against the truth of another "
-        "crop"
-    )
+    told = "Each cell: at the first step, then at the end (mean of the last two points of the curve, about a fifth)"
     return rows(header, body) + f"\n\n{told}. One thread a run, two runs side by side. {machine(results[0])}."
 
 
@@ -128,10 +106,66 @@ def from_to(first: dict[str, float], end: dict[str, float], column: str) -> str:
     return ", ".join(said for said in (number(part.get(column), 2) for part in (first, end)) if said)
 
 
-def gain_of(gain: dict[str, float]) -> str:
-    """A share of attention over that of the volume, with its interval where there are several volumes."""
-    interval_of = f" ({gain['low']:.2f} to {gain['high']:.2f})" if "low" in gain else ""
-    return f"{gain['gain']:.2f}{interval_of} [{gain['elsewhere']:.2f}]"
+@of_runs
+def learning_attention() -> str:
+    """Share of attention over share of volume on each structure, on the way: mean over the seeds, and their range."""
+    body, every = [], set()
+    for corpus, results in corpora().items():
+        at = [{probe["step"]: probe["attention"] for probe in result["probes"]} for result in results]
+        steps = sorted(set.intersection(*(set(one) for one in at)))
+        every |= set(steps)
+        for structure in at[0][0]:
+            found = {step: [one[step][structure] for one in at] for step in steps}
+            if found[0][0]["volumes"] == 1:
+                continue  # two crops of one volume tell nothing
+            cells = [_spread([gain["gain"] for gain in found[step]]) if step in found else "" for step in STOPS]
+            end = found[steps[-1]]
+            ends = [" ".join(f"{gain[word]:.2f}" for gain in end) for word in ("low", "high", "elsewhere")]
+            body.append([corpus, structure, str(end[0]["volumes"]), *cells, *ends])
+    header = ["pretrained on", "attention / volume on", "volumes", *(f"step {step}" for step in STOPS)]
+    return rows([*header, "95 % from, by seed", "to", "of another crop"], body)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def learning_pairs() -> str:
+    """What a student of AITD and GITD agrees with: its own place, its volume, or all alike."""
+    result = measured("learning-pairs")
+    if not result:
+        return NOT_YET
+    words = ("own pair", "another pair of the volume", "another volume", "own place first", "own volume first")
+    body = [
+        [f"{row['corpus']}, seed {row['seed']}", name.upper(), *(number(row[name][word], 2) for word in words)]
+        for row in result["rows"]
+        for name in ("aitd", "gitd")
+    ]
+    header = ["run", "loss", "own place", "another place of the volume", "another volume"]
+    told = f"{result['batches']} batches of 16 pairs of 4 volumes, none of them trained on. {machine(result)}."
+    return rows([*header, "own place first of 4 (chance .25)", "own volume first of 4 (.25)"], body) + f"\n\n{told}"
+
+
+@of_runs
+def learning_half() -> str:
+    """The question of tumours where half of the scans were left out of pretraining."""
+    results = [one for one in learning("real-tiny-half-seed*.json") if "untrained" in one]
+    if not results:
+        return NOT_YET
+    body, tables = [], [result["probes"][-1]["rows"] for result in results]
+    for question, meaning in {"tumour seen": "seen without labels", "tumour unseen": "left out"}.items():
+        for labels in (8, 32, None):
+            found = [row for table in tables if (row := asked(table, question, "all", labels))]
+            above = gained(tables, question, labels)
+            base = [mean_auc([asked(results[0]["baselines"][way], question, "all", labels)]) for way in BASELINES]
+            networks = mean_auc([asked(table, question, "all", labels) for table in results[0]["untrained"]])
+            patients = str(results[0]["patients"][question])
+            body.append([meaning, patients, str(labels or "all"), mean_auc(found), networks, *base, above])
+    header = ["these patients' scans were", "patients", "labels", "pretrained", "untrained", *BASELINES.values()]
+    told = (
+        f"{results[0]['steps']} steps on {results[0]['volumes']} scans, seeds: {len(results)}. {machine(results[0])}."
+    )
+    return rows([*header, "above untrained"], body) + f"\n\n{told}"
 
 
 def asked(table: list[dict[str, Any]], question: str, kind: str, labels: int | None) -> dict[str, Any] | None:
@@ -146,28 +180,8 @@ def mean_auc(found: list[dict[str, Any] | None]) -> str:
     return number(sum(values) / len(values), 3) if values else ""
 
 
-def learning_token() -> str:
-    """Runs with a learned hidden token beside those of `dagman-tiny`, whose hidden patches are 0."""
-    columns = {
-        "image error": ("image_error_ratio", 2),
-        "AMPD / ln K": ("ampd_loss_ratio", 2),
-        "AITD / ln K": ("aitd_loss_ratio", 2),
-        "GITD / ln K": ("gitd_loss_ratio", 2),
-        "attention": ("attention_entropy", 3),
-    }
-    body = []
-    for corpus in ("phantoms", "real"):
-        for name, meaning in (("learned-token", "learned"), ("tiny", "zero")):
-            results = learning(f"{corpus}-*-seed*.json", name=name)
-            if results:
-                ends = [end_of(result) for result in results]
-                shown = [_range([end[column] for end in ends], digits) for column, digits in columns.values()]
-                precision = results[0]["config"]["optimisation"]["precision"]
-                body.append([corpus, meaning, str(results[0]["steps"]), precision, str(len(results)), *shown])
-    return rows(["pretrained on", "hidden token", "steps", "precision", "seeds", *columns], body)
-
-
-def _range(values: list[float], digits: int) -> str:
+def range_of(values: list[float], digits: int) -> str:
+    """Lowest to highest, or one figure where they are the same."""
     low, high = (number(pick(values), digits) for pick in (min, max))
     return low if low == high else f"{low} to {high}"
 
@@ -186,7 +200,8 @@ def learning_probes() -> str:
                 bases = [mean_auc([asked(first["baselines"][name], question, "all", labels)]) for name in BASELINES]
                 above = [interval(row["above untrained"]) if row else "" for row in ends]
                 others = [gained(tables, question, labels, name) for name in ("voxels", "histogram")]
-                row = [corpus, meaning, str(labels or "all"), mean_auc(ends), networks, *bases, *others, *above]
+                luck = _chance(first, question, labels)
+                row = [corpus, meaning, str(labels or "all"), mean_auc(ends), networks, *bases, luck, *others, *above]
                 body.append(row + [""] * (seeds - len(above)))
     first = next(iter(corpora().values()))[0]
     told = "; ".join(
@@ -194,9 +209,15 @@ def learning_probes() -> str:
         for question, meaning in QUESTIONS.items()
         if question in first["crops"]
     )
-    header = ["pretrained on", "question", "labels", "pretrained", "untrained", *BASELINES.values()]
+    header = ["pretrained on", "question", "labels", "pretrained", "untrained", *BASELINES.values(), "chance"]
     header += ["above voxels", "above histogram", *(f"above untrained, seed {seed}" for seed in range(seeds))]
     return rows(header, body) + f"\n\n{told}."
+
+
+def _chance(result: dict[str, Any], question: str, labels: int | None) -> str:
+    """Where 95 of 100 AUCs lie when labels are drawn again."""
+    (row,) = [row for row in result["chance"] if (row["question"], row["labels"]) == (question, labels)]
+    return f"{row['low']:.2f} to {row['high']:.2f}"
 
 
 def gained(
@@ -229,6 +250,20 @@ def learning_claims() -> str:
     ]
     header = [f"{corpus}, {labels} labels" for corpus in corpora() for labels in (8, 32, "all")]
     return rows(["pretrained on", *header], body)
+
+
+@of_runs
+def learning_short() -> str:
+    """The same with 32 labels alone, beside what untrained encoders and a histogram come to."""
+    body, found = [], corpora()
+    for name, meaning in QUESTIONS.items():
+        first = next(iter(found.values()))[0]
+        base = [mean_auc([asked(table, name, "all", 32) for table in first["untrained"]])]
+        base.append(mean_auc([asked(first["baselines"]["histogram"], name, "all", 32)]))
+        gains = [gained([result["probes"][-1]["rows"] for result in results], name) for results in found.values()]
+        body.append([meaning, *base, *gains])
+    header = [f"pretrained on {corpus}: above untrained" for corpus in found]
+    return rows(["AUC, 32 labels", "untrained", "histogram of intensities", *header], body)
 
 
 @of_runs
@@ -305,6 +340,7 @@ def learning_look() -> str:
         "gitd_loss_ratio": 2,
         "pooled_spread": 2,
         "tokens_spread": 2,
+        **{f"level{level}_spread": 2 for level in range(5)},
         "attention_entropy": 3,
         "hidden_dropped_excess": 2,
     }
@@ -319,8 +355,7 @@ def learning_look() -> str:
                 points = [min(result["curve"], key=lambda point: abs(point["step"] - step)) for result in results]
                 values = [with_ratios(result, point).get(column) for result, point in zip(results, points, strict=True)]
                 there = [value for value in values if value is not None]
-                low, high = (number(pick(there), digits) for pick in (min, max)) if there else ("", "")
-                cells.append(low if low == high else f"{low} to {high}")
+                cells.append(range_of(there, digits) if there else "")
             body.append([corpus, f"`{column}`", *cells])
     lengths = {corpus: results[0]["steps"] for corpus, results in corpora().items()}
     trained = [[f"{row[0]}, {lengths[row[0]]} steps", *row[1:]] for row in body]
@@ -334,99 +369,3 @@ def with_ratios(result: dict[str, Any], point: dict[str, float]) -> dict[str, fl
     shares = {"aitd": 1.0, "gitd": 1.0, "ampd": method["hidden"]["probability"]}
     ratios = {f"{term}_loss_ratio": point[term] / share / most for term, share in shares.items() if term in point}
     return ratios | point
-
-
-def learning_factors() -> str:
-    """One factor at a time."""
-    columns = {
-        "image error": "image_error_ratio",
-        "AMPD / ln K": "ampd_loss_ratio",
-        "AITD / ln K": "aitd_loss_ratio",
-        "GITD / ln K": "gitd_loss_ratio",
-        "image nats: cells": "ampd_image_nats",
-        "place nats: cells": "ampd_position_nats",
-        "[CLS]": "aitd_image_nats",
-        "pooled": "gitd_image_nats",
-        "attention": "attention_entropy",
-        "hidden and dropped / chance": "hidden_dropped_excess",
-        "spread": "pooled_spread",
-    }
-    results = sorted(learning("*-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is")
-    several = {result["name"] for result in results if result["seed"]}
-    same = [end_of(result) for result in results if result["name"] in ("factor-as-it-is", "factor-float32")]
-    body = []
-    for result in results:
-        end = end_of(result)
-        settings = {name: value for name, value in result["settings"].items() if value not in ("bf16", "learned")}
-        changed = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in settings.items())
-        if result["altered"]:
-            changed = ", ".join([changed, altered(result["altered"])]).removeprefix(", ")
-        shown = [apart(end, same, column, 3 if column == "attention_entropy" else 2) for column in columns.values()]
-        seed = f", seed {result['seed']}" if result["name"] in several else ""
-        body.append([result["name"].removeprefix("factor-") + seed, changed, *shown])
-    if not results:
-        return NOT_YET
-    first = results[0]
-    told = (
-        f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed 0 where no other is named, in "
-        "bf16 (but `float32`), with a learned hidden token (but `zero-hidden-token`)"
-    )
-    others = [row for row in body if not row[0].startswith(("as-it-is", "float32"))]
-    figures = [cell for row in others for cell in row[2:] if cell]
-    marked = sum("**" in cell for cell in figures)
-    bold = (
-        "bold: outside the 95 % interval for one run more like `as-it-is` and `float32` "
-        f"({marked} of {len(figures)} figures, where {len(figures) // 20} would be by chance alone)"
-    )
-    return rows(["factor", "value", *columns], body) + f"\n\n{told}; {bold}. {machine(first)}."
-
-
-def apart(end: dict[str, float], same: list[dict[str, float]], column: str, digits: int) -> str:
-    """A figure; bold outside the 95 % prediction interval of the runs that differ in seed or rounding alone."""
-    value, others = number(end.get(column), digits), [one[column] for one in same]
-    mean, many = sum(others) / len(others), len(others)
-    spread = math.sqrt(sum((other - mean) ** 2 for other in others) / (many - 1) * (1 + 1 / many))
-    far = value and abs(end[column] - mean) > STUDENT[many - 1] * spread + 0.5 * 10**-digits
-    return f"**{value}**" if far else value
-
-
-def altered(name: str) -> str:
-    """What a change that is no setting does, in the words of the benchmark."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from learning_alterations import ALTERATIONS
-
-    said = (ALTERATIONS[name].__doc__ or name).strip().rstrip(".")
-    return said[0].lower() + said[1:]
-
-
-def learning_methods() -> str:
-    """The compared methods at their tiny size: how they ended, what they gained, what a step costs."""
-    costs = {}
-    if (RESULTS / "recipes.json").exists():
-        costs = {row["recipe"]: row["over_dagman"] for row in load("recipes")["rows"]}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for result in learning("real-*-tiny-seed*.json"):
-        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
-            found.setdefault(result["config"]["recipe"], []).append(result)
-    body = []
-    for recipe in [*found, *(name for name in costs if name not in found)]:
-        runs = found.get(recipe, [])
-        ends = [end_of(run) for run in runs]
-        columns = ("image_error_ratio", "pooled_spread", "aitd_loss_ratio", "ampd_loss_ratio", "gitd_loss_ratio")
-        shown = [_mean([end[column] for end in ends if column in end]) for column in columns]
-        gains = []
-        for question in ("organ", "malignancy", "tumour", "side"):
-            rows_of = [asked(run["probes"][-1]["rows"], question, "all", 32) for run in runs]
-            gains.append("; ".join(interval(row["above untrained"]) for row in rows_of if row))
-        steps = ", ".join(str(run["steps"]) for run in runs)
-        body.append([recipe, steps or "not run yet", number(costs.get(recipe)), *shown, *gains])
-    if not body:
-        return NOT_YET
-    header = ["recipe", "steps", "cost of a step / dagman-tiny", "image error", "spread", "AITD", "AMPD", "GITD"]
-    return rows(
-        [*header, *(f"{question}: above untrained" for question in ("organ", "malignancy", "tumour", "side"))], body
-    )
-
-
-def _mean(values: list[float]) -> str:
-    return number(sum(values) / len(values)) if values else ""

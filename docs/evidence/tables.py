@@ -6,6 +6,7 @@ A document marks a table with `<!-- table: NAME -->` and `<!-- end -->`; `make d
 import re
 from collections.abc import Callable
 
+import factors
 import learning
 import speed
 import uses
@@ -65,10 +66,13 @@ def tour() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "learning-factors": learning.learning_factors,
+    "learning-factors": factors.learning_factors,
+    "learning-attention": learning.learning_attention,
+    "learning-half": learning.learning_half,
     "learning-heads": learning.learning_heads,
     "learning-look": learning.learning_look,
-    "learning-methods": learning.learning_methods,
+    "learning-methods": factors.learning_methods,
+    "learning-pairs": learning.learning_pairs,
     "learning-parts": learning.learning_parts,
     "learning-probes": learning.learning_probes,
     "learning-reach": learning.learning_reach,
@@ -81,7 +85,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "uses-attention": uses.uses_attention,
     "learning-claims": learning.learning_claims,
     "learning-null": learning.learning_null,
-    "learning-token": learning.learning_token,
+    "learning-short": learning.learning_short,
+    "learning-token": factors.learning_token,
+    "learning-today": factors.learning_today,
     "learning-when": learning.learning_when,
     "input": speed.input_rates,
     "scaling": speed.scaling,

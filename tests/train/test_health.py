@@ -230,6 +230,7 @@ def rang_on(recorded: str) -> set[str]:
         ("real-factor-paper-temperature-seed0", {"no signal", "targets tell nothing"}),
         ("real-factor-as-it-is-seed0", {"no signal"}),
         ("real-factor-position-in-residual-seed0", {"patch targets are positions"}),
+        ("real-factor-overlap-half-seed0", {"features in few directions"}),
     ],
 )
 def test_states_that_were_met_ring_by_name(recorded: str, named: set[str]) -> None:

@@ -34,7 +34,7 @@ def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> byte
     first = results[0]
     height = -(-len(titles) // COLUMNS)
     figure = Figure(figsize=(15, 4.4 * height + 1.1), dpi=80)
-    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.16 / height + 0.06, top=0.84, wspace=0.2, hspace=0.6)
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.16 / height + 0.06, top=0.82, wspace=0.2, hspace=0.72)
     corpus = "CTs" if first["corpus"] == "real" else "phantoms"
     figure.suptitle(f"Pretrained on {first['volumes']} {corpus}: AUC with 32 labels less that of an untrained encoder")
     axes = figure.subplots(height, COLUMNS, squeeze=False).ravel()
@@ -42,7 +42,7 @@ def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> byte
     for plot in axes[len(titles) :]:
         plot.set_axis_off()
     for plot, (question, title) in zip(axes, titles.items(), strict=False):
-        plot.set_title(title, fontsize=11)
+        plot.set_title(f"{title}\n{_heights(first, question)}", fontsize=11)
         plot.set_xlabel("step (0: where the run set out)")
         plot.set_ylabel("AUC above untrained")
         plot.grid(alpha=0.3)
@@ -64,6 +64,14 @@ def png(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> byte
     return image.png(figure)
 
 
+def _heights(result: Mapping[str, Any], question: str) -> str:
+    """AUC of untrained encoders, and where labels that were drawn again come to."""
+    tables = [row["auc"]["value"] for table in result["untrained"] if (row := _row(table, question))]
+    (luck,) = (row for row in result["chance"] if (row["question"], row["labels"]) == (question, 32))
+    mean = sum(tables) / len(tables)
+    return f"AUC untrained {mean:.2f}, by chance {luck['low']:.2f} to {luck['high']:.2f}"
+
+
 def _curve(plot: Any, result: Mapping[str, Any], question: str, shift: float, style: Mapping[str, Any]) -> None:
     gains = [(probe["step"] + shift, gain) for probe in result["probes"] if (gain := _find(probe["rows"], question))]
     values = [gain["value"] for _, gain in gains]
@@ -75,7 +83,10 @@ def _curve(plot: Any, result: Mapping[str, Any], question: str, shift: float, st
 
 
 def _find(rows: Sequence[Mapping[str, Any]], question: str) -> dict[str, float] | None:
-    for row in rows:
-        if (row["question"], row["features"], row["labels"]) == (question, "all", 32):
-            return dict(row["above untrained"])
-    return None
+    row = _row(rows, question)
+    return dict(row["above untrained"]) if row else None
+
+
+def _row(rows: Sequence[Mapping[str, Any]], question: str) -> Mapping[str, Any] | None:
+    wanted = (question, "all", 32)
+    return next((row for row in rows if (row["question"], row["features"], row["labels"]) == wanted), None)

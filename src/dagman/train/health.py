@@ -44,7 +44,7 @@ ALARMS = (
             steps=20,
             advice=_GENTLER,
         )
-        for column in ("pooled_spread", "tokens_spread")
+        for column in ("pooled_spread", "tokens_spread", "cls_spread")
     ),
     *(
         alarm
@@ -111,14 +111,18 @@ ALARMS = (
             ),
         )
     ),
-    Alarm(
-        name="features in few directions",
-        column="tokens_effective_rank",
-        is_bad=lambda value: value < 2.5,
-        limit="below 2.5 effective directions",
-        steps=20,
-        first_ratio=0.3,
-        advice=_GENTLER,
+    *(
+        Alarm(
+            name="features in few directions",
+            column=column,
+            is_bad=lambda value: value < 2.5,
+            limit="below 2.5 effective directions",
+            steps=steps,
+            first_ratio=0.3,
+            first_step=first,
+            advice=_GENTLER,
+        )
+        for column, steps, first in (("tokens_effective_rank", 20, 1), ("level4_effective_rank", 1, 100))
     ),
     Alarm(
         name="image term does not learn",

@@ -1,0 +1,132 @@
+"""Does the learning test turn red when a change stops the learning? It is run with each of these changes.
+
+    python benchmarks/learning_broken.py [--json benchmarks/results/learning-broken.json]
+
+Each change breaks the package in the process of its own test run; a few minutes each. What is there is not run again.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dagman import files
+from dagman.nets.swin import SwinEncoder
+from dagman.pretext import codistill
+from dagman.pretext.codistill import CoDistillation
+from dagman.run import describe_environment
+
+TEST = "tests/train/test_learning.py"
+ROOT = Path(__file__).resolve().parents[1]
+CHOICE = "LEARNING_BROKEN"
+
+
+def encoder_without_gradient() -> None:
+    """The heads learn, the encoder gets no gradient."""
+    before = SwinEncoder.forward
+
+    def forward(self: Any, *given: Any, **more: Any) -> Any:
+        found = before(self, *given, **more)
+        return type(found)(*(_detached(part) for part in found))
+
+    SwinEncoder.forward = forward  # type: ignore[method-assign]
+
+
+def _detached(part: Any) -> Any:
+    if isinstance(part, torch.Tensor):
+        return part.detach()
+    return tuple(map(_detached, part)) if isinstance(part, tuple) else part
+
+
+def targets_of_other_places() -> None:
+    """[CLS] and pooled targets come from the pair that follows in the batch."""
+    swap = codistill._swap_views
+    codistill._swap_views = lambda values: swap(values).roll(1, dims=0)
+
+
+def teacher_stands_still() -> None:
+    """The teacher never follows the student."""
+    before = CoDistillation.update_teacher
+    CoDistillation.update_teacher = lambda self, _: before(self, 1.0)  # type: ignore[method-assign, assignment]
+
+
+def image_term_of_other_crops() -> None:
+    """What is filled in is compared with another crop of the batch."""
+    before = CoDistillation._predict
+
+    def predict(self: Any, final: Any, images: Any, hidden: Any) -> Any:
+        return before(self, final, images.roll(1, dims=0), hidden)
+
+    CoDistillation._predict = predict  # type: ignore[method-assign]
+
+
+def hiding_follows_the_noise() -> None:
+    """The noisy pass guides the hiding, whatever the recipe says."""
+    before = CoDistillation.__init__
+
+    def make(self: Any, *given: Any, **more: Any) -> None:
+        before(self, *given, **more)
+        object.__setattr__(self.method, "guide", "noisy")
+
+    CoDistillation.__init__ = make  # type: ignore[method-assign]
+
+
+BREAKS: dict[str, Callable[[], None]] = {
+    one.__name__.replace("_", " "): one
+    for one in (
+        encoder_without_gradient,
+        targets_of_other_places,
+        teacher_stands_still,
+        image_term_of_other_crops,
+        hiding_follows_the_noise,
+    )
+}
+
+if os.environ.get(CHOICE):
+    BREAKS[os.environ[CHOICE]]()  # this module is a plugin of the test's process
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "learning-broken.json")
+    given = parser.parse_args()
+    rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
+    for name, change in BREAKS.items():
+        if any(row["change"] == name for row in rows):
+            continue
+        began = time.monotonic()
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+        ran = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "learning_broken", TEST],
+            cwd=ROOT,
+            env={**os.environ, CHOICE: name, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        failed = re.search(r"^E\s+(?:AssertionError: )?(.+)$", ran.stdout, re.MULTILINE)
+        rows.append(
+            {
+                "change": name,
+                "what": (change.__doc__ or "").rstrip("."),
+                "red": ran.returncode == 1,
+                "by": failed[1] if failed else ran.stdout[-300:],
+                "seconds": round(time.monotonic() - began),
+            }
+        )
+        print(rows[-1], flush=True)
+        result = {"rows": rows, "date": time.strftime("%Y-%m-%d"), "machine": describe_environment()["versions"]}
+        files.write_json(given.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Tables that lay settings and methods side by side: `docs/learning.md`."""
+
+import math
+import sys
+from typing import Any
+
+import scipy.stats
+from common import NOT_YET, RESULTS, ROOT, interval, load, machine, number, rows
+from learning import asked, end_of, learning, range_of
+
+COLUMNS = {
+    "image error": "image_error_ratio",
+    "AMPD / ln K": "ampd_loss_ratio",
+    "AITD / ln K": "aitd_loss_ratio",
+    "GITD / ln K": "gitd_loss_ratio",
+    "image nats: cells": "ampd_image_nats",
+    "place nats: cells": "ampd_position_nats",
+    "[CLS]": "aitd_image_nats",
+    "pooled": "gitd_image_nats",
+    "attention": "attention_entropy",
+    "hidden and dropped / chance": "hidden_dropped_excess",
+    "spread": "pooled_spread",
+}
+"""What short runs are told apart by."""
+
+
+def learning_token() -> str:
+    """Runs with a learned hidden token beside those of `dagman-tiny`, whose hidden patches are 0."""
+    columns = {
+        "image error": ("image_error_ratio", 2),
+        "AMPD / ln K": ("ampd_loss_ratio", 2),
+        "AITD / ln K": ("aitd_loss_ratio", 2),
+        "GITD / ln K": ("gitd_loss_ratio", 2),
+        "attention": ("attention_entropy", 3),
+    }
+    body = []
+    for corpus in ("phantoms", "real"):
+        for name, meaning in (("learned-token", "learned"), ("tiny", "zero")):
+            results = learning(f"{corpus}-*-seed*.json", name=name)
+            if results:
+                ends = [end_of(result) for result in results]
+                shown = [range_of([end[column] for end in ends], digits) for column, digits in columns.values()]
+                precision = results[0]["config"]["optimisation"]["precision"]
+                body.append([corpus, meaning, str(results[0]["steps"]), precision, str(len(results)), *shown])
+    return rows(["pretrained on", "hidden token", "steps", "precision", "seeds", *columns], body)
+
+
+def learning_factors() -> str:
+    """One factor at a time."""
+    results = sorted(learning("*-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is")
+    several = {result["name"] for result in results if result["seed"]}
+    same = [end_of(result) for result in results if result["name"] in ("factor-as-it-is", "factor-float32")]
+    body = []
+    for result in results:
+        end = end_of(result)
+        settings = {name: value for name, value in result["settings"].items() if value not in ("bf16", "learned")}
+        changed = _changed(settings)
+        if result["altered"]:
+            changed = ", ".join([changed, altered(result["altered"])]).removeprefix(", ")
+        shown = [apart(end, same, column, 3 if column == "attention_entropy" else 2) for column in COLUMNS.values()]
+        seed = f", seed {result['seed']}" if result["name"] in several else ""
+        body.append([result["name"].removeprefix("factor-") + seed, changed, *shown])
+    if not results:
+        return NOT_YET
+    first = results[0]
+    told = (
+        f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed 0 where no other is named, in "
+        "bf16 (but `float32`), with a learned hidden token (but `zero-hidden-token`)"
+    )
+    others = [row for row in body if not row[0].startswith(("as-it-is", "float32", "zero-hidden-token"))]
+    figures = [cell for row in others for cell in row[2:] if cell]
+    marked = sum("**" in cell for cell in figures)
+    bold = (
+        "bold: outside the 95 % interval for one run more like `as-it-is` and `float32` "
+        f"({marked} of {len(figures)} figures but those of `zero-hidden-token`, where {len(figures) // 20} would be by "
+        "chance alone)"
+    )
+    return rows(["factor", "value", *COLUMNS], body) + f"\n\n{told}; {bold}. {machine(first)}."
+
+
+def _changed(settings: dict[str, str]) -> str:
+    return ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in settings.items())
+
+
+def learning_today() -> str:
+    """One factor at a time of the recipe as it is, with a probe at the end: mean and range over the seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in learning("*-today-*.json"):
+        found.setdefault(result["name"].removeprefix("today-"), []).append(result)
+    body = []
+    for name, runs in sorted(found.items(), key=lambda item: item[0] != "as-it-is"):
+        ends = [end_of(run) for run in runs]
+        shown = [
+            range_of(values, 3 if column == "attention_entropy" else 2) if values else ""
+            for column in COLUMNS.values()
+            for values in [[end[column] for end in ends if column in end]]
+        ]
+        gains = [asked(run["probes"][-1]["rows"], "organ", "all", 32) for run in runs]
+        told = range_of([gain["above untrained"]["value"] for gain in gains if gain], 3)
+        body.append([name, _changed(runs[0]["settings"]), str(len(runs)), *shown, told])
+    if not body:
+        return NOT_YET
+    first = next(iter(found.values()))[0]
+    told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), lowest to highest of the seeds"
+    header = ["factor", "value", "seeds", *COLUMNS, "organ, 32 labels: above untrained"]
+    return rows(header, body) + f"\n\n{told}. {machine(first)}."
+
+
+def apart(end: dict[str, float], same: list[dict[str, float]], column: str, digits: int) -> str:
+    """A figure; bold outside the 95 % prediction interval of the runs that differ in seed or rounding alone."""
+    value, others = number(end.get(column), digits), [one[column] for one in same]
+    mean, many = sum(others) / len(others), len(others)
+    spread = math.sqrt(sum((other - mean) ** 2 for other in others) / (many - 1) * (1 + 1 / many))
+    far = value and abs(end[column] - mean) > scipy.stats.t.ppf(0.975, many - 1) * spread + 0.5 * 10**-digits
+    return f"**{value}**" if far else value
+
+
+def altered(name: str) -> str:
+    """What a change that is no setting does, in the words of the benchmark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from learning_alterations import ALTERATIONS
+
+    said = (ALTERATIONS[name].__doc__ or name).strip().rstrip(".")
+    return said[0].lower() + said[1:]
+
+
+def learning_methods() -> str:
+    """The compared methods at their tiny size: how they ended, what they gained, what a step costs."""
+    costs = {}
+    if (RESULTS / "recipes.json").exists():
+        costs = {row["recipe"]: row["over_dagman"] for row in load("recipes")["rows"]}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in learning("real-*-tiny-seed*.json"):
+        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
+            found.setdefault(result["config"]["recipe"], []).append(result)
+    body = []
+    for recipe in [*found, *(name for name in costs if name not in found)]:
+        runs = found.get(recipe, [])
+        ends = [end_of(run) for run in runs]
+        columns = ("image_error_ratio", "pooled_spread", "aitd_loss_ratio", "ampd_loss_ratio", "gitd_loss_ratio")
+        shown = [_mean([end[column] for end in ends if column in end]) for column in columns]
+        gains = []
+        for question in ("organ", "malignancy", "tumour", "side"):
+            rows_of = [asked(run["probes"][-1]["rows"], question, "all", 32) for run in runs]
+            gains.append("; ".join(interval(row["above untrained"]) for row in rows_of if row))
+        steps = ", ".join(str(run["steps"]) for run in runs)
+        body.append([recipe, steps or "not run yet", number(costs.get(recipe)), *shown, *gains])
+    if not body:
+        return NOT_YET
+    header = ["recipe", "steps", "cost of a step / dagman-tiny", "image error", "spread", "AITD", "AMPD", "GITD"]
+    return rows(
+        [*header, *(f"{question}: above untrained" for question in ("organ", "malignancy", "tumour", "side"))], body
+    )
+
+
+def _mean(values: list[float]) -> str:
+    return number(sum(values) / len(values)) if values else ""
