@@ -8,7 +8,7 @@ from pathlib import Path
 from cyclopts import App
 
 from dagman import __version__
-from dagman.cli import classification, encoder, looking, scans, segmentation, training
+from dagman.cli import classification, comparing, encoder, looking, scans, segmentation, training
 from dagman.errors import DagmanError, ExitCode
 
 app = App(
@@ -25,7 +25,7 @@ app.command(training.pretrain)
 app.command(training.ablate)
 app.command(encoder.embed)
 app.command(classification.classify)
-app.command(classification.compare)
+app.command(comparing.compare)
 app.command(segmentation.segment)
 app.command(looking.attention)
 app.command(looking.cluster)

@@ -1,6 +1,5 @@
-"""The verbs of classification: classify probe, finetune and predict, and compare."""
+"""The verbs of classification: classify probe, finetune and predict."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -371,32 +370,3 @@ def _prepared(sources: list[Path], stored: Path, preparation: "Preparation", wor
     if summary.rejected > MOST_NAMED:
         say(f"and {summary.rejected - MOST_NAMED} more: see {stored / REJECTED}")
     return summary.rejected
-
-
-def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None) -> int:
-    """Compare classifications of the same cases: AUC of the first less that of each other, with interval and p.
-
-    Args:
-        runs: Output folders of `dagman classify probe` or `finetune`, on the same cases with the same folds.
-        output: Folder for comparison.csv and roc.png.
-    """
-    from dagman import files
-    from dagman.figures import roc
-    from dagman.tasks import comparison, predictions
-
-    require(len(runs) > 1, "compare", "was given fewer than two results", "give two folders or more")
-    found = {str(run): predictions.read(run) for run in runs}
-    rows = comparison.rows(found)
-    for line in comparison.lines(rows):
-        print(line)
-    say(comparison.NOTE)
-    shown = {str(json.loads((run / predictions.RESULT).read_text()).get("preparation")) for run in runs} - {"None"}
-    if len(shown) > 1:
-        say("Note: they were shown other windows, crops or spacings: what differs need not come of the weights")
-    if any(one.group_by == "case" for one in found.values()):
-        say("Note: not grouped by patient: scores may be too good, and intervals too narrow")
-    if output:
-        comparison.write(rows, output)
-        files.write_bytes(output / "roc.png", roc.png({f"{name}: {one.auc()}": one for name, one in found.items()}))
-        say(f"wrote {output / 'comparison.csv'} and {output / 'roc.png'}")
-    return ExitCode.OK

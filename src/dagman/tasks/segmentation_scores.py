@@ -128,7 +128,9 @@ def _class_summary(rows: list[Row], seed: int) -> dict[str, Any]:
     }
 
 
-def _estimates(rows: list[Row], seed: int) -> dict[str, Any]:
+def statistics_of(rows: Sequence[Row]) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Name of a score to what computes it from case weights (resamples, cases), as `statistics.estimate` asks."""
+
     def column(name: str) -> np.ndarray:
         values = [getattr(row.scores, name) for row in rows]
         return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
@@ -144,6 +146,11 @@ def _estimates(rows: list[Row], seed: int) -> dict[str, Any]:
         ("large_lesion_sensitivity", "large_lesions_found", "large_lesions"),
     ):
         scores[name] = functools.partial(statistics.ratio, column(found), column(there))
+    return scores
+
+
+def _estimates(rows: list[Row], seed: int) -> dict[str, Any]:
+    scores = statistics_of(rows)
     patients = np.array([row.patient for row in rows])
     return {name: vars(statistics.estimate(score, patients, seed=seed)) for name, score in scores.items()}
 

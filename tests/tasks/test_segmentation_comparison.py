@@ -1,0 +1,81 @@
+"""Two segmentations of the same cases: what is read is what was scored, and differences are paired by case."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dagman.cli import run
+from dagman.errors import DagmanError, ExitCode
+from dagman.tasks import segmentation_comparison as comparison
+from dagman.tasks import segmentation_scores, statistics
+from dagman.tasks.classes import Classes
+
+BLOB = Classes(names=("blob",), labels=((1,),))
+
+
+def scored(shift, cases=8):
+    """Balls, found `shift` voxels beside where they are; the last case holds none and nothing is found."""
+    rows = []
+    for number in range(cases):
+        grid = np.indices((24, 24, 24))
+        truth = np.linalg.norm(grid - 11.0, axis=0) < 5 + number % 3
+        ours = np.linalg.norm(grid - (11.0 + shift), axis=0) < 5
+        if number == cases - 1:
+            truth, ours = np.zeros_like(truth), np.zeros_like(ours)
+        masks = (one.astype(np.uint8) for one in (ours, truth))
+        patient = f"p{number // 2}"
+        rows += segmentation_scores.compare(*masks, BLOB, (1.0, 1.0, 2.0), case_id=f"c{number}", patient=patient)
+    return rows
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = scored(1)
+    segmentation_scores.write(rows, segmentation_scores.summary(rows), tmp_path)
+    assert [replace(row, note="") for row in rows] == comparison.read(tmp_path)
+
+
+def test_differences_are_those_of_the_means_over_cases_that_hold_the_class():
+    near, far = scored(0), scored(2)
+    found = comparison.differences({"near": near, "far": far})
+    assert [row.difference for row in found if row.name == "near"] == [None] * len(comparison.TOLD)
+    (dice,) = [row for row in found if (row.name, row.score) == ("far", "dice")]
+    means = [np.mean([row.scores.dice for row in rows if row.scores.lesions]) for rows in (near, far)]
+    assert dice.value.value == pytest.approx(means[1])
+    assert dice.difference.value == pytest.approx(means[0] - means[1])
+    assert 0 < dice.difference.low < dice.difference.value < dice.difference.high
+    # Paired: the interval is that of the differences, case by case.
+    pairs = [(one, other) for one, other in zip(near, far, strict=True) if one.scores.lesions]
+    gains = np.array([one.scores.dice - other.scores.dice for one, other in pairs])
+    patients = np.array([one.patient for one, _ in pairs])
+    alone = statistics.estimate(lambda weights: statistics.mean(gains, weights), patients, seed=0)
+    assert (dice.difference.low, dice.difference.high) == pytest.approx((alone.low, alone.high))
+
+
+@pytest.mark.parametrize("what", ["case", "patient", "reference"])
+def test_other_cases_are_no_comparison(what):
+    first, other = scored(0), scored(2)
+    row = other[2]
+    other[2] = {
+        "case": replace(row, case_id="another"),
+        "patient": replace(row, patient="another"),
+        "reference": replace(row, scores=replace(row.scores, reference_cc=99.0)),
+    }[what]
+    with pytest.raises(DagmanError, match=r"E-COMPARE second: its cases, patients, classes or references differ"):
+        comparison.differences({"first": first, "second": other})
+
+
+def test_the_verb_compares_segmentations_and_writes_the_table(tmp_path, capsys):
+    for name, shift in (("near", 0), ("far", 2)):
+        rows = scored(shift)
+        segmentation_scores.write(rows, segmentation_scores.summary(rows), tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("near", "far")]
+    assert run(["compare", *folders, "-o", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "blob, dice: " in shown
+    assert "first minus this: " in shown
+    table = (tmp_path / "out" / "comparison.csv").read_text().splitlines()
+    assert len(table) == 1 + 2 * len(comparison.TOLD)
+    (tmp_path / "far" / "cases.csv").write_text("case_id,patient\na,b\n")
+    assert run(["compare", *folders]) == ExitCode.REFUSED
+    assert "E-COMPARE" in capsys.readouterr().err
