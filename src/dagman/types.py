@@ -31,6 +31,8 @@ class Scan:
     mask: Path | None = None
     rois: tuple[str, ...] = ()
     """Names or numbers of the structures of a DICOM mask, which become labels 1, 2, ...; none: all of them."""
+    label_names: tuple[tuple[int, str], ...] = ()
+    """What the mask's labels are called, where that is known."""
     split: str | None = None
 
     @property

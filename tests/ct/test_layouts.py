@@ -11,6 +11,7 @@ import pytest
 
 from dagman.cli import run
 from dagman.ct.index import index
+from dagman.ct.prepare import PrepareConfig, prepare
 from dagman.ct.store import PreparedStore
 
 sys.path.append(str(Path(__file__).parents[1] / "corpus"))
@@ -259,3 +260,19 @@ def test_prepare_takes_a_datalist_and_says_what_is_wrong(tmp_path: Path) -> None
     assert run(["prepare", "-i", str(source), "-o", str(output), "--workers", "1"]) == 3
     assert [(row["case_id"], row["label"], row["split"]) for row in PreparedStore(output).rows] == [("a", "0", "train")]
     assert '"code": "LAYOUT"' in (output / "rejected.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ({"background": 0, "liver": 1, "ignore": 3}, {"1": "liver"}),
+        ({"0": "background", "1": "liver", "2": "tumour"}, {"1": "liver", "2": "tumour"}),
+        ({"background": 0, "whole": [1, 2], "core": 2}, {"2": "core"}),
+        ("none", None),
+    ],
+)
+def test_labels_keep_their_names_in_the_store(tmp_path: Path, labels: Any, names: dict[str, str] | None) -> None:
+    folder = nnunet(tmp_path / "data", {**NNUNET, "labels": labels})
+    prepare([folder], tmp_path / "store", PrepareConfig(storage="npy"))
+    masks = [row["mask"] for row in PreparedStore(tmp_path / "store").rows]
+    assert [mask and mask.get("names") for mask in masks] == [names, names, None]

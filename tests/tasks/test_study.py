@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dagman.errors import DagmanError
 from dagman.tasks.classes import choose
 from dagman.tasks.protocol import Protocol
-from dagman.tasks.study import Case, parts, study
+from dagman.tasks.study import Case, agreed, parts, study
 
 
 def cases(patients, labels=None, splits=None):
@@ -130,6 +130,18 @@ def test_empty_masks_are_cases():
 def test_labels_are_chosen_and_joined(text, names, labels):
     made = choose(text, [0, 5, 2, 1])
     assert (made.names, made.labels) == (names, labels)
+
+
+def test_labels_have_the_names_that_a_data_set_gives_them():
+    known = {1: "liver", 5: "spleen"}
+    assert choose(None, [1, 2, 5], known).names == ("liver", "label 2", "spleen")
+    named = choose("spleen,1", [1, 2, 5], known)
+    assert (named.names, named.labels) == (("spleen", "liver"), ((5,), (1,)))
+    assert choose("organ=1+2", [1, 2, 5], known).names == ("organ",)
+
+
+def test_names_that_contradict_each_other_are_none():
+    assert agreed([{1: "a", 2: "b"}, {1: "a", 2: "c"}, {3: "b"}, {4: "b"}]) == {1: "a"}
 
 
 @pytest.mark.parametrize("text", ["7", "x", "a=1,b=1", "1+", "a=1,a=2"])

@@ -155,11 +155,18 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
             "source_sha256": source_sha256([scan.mask] if scan.mask else []),
             "tiny_labels": list(prepared.tiny_labels),
             **({"rois": list(scan.rois)} if scan.rois else {}),
+            **({"names": names} if (names := _label_names(scan)) else {}),
             "voxels": {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label},
             **_written(store.array_path(output, "masks", scan.case_id, config.storage), prepared.mask),
         }
     row["seconds"] = round(time.monotonic() - started, 3)
     return {"case_id": scan.case_id, **before, "row": row}
+
+
+def _label_names(scan: Scan) -> dict[str, str]:
+    """What the labels of its mask are called, where a data set or the table says it."""
+    chosen = [(number, roi) for number, roi in enumerate(scan.rois, 1) if not roi.isdecimal()]
+    return {str(number): name for number, name in chosen or scan.label_names}
 
 
 def _brought_into_form(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepared, str]:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,22 @@ def read(path: Path, survey: Survey) -> list[Scan]:
             survey.reject("LAYOUT", f"{path}:{place}", item["problem"], "correct the list")
         else:
             rows.append((f"{path}:{place}", f"{place} of {path.name}", item))
-    return table.scans(rows, path, survey, "LAYOUT")
+    names = _label_names(content)
+    return [replace(scan, label_names=names) for scan in table.scans(rows, path, survey, "LAYOUT")]
+
+
+def _label_names(content: dict[str, Any]) -> tuple[tuple[int, str], ...]:
+    """What labels are called: `name: number` of nnU-Net, `number: name` of MSD; no regions, background or ignore."""
+    given = content.get("labels")
+    found = {}
+    for key, value in given.items() if isinstance(given, dict) else ():
+        number, name = (key, value) if isinstance(value, str) else (value, key)
+        if isinstance(number, str) and number.isdecimal():
+            number = int(number)
+        word = printable(str(name)).strip()[:100]
+        if type(number) is int and number > 0 and word.lower() not in ("", "background", "ignore"):
+            found[number] = word
+    return tuple(sorted(found.items()))
 
 
 def _refused(path: Path, problem: str, advice: str) -> DagmanError:

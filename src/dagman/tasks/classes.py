@@ -1,6 +1,6 @@
 """Which values of a label map are classes, and their names."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +37,14 @@ class Classes:
         return found
 
 
-def choose(text: str | None, found: Iterable[int]) -> Classes:
+def choose(text: str | None, found: Iterable[int], known: Mapping[int, str] | None = None) -> Classes:
     """Classes from what a person wrote, or one for each label found.
 
     Args:
-        text: Such as `2,5` (two classes, the rest is background) or `tumour=1+2,node=5` (labels 1 and 2 as one class);
-            None for all.
+        text: Such as `2,5` or, where names are known, `liver,spleen` (two classes, the rest is background), or
+            `tumour=1+2,node=5` (labels 1 and 2 as one class); None for all.
         found: Labels that occur, 0 left out.
+        known: What labels are called.
 
     Raises:
         DagmanError: `E-LABEL` for what is no label, occurs nowhere, stands in two classes; or no label at all.
@@ -51,7 +52,9 @@ def choose(text: str | None, found: Iterable[int]) -> Classes:
     present = sorted({int(label) for label in found} - {0})
     if not present:
         raise DagmanError("LABEL", "masks", "hold no label but 0", "give masks with labels 1, 2, ...")
+    called = {name: str(label) for label, name in (known or {}).items()}
     parts = [part.strip() for part in text.split(",")] if text else [str(label) for label in present]
+    parts = [called.get(part, part) for part in parts]
     names, labels = [], []
     for part in parts:
         name, equals, values = part.partition("=")
@@ -59,13 +62,14 @@ def choose(text: str | None, found: Iterable[int]) -> Classes:
             merged = tuple(int(value) for value in (values if equals else name).split("+"))
         except ValueError:
             raise DagmanError("LABEL", part, "is no label", "write such as 2,5 or tumour=1+2,node=5") from None
-        names.append(name.strip() if equals else f"label {name}")
+        own = (known or {}).get(merged[0]) if len(merged) == 1 else None
+        names.append(name.strip() if equals else own or f"label {name}")
         labels.append(merged)
     every = [value for values in labels for value in values]
     absent = [value for value in every if value not in present]
     if absent:
-        known = ", ".join(map(str, present[:20]))
-        raise DagmanError("LABEL", f"label {absent[0]}", f"occurs in no mask (there are {known})", "name others")
+        there = ", ".join(map(str, present[:20]))
+        raise DagmanError("LABEL", f"label {absent[0]}", f"occurs in no mask (there are {there})", "name others")
     if len(set(every)) < len(every) or len(set(names)) < len(names) or len(names) > MOST:
         raise DagmanError("LABEL", text or "masks", f"name a label or class twice, or over {MOST}", "name each once")
     return Classes(names=tuple(names), labels=tuple(labels))

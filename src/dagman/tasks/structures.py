@@ -17,6 +17,7 @@ from dagman.errors import DagmanError
 from dagman.nets.classifier import Which, vector
 from dagman.nets.encoder import Encoder
 from dagman.randomness import generator
+from dagman.tasks import study
 from dagman.tasks.embed import Progress, crops_at_once, encode, suited
 from dagman.tasks.table import Table, read_rows
 from dagman.types import Preparation
@@ -83,8 +84,8 @@ def structures(
 
     Args:
         store: Cases whose masks are label maps.
-        names: Number to name of a label; labels of one name are one class, those without a name are left out. The
-            numbers themselves where None.
+        names: Number to name of a label; labels of one name are one class, those without a name are left out. What
+            the store calls them, or else the numbers themselves, where None.
         smallest_mm3: Smaller structures are left out.
         crops_each: Places in each structure.
         seed: Of the draws.
@@ -96,6 +97,7 @@ def structures(
         raise DagmanError("CONFIG", "crops of each structure", f"cannot be {crops_each}", "take 1 or more")
     places: list[Place] = []
     too_small, unnamed, without, number = Counter[str](), set[str](), [], 0
+    known = study.agreed(map(study.label_names, store.rows))
     smallest = smallest_mm3 / float(store.settings["spacing_mm"]) ** 3
     for row in range(len(store)):
         case_id, labels = str(store.rows[row]["case_id"]), store.mask(row)
@@ -103,7 +105,7 @@ def structures(
             without.append(case_id)
             continue
         for label, voxels in _connected(labels):
-            name = str(label) if names is None else names.get(label)
+            name = known.get(label, str(label)) if names is None else names.get(label)
             if name is None:
                 unnamed.add(str(label))
             elif len(voxels) < smallest:

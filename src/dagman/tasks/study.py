@@ -1,7 +1,8 @@
 """Which cases a segmentation learns from, chooses on and is tested with: patients whole, classes present."""
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Case:
     split: str | None
     labels: frozenset[int] | None
     """That its mask holds; None without a mask."""
+    names: Mapping[int, str] = field(default_factory=dict)
+    """What its labels are called, where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,9 +57,26 @@ def stored(store: PreparedStore) -> list[Case]:
             patient=row.get("patient"),
             split=row.get("split"),
             labels=frozenset(map(int, row["mask"]["voxels"])) if row["mask"] else None,
+            names=label_names(row),
         )
         for row in store.rows
     ]
+
+
+def label_names(row: Mapping[str, Any]) -> dict[int, str]:
+    """What a manifest's row calls the labels of its mask."""
+    return {int(label): name for label, name in ((row["mask"] or {}).get("names") or {}).items()}
+
+
+def agreed(names: Iterable[Mapping[int, str]]) -> dict[int, str]:
+    """Names of labels that nobody contradicts, each of one label."""
+    said: dict[int, set[str]] = {}
+    for one in names:
+        for label, name in one.items():
+            said.setdefault(label, set()).add(name)
+    found = {label: next(iter(given)) for label, given in said.items() if len(given) == 1}
+    uses = Counter(found.values())
+    return {label: name for label, name in found.items() if uses[name] == 1}
 
 
 def study(source: Path, cases: Sequence[Case], *, labels: str | None, group_by: GroupBy = "patient") -> Study:
@@ -83,7 +103,8 @@ def study(source: Path, cases: Sequence[Case], *, labels: str | None, group_by: 
         )
     ids, patients = [case.case_id for _, case, _ in masked], [case.patient for _, case, _ in masked]
     groups = protocols.groups(ids, patients, group_by, source)
-    classes = choose(labels, set().union(*(present for _, _, present in masked)))
+    names = agreed(case.names for _, case, _ in masked)
+    classes = choose(labels, set().union(*(present for _, _, present in masked)), names)
     return Study(
         source=source,
         rows=tuple(number for number, _, _ in masked),
