@@ -39,8 +39,9 @@ Seen = dict[str, dict[str, np.ndarray]]
 def ask(seen: Mapping[str, dict[str, np.ndarray]], questions: Questions) -> Asked:
     """All probes: all features together with 8, 32 and all labels, each by itself with 32."""
     return {
-        (question, kind, labels): probes.probe(vectors, questions[question].words, questions[question].patients, labels)
+        (question, kind, labels): probes.probe(vectors, asked.words, asked.patients, labels, asked.scored)
         for question, kinds in seen.items()
+        for asked in [questions[question]]
         for kind, vectors in kinds.items()
         for labels in (probes.LABELS if kind == probes.TOGETHER else (32,))
     }
@@ -98,7 +99,9 @@ def chance(questions: Questions, window_hu: tuple[float, float]) -> list[dict[st
             for group in groups:
                 words[group] = words[draws.permutation(group)]
             for labels, values in found.items():
-                values.append(float(probes.probe(features, words, asked.patients, labels).statistic(once)[0]))
+                values.append(
+                    float(probes.probe(features, words, asked.patients, labels, asked.scored).statistic(once)[0])
+                )
         for labels, values in found.items():
             low, high = np.quantile(values, (0.025, 0.975))
             row = {"mean": np.mean(values), "low": low, "high": high}

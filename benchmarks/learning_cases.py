@@ -47,6 +47,8 @@ class Crops(NamedTuple):
     words: np.ndarray
     """Class of each."""
     patients: np.ndarray
+    scored: np.ndarray | None = None
+    """Which of them a probe's score counts; all where None."""
 
     def middle(self, side: int) -> np.ndarray:
         """The crops cut down to `side`."""
@@ -170,11 +172,11 @@ def unseen(store: PreparedStore) -> list[int]:
 
 
 def by_sight(questions: dict[str, Crops], store: PreparedStore) -> dict[str, Crops]:
-    """The question of tumours asked apart: of the patients of `unseen`, and of the others."""
+    """The question of tumours, learnt as ever, but scored on the patients of `unseen`, and on the others, alone."""
     asked = questions["tumour"]
     left_out = np.isin(asked.patients, [str(store.rows[row]["patient"]) for row in unseen(store)])
     parts = {"tumour unseen": left_out, "tumour seen": ~left_out}
-    return questions | {name: Crops(*(values[part] for values in asked)) for name, part in parts.items()}
+    return questions | {name: asked._replace(scored=part) for name, part in parts.items()}
 
 
 def _ask_scan(store: PreparedStore, row: int) -> list[Asked]:

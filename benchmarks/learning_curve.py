@@ -321,7 +321,10 @@ def main() -> None:
         "machine": describe_environment()["versions"],
         "volumes": len(store),
         "crops": {question: len(asked.words) for question, asked in questions.items()},
-        "patients": {question: len(set(asked.patients)) for question, asked in questions.items()},
+        "patients": {
+            question: len(set(asked.patients if asked.scored is None else asked.patients[asked.scored]))
+            for question, asked in questions.items()
+        },
         "untrained": [table(one, [other for other in networks if other is not one], {}) for one in networks],
         "baselines": {kind: table(asked, networks, {}) for kind, asked in plain.items()},
         "chance": baselines.chance(questions, chosen.data.window_hu),

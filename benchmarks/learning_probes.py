@@ -66,7 +66,13 @@ class Scores:
         return mean
 
 
-def probe(features: np.ndarray, words: np.ndarray, patients: np.ndarray, labels: int | None) -> Scores:
+def probe(
+    features: np.ndarray,
+    words: np.ndarray,
+    patients: np.ndarray,
+    labels: int | None,
+    scored: np.ndarray | None = None,
+) -> Scores:
     """Fit and apply the probes of all draws.
 
     Args:
@@ -74,6 +80,7 @@ def probe(features: np.ndarray, words: np.ndarray, patients: np.ndarray, labels:
         words: Class of each case.
         patients: Of each case; never on both sides.
         labels: Labelled cases of a draw, None for all of its half.
+        scored: Cases that count in the score; all where None.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -93,6 +100,8 @@ def probe(features: np.ndarray, words: np.ndarray, patients: np.ndarray, labels:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=1000))
         model.fit(features[chosen], words[chosen])
         probability[draw, ~first] = model.predict_proba(features[~first])
+    if scored is not None:
+        probability[:, ~scored] = np.nan
     return Scores(probability, truth, patients)
 
 

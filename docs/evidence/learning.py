@@ -18,8 +18,8 @@ QUESTIONS = {
     "organ": "phantoms: which of 8 organs",
     "malignancy": "phantoms: malignant nodule or benign",
     "nodule": "phantoms: a nodule in the crop or none",
-    "tumour": "CTs it saw unlabelled: tumour or a place like it",
-    "side": "CTs it saw unlabelled: left or right",
+    "tumour": "CTs that the real runs saw: tumour or a place like it",
+    "side": "CTs that the real runs saw: left or right",
 }
 BASELINES = {
     "voxels": "8^3 voxels",
@@ -121,7 +121,7 @@ def learning_attention() -> str:
             cells = [_spread([gain["gain"] for gain in found[step]]) if step in found else "" for step in STOPS]
             end = found[steps[-1]]
             ends = [" ".join(f"{gain[word]:.2f}" for gain in end) for word in ("low", "high", "elsewhere")]
-            body.append([corpus, structure, str(end[0]["volumes"]), *cells, *ends])
+            body.append([corpus, structure, f"{end[0]['volumes']:.0f}", *cells, *ends])
     header = ["pretrained on", "attention / volume on", "volumes", *(f"step {step}" for step in STOPS)]
     return rows([*header, "95 % from, by seed", "to", "of another crop"], body)
 
@@ -142,7 +142,7 @@ def learning_pairs() -> str:
         for name in ("aitd", "gitd")
     ]
     header = ["run", "loss", "own place", "another place of the volume", "another volume"]
-    told = f"{result['batches']} batches of 16 pairs of 4 volumes, none of them trained on. {machine(result)}."
+    told = f"{result['batches']} batches of 16 pairs of 4 volumes that the run trained on, in new crops. {machine(result)}."
     return rows([*header, "own place first of 4 (chance .25)", "own volume first of 4 (.25)"], body) + f"\n\n{told}"
 
 
