@@ -142,7 +142,7 @@ def learning_pairs() -> str:
         for name in ("aitd", "gitd")
     ]
     header = ["run", "loss", "own place", "another place of the volume", "another volume"]
-    told = f"{result['batches']} batches of 16 pairs of 4 volumes that the run trained on, in new crops. {machine(result)}."
+    told = f"{result['batches']} batches of 16 new pairs, cut from 4 volumes of the run. {machine(result)}."
     return rows([*header, "own place first of 4 (chance .25)", "own volume first of 4 (.25)"], body) + f"\n\n{told}"
 
 
