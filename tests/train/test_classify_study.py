@@ -431,3 +431,20 @@ def test_whole_scans_without_masks_are_looked_at_everywhere(tmp_path):
     plain = PreparedStore(tmp_path / "store")
     config = dataclasses.replace(STUDY, finetune=dataclasses.replace(QUICK, steps=2, check_every=2))
     assert finetune(small_study.encoder(), plain, tmp_path / "study", config)["cases"] == 8
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "said"),
+    [
+        ("classify finetune", ["--recipe", "dagman-tiny"], "--recipe: is of `--weights none`"),
+        ("classify finetune", ["--frozen", "--layer-decay", "0.9"], "--layer-decay: is of an encoder that learns"),
+        ("classify finetune", ["--draws", "2"], "--draws: is of a part of the patients"),
+        ("classify finetune", ["--network", "resnet50", "--which", "all"], "--which: goes with an encoder"),
+        ("segment train", ["--recipe", "dagman-tiny"], "--recipe: is of `--weights none`"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(store, tmp_path, capfd, verb, options, said):
+    given = ["--weights", str(tmp_path), "-i", str(store.folder), "-o", str(tmp_path / "out"), *options]
+    assert cli.run([*verb.split(), *given]) == ExitCode.USAGE
+    assert said.split(":")[0] in (shown := capfd.readouterr().err)
+    assert said.split(": ")[1] in shown

@@ -177,7 +177,7 @@ def finetune(
     weights: str,
     data: Data,
     output: Output,
-    recipe: str = "dagman-tiny",
+    recipe: str | None = None,
     network: Literal["encoder", "resnet50"] = "encoder",
     which: Literal["pooled", "cells", "cls", "all"] = "pooled",
     crop: Crop = None,
@@ -209,7 +209,8 @@ def finetune(
             `--network resnet50` a file of ResNet weights, or `none`.
         data: A prepared store with labels: crops around masks where there are masks, else anywhere in the volume.
         output: Folder of the study.
-        recipe: Sizes, window and crop of `--weights none` and of a ResNet: a recipe's, or those of a run folder.
+        recipe: Sizes, window and crop of `--weights none` and of a ResNet: a recipe's, or those of a run folder;
+            `dagman-tiny` without.
         network: `resnet50` is MONAI's 3D ResNet-50, to be compared with.
         which: What the linear layer sees: as `dagman embed --which`.
         crop: Voxels (x, y, z) of a crop, such as 64,64,64; the encoder's own without.
@@ -232,15 +233,24 @@ def finetune(
         precision: `bf16` takes half the time on GPUs and on processors with AMX.
         workers: Processes that read crops ahead.
     """
-    from dagman.cli.starting import starting_encoder
+    from dagman.cli.starting import check_start, starting_encoder
     from dagman.ct.store import PreparedStore
     from dagman.tasks.protocol import Protocol
     from dagman.train import classify as training
     from dagman.train.finetune import FinetuneConfig
 
     fresh = weights == "none"
+    an_encoder = network == "encoder"
     require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
-    require(network == "encoder" or not frozen, "--frozen", "goes with an encoder", "leave it out for a ResNet")
+    require(draws == 1 or fraction < 1, "--draws", "is of a part of the patients", "give --fraction, such as 0.25")
+    require(an_encoder or not frozen, "--frozen", "goes with an encoder", "leave it out for a ResNet")
+    require(an_encoder or which == "pooled", "--which", "goes with an encoder", "leave it out for a ResNet")
+    check_start(
+        recipe=recipe,
+        random=fresh or not an_encoder,
+        layer_decay=layer_decay,
+        whole=an_encoder and not frozen,
+    )
     start = None if fresh or network == "resnet50" else Path(weights)
     store = PreparedStore(data)
     encoder = starting_encoder(start, recipe, seed, store, crop)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from dagman.cli.starting import starting_encoder
+from dagman.cli.starting import DEFAULT_RECIPE, check_start, starting_encoder
 from dagman.cli.watching import Crop, Output, Sources, Switch, next_step, progress, require, say
 from dagman.errors import DagmanError, ExitCode
 
@@ -31,7 +31,7 @@ def train(
     weights: str,
     data: Data,
     output: Output,
-    recipe: str = "dagman-tiny",
+    recipe: str | None = None,
     crop: Crop = None,
     labels: str | None = None,
     folds: int = 3,
@@ -58,7 +58,7 @@ def train(
         data: A prepared store with masks.
         output: Folder of the study.
         recipe: Sizes, window and crop of `--weights none`: those of a recipe (`smit-swin-tiny`: a plain SwinUNETR) or
-            of a run folder.
+            of a run folder; `dagman-tiny` without.
         crop: Voxels (x, y, z) of a crop, such as 96,96,96; the encoder's own without.
         labels: Such as `2,5`, or `tumour=1+2,node=5` to join labels; all labels without.
         folds: Number of folds.
@@ -84,6 +84,7 @@ def train(
     from dagman.train import segment as training
     from dagman.train.finetune import FinetuneConfig
 
+    check_start(recipe=recipe, random=weights == "none", layer_decay=layer_decay, whole=not frozen)
     store = PreparedStore(data)
     encoder, source = _start(weights, recipe, seed, store)
     decay = layer_decay or (1.0 if weights == "none" else 0.75)
@@ -129,12 +130,12 @@ def train(
     return ExitCode.OK
 
 
-def _start(weights: str, recipe: str, seed: int, store: "PreparedStore") -> tuple["Encoder", str]:
+def _start(weights: str, recipe: str | None, seed: int, store: "PreparedStore") -> tuple["Encoder", str]:
     """The encoder every fold starts from, and where it comes from."""
     encoder = starting_encoder(None if weights == "none" else Path(weights), recipe, seed, store)
     if encoder.report:
         say(str(encoder.report))
-    return encoder, weights if encoder.report else f"new random weights of {recipe}"
+    return encoder, weights if encoder.report else f"new random weights of {recipe or DEFAULT_RECIPE}"
 
 
 def _warn(result: dict[str, Any]) -> None:
