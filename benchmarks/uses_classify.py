@@ -27,6 +27,7 @@ from dagman.run import describe_environment
 from dagman.tasks import classify as probing
 from dagman.tasks import leakage, predictions
 from dagman.tasks.embed import untrained
+from dagman.tasks.predictions import Predictions
 from dagman.tasks.protocol import Protocol
 from dagman.train.classify import ClassifyConfig, finetune
 from dagman.train.finetune import FinetuneConfig
@@ -67,8 +68,14 @@ def plan(only: str | None) -> Iterator[tuple[str, str, int]]:
                 yield from ((study, start, seed) for start in STARTS if "probe" not in start or seed == 0)
 
 
-def tuned(which: tuple[str, str, int], encoder: Encoder, store: PreparedStore, given: argparse.Namespace) -> Any:
-    """A study's result; None when a signal stopped it."""
+Found = tuple[dict[str, Any], Predictions]
+"""Scores, and what they are of."""
+
+
+def tuned(
+    which: tuple[str, str, int], encoder: Encoder, store: PreparedStore, given: argparse.Namespace
+) -> Found | None:
+    """A study; None when a signal stopped it."""
     study, start, seed = which
     about = STUDIES[study]
     steps = given.steps or about["steps"]
@@ -92,16 +99,31 @@ def tuned(which: tuple[str, str, int], encoder: Encoder, store: PreparedStore, g
 
     first = encoder if start == "fine-tuned" else untrained(encoder, seed)
     weights = given.weights if start == "fine-tuned" else None
-    return finetune(first, store, folder, config, weights=weights, progress=tell, say=print)
+    found = finetune(first, store, folder, config, weights=weights, progress=tell, say=print)
+    return None if found is None else (found, predictions.read(folder))
 
 
-def probed(start: str, study: str, encoder: Encoder, store: PreparedStore, weights: Path) -> dict[str, Any]:
+def probed(start: str, study: str, encoder: Encoder, store: PreparedStore, weights: Path) -> Found:
     """A linear probe on all features side by side."""
     seen = encoder if start == "probe" else untrained(encoder)
     table = embed(seen, store, which="all")
     found = probing.probe(table, STUDIES[study]["protocol"])
     overlap = leakage.report(leakage.seen(store.rows, weights if start == "probe" else None), found.case_ids)
-    return predictions.summary(found) | {"method": "linear probe", "pretraining_overlap": overlap}
+    return predictions.summary(found) | {"method": "linear probe", "pretraining_overlap": overlap}, found
+
+
+def plain(found: Predictions) -> dict[str, Any]:
+    """Predictions as JSON holds them, for differences between starts case by case."""
+    return {
+        "case_ids": list(found.case_ids),
+        "groups": found.groups.tolist(),
+        "labels": found.labels.tolist(),
+        "names": list(found.names),
+        "fold": found.fold.tolist(),
+        "probabilities": found.probabilities.round(5).tolist(),
+        "thresholds": list(found.thresholds),
+        "group_by": found.group_by,
+    }
 
 
 def main() -> None:
@@ -143,8 +165,8 @@ def main() -> None:
             "machine": describe_environment()["versions"],
             "minutes": round((time.monotonic() - began) / 60, 1),
         }
-        files.write_json(path, about | {"result": found})
-        print(f"{study} {start} seed {seed}: AUC {found['auc']['value']}; wrote {path}", flush=True)
+        files.write_json(path, about | {"result": found[0], "predictions": plain(found[1])})
+        print(f"{study} {start} seed {seed}: AUC {found[0]['auc']['value']}; wrote {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ import json
 import sys
 from typing import Any
 
+import numpy as np
 from common import NOT_YET, RESULTS, ROOT, interval, machine, number, rows
+
+from dagman.tasks import predictions
+from dagman.tasks.predictions import Predictions
 
 STARTS = {
     "probe": "linear probe",
@@ -86,6 +90,22 @@ def uses_segment() -> str:
     return f"{sarcomas.table(first['steps'], first['seed'])}\n\n{about}."
 
 
+def _less_than_tuned(found: list[dict[str, Any]], study: str, runs: list[dict[str, Any]]) -> str:
+    """AUC of fine-tuned runs less that of these, paired by case and seed; a start of one seed meets every one."""
+    tuned = {one["seed"]: one for one in found if (one["study"], one["start"]) == (study, "fine-tuned")}
+    others = {one["seed"]: one for one in runs}
+    seeds = sorted(tuned) if len(others) == 1 else sorted(tuned.keys() & others.keys())
+    pairs = [(_predictions(tuned[seed]), _predictions(others.get(seed, next(iter(others.values()))))) for seed in seeds]
+    return interval(vars(predictions.mean_difference(pairs))) if pairs else ""
+
+
+def _predictions(result: dict[str, Any]) -> Predictions:
+    stored = result["predictions"]
+    arrays = {name: np.array(stored[name]) for name in ("groups", "labels", "fold", "probabilities")}
+    words = {name: tuple(stored[name]) for name in ("case_ids", "names", "thresholds")}
+    return Predictions(**arrays, **words, group_by=stored["group_by"], num_unlabelled=0)
+
+
 def uses_classify() -> str:
     """Classification of STS and Adrenal: each start, the median of its seeds."""
     found = [json.loads(path.read_text()) for path in sorted((RESULTS / "uses").glob("classify-*.json"))]
@@ -105,13 +125,15 @@ def uses_classify() -> str:
             saw = overlap["same_voxels"]["count"] + overlap["same_patient"]["count"] if overlap["known"] else "unknown"
             counts = f"{middle['result']['cases']} ({min(middle['result']['classes'].values())} of the rarer)"
             scores = [interval(middle["result"][score]) for score in ("auc", "balanced_accuracy", "brier")]
-            body.append([title, name, counts, scores[0], spread, *scores[1:], str(saw), f"{middle['minutes']:g}"])
+            more = _less_than_tuned(found, study, runs) if start != "fine-tuned" else ""
+            body.append([title, name, counts, scores[0], spread, more, *scores[1:], str(saw), f"{middle['minutes']:g}"])
     header = [
         "study",
         "",
         "cases tested",
         "AUC (median seed)",
         "all seeds",
+        "fine-tuned less this",
         "balanced accuracy",
         "Brier",
         "seen in pretraining",
