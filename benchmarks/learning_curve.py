@@ -39,7 +39,7 @@ from dagman.nets.weights import load_encoder
 from dagman.pretext import diagnostics, examination
 from dagman.randomness import generator
 from dagman.run import Run, describe_environment
-from dagman.tasks import diversity
+from dagman.tasks import diversity, leakage
 from dagman.tasks.embed import encode
 from dagman.train.pretrain import pretrain
 from dagman.train.settings import PretrainConfig
@@ -265,6 +265,7 @@ def trained(
             copied = folder.with_name(f"{step}.new")
             shutil.rmtree(copied, ignore_errors=True)
             shutil.copytree(run.weights, copied / "weights")
+            shutil.copy(run.folder / leakage.CASES, copied)
             copied.rename(folder)
         yield step, load_encoder(folder)
 
