@@ -3,7 +3,7 @@
 Numerics of every kernel against float64 on the CPU; every kernel's time beside what the card's measured matrix
 product and copy would need for its work; whole steps (teacher and student on both views, AdamW, EMA) of crops of
 64^3, 96^3 and 128^3. A sample is a pair of views. Rows are ordered so that the most telling come first; what does
-not fit into the minutes given is named at the end.
+not fit into the minutes given is named at the end. With `--only` the other parts of the file stay as they are.
 """
 
 import argparse
@@ -197,12 +197,19 @@ def tuning() -> Iterator[dict[str, Any]]:
 
 
 VARIANTS = ("MONAI-like", "plain", "fast", "fast + graphs", "fast + compile", "fast + compile + graphs")
+COMPOSED = "fast, halves fused for the teacher alone"
+PARTS = ("proofs", "kernels", "watching", "steps", "tuning")
+"""In this order: a launch that a card refuses in tuning takes the process's device along."""
 
 
 def plan() -> list[tuple[int, int, str, str]]:
     """Crop, batch, type and variant, the most telling first."""
     first = [(128, batch, "bf16", name) for batch in (1, 2, 4) for name in VARIANTS[:4]]
-    second = [(128, 2, "bf16", VARIANTS[4]), *((side, 1, "bf16", VARIANTS[5]) for side in (128, 64))]
+    second = [
+        (128, 2, "bf16", COMPOSED),
+        (128, 2, "bf16", VARIANTS[4]),
+        *((side, 1, "bf16", VARIANTS[5]) for side in (128, 64)),
+    ]
     third = [(side, b, "bf16", name) for side in (64, 96) for b in (1, 4, 2) for name in VARIANTS[:4]]
     last = [(side, b, "float32", name) for side in (128, 64, 96) for b in (1, 4, 2) for name in VARIANTS[:3]]
     return first + second + third + last
@@ -235,10 +242,12 @@ def step_of(side: int, batch: int, kind: str, variant: str) -> tuple[Callable[[]
         import gpu_plain
 
         around.enter_context(gpu_plain.monai_like())
-    elif variant == "plain":
+    elif variant in ("plain", COMPOSED):
         from dagman.nets import gpu
 
-        around.enter_context(gpu.forced("plain"))
+        fits = gpu.fuses
+        alone = mock.patch.object(gpu, "fuses", lambda x, hidden: not torch.is_grad_enabled() and fits(x, hidden))
+        around.enter_context(gpu.forced("plain") if variant == "plain" else alone)
     if "compile" in variant:
         launches.compile_rest(module)
     if "graphs" in variant:
@@ -311,7 +320,7 @@ def main() -> int:
     """Run all, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="stop starting rows after so long")
-    parser.add_argument("--tune", action="store_true", help="try other launches of the fused kernels too")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:-1], help="parts to run; all but tuning")
     parser.add_argument("--json", type=Path, help="where to write; default benchmarks/results/gpu/<card>.json")
     options = parser.parse_args()
     lacks = missing()
@@ -322,24 +331,26 @@ def main() -> int:
     import triton
 
     deadline, card = time.monotonic() + 60 * options.minutes, torch.cuda.get_device_name()
-    found: dict[str, Any] = {"card": card, "torch": torch.__version__, "triton": triton.__version__}
     out = options.json or Path("benchmarks/results/gpu") / f"{card.lower().replace(' ', '-')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    found |= {"date": time.strftime("%Y-%m-%d"), "card": card}
+    found |= {"torch": torch.__version__, "triton": triton.__version__}
     found["ceilings"] = ceilings()
     show(found)
     left = []
-    parts: list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = [
-        ("proofs", proofs),
-        ("kernels", lambda: kernel_times(found["ceilings"])),
-        ("tuning", lambda: tuning() if options.tune else iter([])),
-        ("watching", lambda: iter([diagnostics_time()])),
-        ("steps", lambda: (timed_step(*row) for row in plan() if time.monotonic() < deadline or left.append(row))),
-    ]
-    for name, rows in parts:
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "proofs": proofs,
+        "kernels": lambda: kernel_times(found["ceilings"]),
+        "watching": lambda: iter([diagnostics_time()]),
+        "steps": lambda: (timed_step(*row) for row in plan() if time.monotonic() < deadline or left.append(row)),
+        "tuning": tuning,
+    }
+    for name in (part for part in PARTS if part in options.only):
         print(f"\n{name}")
         found[name] = []
         try:
-            for row in rows():
+            for row in parts[name]():
                 show(row)
                 found[name].append(row)
                 out.write_text(json.dumps(found, indent=1) + "\n")
@@ -349,7 +360,7 @@ def main() -> int:
     found["not_reached"] = left
     out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{TARGETS}\nnot reached in {options.minutes:g} minutes: {len(left)} rows\nwritten: {out}")
-    return 0 if all(row.get("holds") for row in found["proofs"]) else 1
+    return 0 if all(row.get("holds") for row in found.get("proofs", [])) else 1
 
 
 if __name__ == "__main__":

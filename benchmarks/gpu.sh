@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prove and time everything on a machine with a GPU, in one call of under 10 minutes; needs torch, triton and numpy.
 #
-#     benchmarks/gpu.sh [--minutes 9] [--json FILE]
+#     benchmarks/gpu.sh [--minutes 9] [--only PART ...] [--json FILE]
 #
 # Prints one table and writes benchmarks/results/gpu/<card>.json.
 set -euo pipefail

@@ -129,9 +129,9 @@ def structures(store: PreparedStore, row: int, enough: set[str]) -> dict[str, np
     return found
 
 
-def look_at_heads(encoder: Encoder, hu: np.ndarray) -> list[dict[str, Any]]:
+def look_at_heads(encoder: Encoder, hu: np.ndarray, device: str) -> list[dict[str, Any]]:
     """Diversity of the attention heads on a few crops."""
-    images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
+    images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None].to(device)
     return [
         {
             "place": one.place,
@@ -139,7 +139,7 @@ def look_at_heads(encoder: Encoder, hu: np.ndarray) -> list[dict[str, Any]]:
             "distance_entropy": round(one.distance_entropy, 5),
             "row_entropy": round(one.row_entropy, 5),
         }
-        for one in diversity.heads(encoder, images)
+        for one in diversity.heads(encoder.to(device), images)
     ]
 
 
@@ -309,7 +309,8 @@ def main() -> None:
     for step, encoder in [(0, baselines.untrained(chosen, arguments.seed)), *trained(chosen, store, arguments, name)]:
         answers = baselines.ask(see(encoder, questions, arguments.device), questions)
         attention = attention_on_truth(encoder, store, arguments.device)
-        probed.append((answers, {"step": step, "attention": attention, "heads": look_at_heads(encoder, few)}))
+        heads = look_at_heads(encoder, few, arguments.device)
+        probed.append((answers, {"step": step, "attention": attention, "heads": heads}))
     if probed[-1][1]["step"] != arguments.steps:
         return  # someone asked the run to stop; the same command goes on
     networks: list[baselines.Asked] = []

@@ -45,6 +45,8 @@ def number(value: float | None, digits: int = 2) -> str:
 def machine(result: dict[str, Any]) -> str:
     """Date and machine, as a sentence under a table."""
     where = result["machine"]
+    if where.get("gpus"):
+        return f"{result['date']}, {where['gpus'][0]}"
     threads = (
         f"{where['cores']} cores" if "cores" in where else f"{where['threads']} thread{'s'[: where['threads'] - 1]}"
     )

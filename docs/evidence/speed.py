@@ -1,6 +1,9 @@
 """Tables about speed: `docs/performance.md`."""
 
-from common import NOT_YET, load, machine, measured, number, rows
+import json
+from typing import Any
+
+from common import NOT_YET, RESULTS, load, machine, measured, number, rows
 
 
 def store() -> str:
@@ -113,3 +116,71 @@ def scaling() -> str:
         body.append([point["quantity"], str(point["value"]), told])
     note = f"load of the machine {result['machine']['load']}. {machine(result)}."
     return rows(["what grows", "to", "costs"], body) + f"\n\nMedians; {note}"
+
+
+def gpu_cards() -> list[dict[str, Any]]:
+    """What was found on each card."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / "gpu").glob("*.json"))]
+
+
+def gpu_proofs() -> str:
+    """Largest relative errors of the kernels on a card against float64."""
+    body = [
+        [
+            found["card"],
+            str(row["width"]),
+            row["type"],
+            f"{row['out']:.1e}",
+            f"{row['gradient']:.1e}",
+            f"{row['plain_gradient']:.1e}",
+            "yes" if row["holds"] else "NO",
+        ]
+        for found in gpu_cards()
+        for row in found.get("proofs", [])
+    ]
+    return rows(["card", "width", "type", "outputs", "gradients", "gradients, plain path", "within limits"], body)
+
+
+def gpu_steps() -> str:
+    """Whole steps on a card."""
+    body, notes = [], []
+    for found in gpu_cards():
+        bases = {
+            (row["side"], row["batch"], row["type"]): row
+            for row in found["steps"]
+            if row["variant"] == "MONAI-like" and "problem" not in row
+        }
+        for row in found["steps"]:
+            places = [found["card"], str(row["side"]), str(row["batch"]), row["type"], row["variant"]]
+            if "problem" in row:
+                body.append([*places, row["problem"], "", "", ""])
+                continue
+            base = bases.get((row["side"], row["batch"], row["type"]))
+            gains = [number(base[name] / row[name]) if base else "" for name in ("ms_a_sample", "peak_gb_a_sample")]
+            body.append([*places, number(row["ms_a_sample"], 1), number(row["peak_gb_a_sample"]), *gains])
+        most = found["ceilings"]
+        notes.append(
+            f"{found['card']}: torch {found['torch']}, Triton {found['triton']}, {found['date']}; bf16 products at "
+            f"{most['matmul_tflops']:.0f} TFLOP/s and copies at {most['copy_tbs']:.1f} TB/s there."
+        )
+    header = ["card", "crop", "pairs", "type", "variant", "ms a pair", "GB a pair"]
+    return rows([*header, "MONAI-like / this: time", "memory"], body) + "\n\n" + " ".join(notes)
+
+
+def gpu_kernels() -> str:
+    """Each piece of a block beside what the card needs for its products and bytes alone."""
+    body = [
+        [
+            found["card"],
+            str(row["width"]),
+            row["piece"],
+            number(row["forward_ms"]),
+            number(row["both_ms"]),
+            f"{row['forward_share']:.1%}",
+            f"{row['both_share']:.1%}",
+        ]
+        for found in gpu_cards()
+        for row in found.get("kernels", [])
+    ]
+    header = ["card", "width", "piece", "forward ms", "with backward ms", "share of the card", "with backward"]
+    return rows(header, body)

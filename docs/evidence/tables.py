@@ -66,7 +66,11 @@ def tour() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "gpu-proofs": speed.gpu_proofs,
+    "gpu-steps": speed.gpu_steps,
+    "gpu-kernels": speed.gpu_kernels,
     "learning-factors": factors.learning_factors,
+    "learning-broken": factors.learning_broken,
     "learning-attention": learning.learning_attention,
     "learning-half": learning.learning_half,
     "learning-heads": learning.learning_heads,
