@@ -85,6 +85,10 @@ def test_scans_are_known_by_their_files(tmp_path):
     assert found.how == {"other_name": "voxels", "again": "voxels"}
     leakage.record(store.rows[1:], tmp_path / "run")
     assert leakage.seen(leakage.scan_rows(scans), tmp_path / "run").how == {"again": "patient"}
+    (tmp_path / "raw" / "c0.nii.gz").unlink()
+    gone = leakage.scan_rows(scans)
+    assert [row["source_sha256"] for row in gone] == [None, None]
+    assert leakage.seen(gone, tmp_path / "run").how == {"again": "patient"}
 
 
 def test_what_started_from_weights_without_a_list_is_not_known(tmp_path):

@@ -29,7 +29,7 @@ from dagman.figures import attention as figure
 from dagman.nets.encoder import Encoder
 from dagman.nets.transformer import GlobalBlock, rows_of_first
 from dagman.nets.vit import ViTEncoder
-from dagman.tasks.embed import Progress, crops_at_once, encode
+from dagman.tasks.embed import Progress, crops_at_once, encode, in_turn
 from dagman.tasks.pointing import Pointing, shares
 from dagman.types import Grid, Scan, Volume
 
@@ -91,7 +91,7 @@ def explain(
     body, own = body_of(volume), volume.own_grid or Grid(_triple(volume.hu.shape), volume.affine)
     maps, looks = {}, {}
     for number, (name, encoder) in enumerate(encoders.items()):
-        tell = progress and partial(_tell, progress, number, len(encoders))
+        tell = progress and partial(in_turn, progress, number, len(encoders))
         maps[name] = values = attention_map(encoder, volume, device=device, progress=tell)
         nifti = folder / f"{scan.case_id}_{f'{name}_' if len(encoders) > 1 else ''}attention.nii.gz"
         write_nifti(values, volume.affine, own, nifti)
@@ -120,10 +120,6 @@ def explain(
     by_head = {name: head_maps(encoder, volume, plane, device=device) for name, encoder in encoders.items()}
     figure.write_heads_png(scene, by_head, sheet)
     return Outputs(looks, picture, sheet)
-
-
-def _tell(progress: Progress, number: int, encoders: int, done: int, total: int) -> None:
-    progress(number * total + done, encoders * total)
 
 
 def attention_map(

@@ -27,7 +27,12 @@ VOXELS_AT_ONCE = 4 * 128**3
 """Of the crops that are encoded together: four of the paper's size, more of smaller ones."""
 MOST_CROPS = 32
 Progress = Callable[[int, int], None]
-"""Called with the number of finished cases and their total."""
+"""Called with the number of finished cases, or crops, and their total."""
+
+
+def in_turn(progress: Progress, number: int, networks: int, done: int, total: int) -> None:
+    """Tell of the work of one network of several, which do the same one after the other."""
+    progress(number * total + done, networks * total)
 
 
 class Origin(NamedTuple):

@@ -115,10 +115,18 @@ def seen(rows: Sequence[Mapping[str, Any]], weights: Path | None, *, head: bool 
 
 
 def scan_rows(scans: Iterable[Scan]) -> list[dict[str, Any]]:
-    """What `seen` asks of scans that no store holds: their voxels are known by the hash of their files."""
-    return [
-        {"case_id": scan.case_id, "patient": scan.patient, "source_sha256": source_sha256(scan.files)} for scan in scans
-    ]
+    """What `seen` asks of scans that no store holds: their voxels are known by the hash of their files.
+
+    A file that cannot be read has none: whoever reads the scan tells of it.
+    """
+
+    def digest(scan: Scan) -> str | None:
+        try:
+            return source_sha256(scan.files)
+        except OSError:
+            return None
+
+    return [{"case_id": scan.case_id, "patient": scan.patient, "source_sha256": digest(scan)} for scan in scans]
 
 
 def _share_patients(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:

@@ -3,7 +3,7 @@
 import functools
 import gzip
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from dagman.ct.read import read
 from dagman.errors import DagmanError
 from dagman.nets.unetr import SegmentationNetwork
 from dagman.tasks.attention import onto
-from dagman.tasks.embed import crops_at_once
+from dagman.tasks.embed import Progress, crops_at_once, in_turn
 from dagman.tasks.segmenter import Segmenter
 from dagman.types import Grid, Preparation, Scan
 
@@ -28,8 +28,6 @@ Precision = Literal["float32", "bf16"]
 To = Literal["nifti", "dicom-seg"]
 DONE = "predictions.jsonl"
 """What was predicted from what, a line for each scan."""
-Progress = Callable[[int, int], None]
-"""Called with the number of finished crops and their total."""
 
 
 class Outputs(NamedTuple):
@@ -73,7 +71,7 @@ def predict(
     )
     found = np.zeros((len(classes) + 1, *prepared.hu.shape), np.float32)
     for number, each in enumerate(segmenters):
-        tell = progress and functools.partial(_tell, progress, number, len(segmenters))
+        tell = progress and functools.partial(in_turn, progress, number, len(segmenters))
         likely = probabilities(each.network, prepared.hu, device=device, precision=precision, progress=tell)
         found += likely / len(segmenters)
     x, y, z = volume.hu.shape
@@ -93,10 +91,6 @@ def predict(
     files.repair_log(folder / DONE)
     files.append_line(folder / DONE, _identity(segmenters, scan) | made)
     return Outputs(path, volumes)
-
-
-def _tell(progress: Progress, number: int, networks: int, done: int, total: int) -> None:
-    progress(number * total + done, networks * total)
 
 
 def before(segmenters: Sequence[Segmenter], scan: Scan, folder: Path, *, to: To = "nifti") -> Outputs | None:
