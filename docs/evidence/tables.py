@@ -6,6 +6,7 @@ A document marks a table with `<!-- table: NAME -->` and `<!-- end -->`; `make d
 import re
 from collections.abc import Callable
 
+import ablation
 import factors
 import learning
 import speed
@@ -14,7 +15,10 @@ from common import RESULTS, ROOT, interval, load, machine, rows
 
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("learning", "uses", "classification", "segmentation", "performance")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("learning", "ablation", "uses", "classification", "segmentation", "performance")
+    ),
 )
 
 READINGS = {
@@ -65,6 +69,9 @@ def tour() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "ablation-hiding": ablation.hiding,
+    "ablation-losses": ablation.losses,
+    "ablation-encoder": ablation.encoder,
     "demo": demo,
     "gpu-proofs": speed.gpu_proofs,
     "gpu-steps": speed.gpu_steps,

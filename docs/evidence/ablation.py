@@ -1,0 +1,70 @@
+"""Tables of `dagman ablate`: `docs/ablation.md`."""
+
+import csv
+from pathlib import Path
+
+from common import NOT_YET, RESULTS, number, rows
+
+FOLDER = RESULTS / "ablation"
+MEASURES = {
+    "image error": ("image_error_ratio", 2),
+    "attention": ("clean_attention_entropy", 3),
+    "spread": ("pooled_spread", 2),
+    "stage 4": ("stage 4: distance_entropy_ratio", 4),
+    "semantic attention": ("semantic attention: distance_entropy_ratio", 4),
+}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a table, without the note on its first line."""
+    with path.open(newline="") as stream:
+        next(stream)
+        return list(csv.DictReader(stream))
+
+
+def span(row: dict[str, str] | None, digits: int) -> str:
+    """Mean over the seeds, and the lowest and highest of several."""
+    if row is None or not row["mean"]:
+        return ""
+    mean = number(float(row["mean"]), digits)
+    if int(row["seeds"]) < 2:
+        return mean
+    return f"{mean} ({number(float(row['lowest']), digits)} to {number(float(row['highest']), digits)})"
+
+
+def table(axis: str) -> str:
+    """One line a member of the family, the paper's number last."""
+    if not (FOLDER / f"{axis}-summary.csv").exists():
+        return NOT_YET
+    summary = {(row["measure"], row["variant"]): row for row in read(FOLDER / f"{axis}-summary.csv")}
+    runs = read(FOLDER / f"{axis}.csv")
+    reported = {row["variant"]: row for row in runs}
+    papers = [name for name in runs[0] if name.startswith("paper")]
+    body = []
+    for variant in [name for measure, name in summary if measure == "probe AUC"]:
+        probed = summary["probe AUC", variant]
+        less = ""
+        if probed["minus full: mean"]:
+            less = f"{float(probed['minus full: mean']):+.3f}"
+            if probed["minus full: low"]:
+                less += f" ({float(probed['minus full: low']):+.3f} to {float(probed['minus full: high']):+.3f})"
+        shown = [span(summary.get((name, variant)), digits) for name, digits in MEASURES.values()]
+        said = [reported.get(variant, {}).get(name) or "" for name in papers]
+        body.append([variant, probed["seeds"], span(probed, 3), less, *shown, *said])
+    header = ["variant", "seeds", "AUC here", "less the full method (95 % over patients)", *MEASURES, *papers]
+    return rows(header, body)
+
+
+def hiding() -> str:
+    """Figure 4."""
+    return table("hiding")
+
+
+def losses() -> str:
+    """Table 1."""
+    return table("losses")
+
+
+def encoder() -> str:
+    """Table 2."""
+    return table("encoder")
