@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import scipy.stats
-from common import NOT_YET, RESULTS, ROOT, load, machine, measured, number, rows
+from common import NOT_YET, RESULTS, ROOT, interval, load, machine, measured, number, rows
 from learning import asked, end_of, learning, range_of
 
 COLUMNS = {
@@ -126,15 +126,21 @@ def altered(name: str) -> str:
     return said[0].lower() + said[1:]
 
 
+def _methods() -> dict[str, list[dict[str, Any]]]:
+    """Recipe to its runs that came to their end."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in learning("real-*-tiny-seed*.json"):
+        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
+            found.setdefault(result["config"]["recipe"], []).append(result)
+    return found
+
+
 def learning_methods() -> str:
     """The compared methods at their tiny size: how they ended, what they gained, what a step costs."""
     costs = {}
     if (RESULTS / "recipes.json").exists():
         costs = {row["recipe"]: row["over_dagman"] for row in load("recipes")["rows"]}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for result in learning("real-*-tiny-seed*.json"):
-        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
-            found.setdefault(result["config"]["recipe"], []).append(result)
+    found = _methods()
     body = []
     for recipe in [*found, *(name for name in costs if name not in found)]:
         runs = found.get(recipe, [])
@@ -165,6 +171,29 @@ def learning_methods() -> str:
         f"interval lies above (+) or below (-) 0. {first['volumes']} volumes. {machine(first)}."
     )
     return rows([*header, *(f"{question}: gain" for question in QUESTIONS)], body) + "\n\n" + told
+
+
+def learning_methods_auc() -> str:
+    """What the encoders score, and how that stands to raw voxels."""
+    found = _methods()
+    if not found:
+        return NOT_YET
+    body = []
+    for recipe, runs in found.items():
+        cells = []
+        for question in QUESTIONS:
+            rows_of = [row for run in runs if (row := asked(run["probes"][-1]["rows"], question, "all", 32))]
+            less = _gain([row["above voxels"] for row in rows_of])
+            cells.append(f"{sum(row['auc']['value'] for row in rows_of) / len(rows_of):.3f}; {less}")
+        body.append([recipe, *cells])
+    for name, rows_of_all in next(iter(found.values()))[0]["baselines"].items():
+        estimates = [asked(rows_of_all, question, "all", 32) for question in QUESTIONS]
+        body.append([name, *(interval(row["auc"]) if row else "" for row in estimates)])
+    told = (
+        "AUC with 32 labels, mean over the seeds; then the mean difference from raw voxels, and of how many seeds its "
+        "interval lies above (+) or below (-) 0. The last rows need no network; their intervals are over patients."
+    )
+    return rows(["features", *QUESTIONS], body) + "\n\n" + told
 
 
 def _gain(estimates: list[dict[str, Any]]) -> str:

@@ -83,6 +83,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-heads": learning.learning_heads,
     "learning-look": learning.learning_look,
     "learning-methods": factors.learning_methods,
+    "learning-methods-auc": factors.learning_methods_auc,
     "learning-pairs": learning.learning_pairs,
     "learning-parts": learning.learning_parts,
     "learning-probes": learning.learning_probes,
