@@ -98,12 +98,18 @@ def learning_today() -> str:
             for values in [[end[column] for end in ends if column in end]]
         ]
         gains = [asked(run["probes"][-1]["rows"], "organ", "all", 32) for run in runs]
-        told = range_of([gain["above untrained"]["value"] for gain in gains if gain], 3)
+        above = [gain["above untrained"] for gain in gains if gain]
+        apart_of = sum(one["low"] > 0 for one in above), sum(one["high"] < 0 for one in above)
+        told = range_of([one["value"] for one in above], 3)
+        told += "".join(f" ({count}{sign})" for count, sign in zip(apart_of, "+-", strict=True) if count)
         body.append([name, _changed(runs[0]["settings"]), str(len(runs)), *shown, told])
     if not body:
         return NOT_YET
     first = next(iter(found.values()))[0]
-    told = f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), lowest to highest of the seeds"
+    told = (
+        f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), lowest to highest of the seeds; of "
+        "how many the interval lies above (+) or below (-) 0"
+    )
     header = ["factor", "value", "seeds", *COLUMNS, "organ, 32 labels: above untrained"]
     return rows(header, body) + f"\n\n{told}. {machine(first)}."
 
@@ -210,9 +216,7 @@ def learning_broken() -> str:
     found = measured("learning-broken")
     if found is None:
         return NOT_YET
-    body = [
-        [row["what"], f"red: {row['by']}" if row["red"] else "green", f"{row['seconds']} s"] for row in found["rows"]
-    ]
+    body = [[row["what"], f"red: {row['by']}" if row["red"] else "green"] for row in found["rows"]]
     return rows(["change", "the test"], body) + f"\n\n{machine(found)}."
 
 

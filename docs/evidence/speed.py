@@ -153,18 +153,19 @@ def gpu_steps() -> str:
         for row in found["steps"]:
             places = [found["card"], str(row["side"]), str(row["batch"]), row["type"], row["variant"]]
             if "problem" in row:
-                body.append([*places, row["problem"], "", "", ""])
+                body.append([*places, row["problem"], *[""] * 5])
                 continue
             base = bases.get((row["side"], row["batch"], row["type"]))
-            gains = [number(base[name] / row[name]) if base else "" for name in ("ms_a_sample", "peak_gb_a_sample")]
-            body.append([*places, number(row["ms_a_sample"], 1), number(row["peak_gb_a_sample"]), *gains])
+            names = ("ms_a_sample", "wall_ms_a_sample", "peak_gb_a_sample")
+            gains = [number(base[name] / row[name], 1) if base else "" for name in names]
+            body.append([*places, *(number(row[name], 1) for name in names[:2]), number(row[names[2]]), *gains])
         most = found["ceilings"]
         notes.append(
             f"{found['card']}: torch {found['torch']}, Triton {found['triton']}, {found['date']}; bf16 products at "
             f"{most['matmul_tflops']:.0f} TFLOP/s and copies at {most['copy_tbs']:.1f} TB/s there."
         )
-    header = ["card", "crop", "pairs", "type", "variant", "ms a pair", "GB a pair"]
-    return rows([*header, "MONAI-like / this: time", "memory"], body) + "\n\n" + " ".join(notes)
+    header = ["card", "crop", "pairs", "type", "variant", "ms a pair by events", "by the clock", "GB a pair"]
+    return rows([*header, "MONAI-like / this: by events", "by the clock", "memory"], body) + "\n\n" + " ".join(notes)
 
 
 def gpu_kernels() -> str:
@@ -173,6 +174,7 @@ def gpu_kernels() -> str:
         [
             found["card"],
             str(row["width"]),
+            f"{2 * (128 * 24 // row['width']) ** 3:,}",
             row["piece"],
             number(row["forward_ms"]),
             number(row["both_ms"]),
@@ -182,5 +184,14 @@ def gpu_kernels() -> str:
         for found in gpu_cards()
         for row in found.get("kernels", [])
     ]
-    header = ["card", "width", "piece", "forward ms", "with backward ms", "share of the card", "with backward"]
+    header = [
+        "card",
+        "width",
+        "tokens",
+        "piece",
+        "forward ms",
+        "with backward ms",
+        "share of the card",
+        "with backward",
+    ]
     return rows(header, body)
