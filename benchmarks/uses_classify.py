@@ -100,7 +100,10 @@ def tuned(
     first = encoder if start == "fine-tuned" else untrained(encoder, seed)
     weights = given.weights if start == "fine-tuned" else None
     found = finetune(first, store, folder, config, weights=weights, progress=tell, say=print)
-    return None if found is None else (found, predictions.read(folder))
+    if found is None:
+        return None
+    named = {"source": given.weights.name} if weights else {}  # not where it lay
+    return found | named, predictions.read(folder)
 
 
 def probed(start: str, study: str, encoder: Encoder, store: PreparedStore, weights: Path) -> Found:
