@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, help="folder of the results; WORK/results without it")
     arguments = parser.parse_args()
     results = arguments.results or arguments.work / "results"
@@ -127,7 +128,8 @@ def main() -> None:
             for key, value in (settings if arguments.today else BASE | settings).items()
             for word in (f"--{key}", value)
         ]
-        command = [sys.executable, script, "--name", f"{prefix}-{name}", "--threads", arguments.threads, "--at"]
+        command = [sys.executable, script, "--name", f"{prefix}-{name}", "--threads", arguments.threads]
+        command += ["--device", arguments.device, "--at"]
         print(f"{name}: {' '.join(chosen) or 'the recipe'}", flush=True)
         subprocess.run(list(map(str, [*command, *common, *chosen])), check=True)
 

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, help="folder of the results; WORK/results without it")
     arguments = parser.parse_args()
     results = arguments.results or arguments.work / "results"
@@ -48,7 +49,7 @@ def main() -> None:
         command = [
             *(sys.executable, script, "--work", arguments.work, "--data", arguments.data, "--corpus", "real"),
             *("--name", name, "--recipe", name, "--seed", seed, "--steps", arguments.steps, "--results", results),
-            *("--threads", arguments.threads, "--at"),
+            *("--threads", arguments.threads, "--device", arguments.device, "--at"),
         ]
         subprocess.run(list(map(str, command)), check=True)
 

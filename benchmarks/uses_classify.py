@@ -5,10 +5,10 @@
 STS: 40 patients in three folds, crops around the tumour: the protocol, not evidence, with 17 positives. Adrenal 28: the
 official split, a few seeds; these are binary shapes of glands, not CTs: the chain is shown, not what CTs teach.
 Starts: `probe` and `fine-tuned` (RUN's encoder), `random probe` (the same encoder untrained), `scratch` (it, trained
-from random weights), `resnet50` (MONAI's, from random weights). Every training writes its own
-`benchmarks/results/uses/classify-STUDY-START-seedSEED.json`; what is there, of the same weights, is not run again, so
-that the table grows over several sittings, and `--part i/n` shares it out. A training that was interrupted goes on bit
-for bit.
+from random weights), `resnet50` (MONAI's, from random weights); an encoder's head sees what its probe sees. Every
+training writes its own `benchmarks/results/uses/classify-STUDY-START-seedSEED.json`; what is there, of the same
+weights, is not run again, so that the table grows over several sittings, and `--part i/n` shares it out. A training
+that was interrupted goes on bit for bit.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def tuned(
         seed=seed,
     )
     network = "resnet50" if start == "resnet50" else "encoder"
-    config = ClassifyConfig(finetune=learning, protocol=about["protocol"], network=network)
+    config = ClassifyConfig(finetune=learning, protocol=about["protocol"], network=network, which="all")
     folder = given.work / f"{study}-{start}-steps{steps}-seed{seed}"
     began = time.monotonic()
 

@@ -17,6 +17,8 @@ STARTS = {
     "scratch": "the same network from scratch",
     "resnet50": "ResNet-50 from scratch",
 }
+UNTRAINED = {"probe": "random probe", "fine-tuned": "scratch"}
+"""What a pretrained start is held against: the same without pretraining."""
 
 
 def used(part: str) -> dict[str, Any] | None:
@@ -90,12 +92,13 @@ def uses_segment() -> str:
     return f"{sarcomas.table(first['steps'], first['seed'])}\n\n{about}."
 
 
-def _less_than_tuned(found: list[dict[str, Any]], study: str, runs: list[dict[str, Any]]) -> str:
-    """AUC of fine-tuned runs less that of these, paired by case and seed; a start of one seed meets every one."""
-    tuned = {one["seed"]: one for one in found if (one["study"], one["start"]) == (study, "fine-tuned")}
-    others = {one["seed"]: one for one in runs}
-    seeds = sorted(tuned) if len(others) == 1 else sorted(tuned.keys() & others.keys())
-    pairs = [(_predictions(tuned[seed]), _predictions(others.get(seed, next(iter(others.values()))))) for seed in seeds]
+def _gain(found: list[dict[str, Any]], study: str, start: str, other: str) -> str:
+    """AUC of one start less that of another, paired by case and seed; a start of one seed meets every one."""
+    ours, theirs = (
+        {one["seed"]: one for one in found if (one["study"], one["start"]) == (study, each)} for each in (start, other)
+    )
+    seeds = sorted(ours) if len(theirs) == 1 else sorted(ours.keys() & theirs.keys())
+    pairs = [(_predictions(ours[seed]), _predictions(theirs.get(seed, next(iter(theirs.values()))))) for seed in seeds]
     return interval(vars(predictions.mean_difference(pairs))) if pairs else ""
 
 
@@ -125,14 +128,20 @@ def uses_classify() -> str:
             saw = overlap["same_voxels"]["count"] + overlap["same_patient"]["count"] if overlap["known"] else "unknown"
             counts = f"{middle['result']['cases']} ({min(middle['result']['classes'].values())} of the rarer)"
             scores = [interval(middle["result"][score]) for score in ("auc", "balanced_accuracy", "brier")]
-            more = _less_than_tuned(found, study, runs) if start != "fine-tuned" else ""
-            body.append([title, name, counts, scores[0], spread, more, *scores[1:], str(saw), f"{middle['minutes']:g}"])
+            more = [
+                _gain(found, study, start, UNTRAINED[start]) if start in UNTRAINED else "",
+                _gain(found, study, "fine-tuned", start) if start != "fine-tuned" else "",
+            ]
+            body.append(
+                [title, name, counts, scores[0], spread, *more, *scores[1:], str(saw), f"{middle['minutes']:g}"]
+            )
     header = [
         "study",
         "",
         "cases tested",
         "AUC (median seed)",
         "all seeds",
+        "less the same untrained",
         "fine-tuned less this",
         "balanced accuracy",
         "Brier",
