@@ -10,6 +10,8 @@ from dagman.errors import DagmanError
 SPACING_MM = (0.05, 20.0)
 """Voxel sizes outside this range are typing errors or metres."""
 MAX_SHEAR = 1e-3
+_SLAB = 480
+"""Voxels along y and z that are turned at once: wider slabs of thick volumes leave the cache."""
 _EXPORT = "export the scan again with its true geometry"
 
 
@@ -106,6 +108,7 @@ def in_c_order(array: np.ndarray) -> np.ndarray:
     if array.flags.c_contiguous:
         return array
     turned = np.empty(array.shape, array.dtype)
-    for y in range(array.shape[1]):
-        turned[:, y] = array[:, y]
+    step = max(1, _SLAB // array.shape[2])
+    for y in range(0, array.shape[1], step):
+        turned[:, y : y + step] = array[:, y : y + step]
     return turned

@@ -73,7 +73,7 @@ def check_hu(path: Path, hu: np.ndarray) -> None:
     flat = hu.ravel(order="K")
     if flat.min() == flat.max():
         raise DagmanError("EMPTY", path, f"every voxel is {flat[0]:g}", "leave it out or export the scan again")
-    sample = np.sort(flat[:: max(1, flat.size // _SAMPLES)])
+    sample = np.sort(flat[:: max(1, flat.size // _SAMPLES)], kind="stable")  # of int16 a radix sort: 6 times as fast
     tissue = sample[_rank(sample, PADDING_HU, "right") :]
     too_dark = _between(sample, -1900, -1100)
     why = f"{too_dark:.0%} are darker than air" if too_dark > 0.1 else _not_hu(tissue)
