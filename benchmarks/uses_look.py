@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 
 from dagman import files
-from dagman.cli.looking import names as names_of
+from dagman.cli.watching import short_names
 from dagman.ct import phantom
 from dagman.ct.index import index
 from dagman.ct.prepare import prepare
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(PARTS), default=sorted(PARTS))
     parser.add_argument("--name", default="look", help="first part of the result files' names")
     asked = parser.parse_args()
-    encoders = {name: load_encoder(path) for name, path in zip(names_of(asked.weights), asked.weights, strict=True)}
+    encoders = {name: load_encoder(path) for name, path in zip(short_names(asked.weights), asked.weights, strict=True)}
     key = {name: files.sha256_file(encoder.report.source) for name, encoder in encoders.items() if encoder.report}
     for part in asked.only:
         path = RESULTS / f"{asked.name}-{part}.json"

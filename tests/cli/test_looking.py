@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from dagman.cli import looking, run
+from dagman.cli import run, watching
 from dagman.errors import DagmanError
 from dagman.tasks import cluster as clusters
 from dagman.tasks import leakage
@@ -39,10 +39,10 @@ def test_diversity_writes_heads_crops_result_and_a_picture(organ_store, two_runs
 
 def test_weights_are_named_as_shortly_as_they_can_be_told_apart(tmp_path):
     one, two, three = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c" / "w.safetensors"
-    assert looking.names([one]) == ["run"]
-    assert looking.names([one, two, three]) == ["a-run", "b-run", "c-w"]
+    assert watching.short_names([one]) == ["run"]
+    assert watching.short_names([one, two, three]) == ["a-run", "b-run", "c-w"]
     with pytest.raises(DagmanError, match="twice"):
-        looking.names([one, one])
+        watching.short_names([one, one])
 
 
 @pytest.fixture(scope="module")

@@ -218,6 +218,29 @@ def test_feature_sets_side_by_side_on_the_same_folds(result):
         classify.beside({"a": result, "b": classify.probe(noise, Protocol(seed=5), positive="malignant")})
 
 
+def test_one_of_several_alike_is_drawn_with_the_patients(result):
+    table = planted()
+    noise = [
+        classify.probe(
+            dataclasses.replace(table, features=np.random.default_rng(seed).normal(size=(90, 4)).astype(np.float32)),
+            positive="malignant",
+        )
+        for seed in range(4)
+    ]
+    gained = predictions.difference_from_one_of(result, noise)
+    each = [predictions.difference(result, one) for one in noise]
+    assert gained.value == pytest.approx(np.mean([one.value for one in each]))
+    assert gained.low < min(one.value for one in each) < max(one.value for one in each) < gained.high
+    same = predictions.difference_from_one_of(result, [result, dataclasses.replace(result)])
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    best = max(noise, key=lambda one: one.auc().value)
+    against = predictions.difference_from_one_of(best, [one for one in noise if one is not best])
+    assert against.low < 0 < against.high
+    other = classify.probe(planted(), Protocol(seed=5), positive="malignant")
+    with pytest.raises(DagmanError, match="E-COMPARE"):
+        predictions.difference_from_one_of(result, [noise[0], other])
+
+
 def organs(cases=120, width=6, seed=0):
     rng = np.random.default_rng(seed)
     kind = rng.integers(3, size=cases)

@@ -342,6 +342,24 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
     assert [row["difference"] == "" for row in rows] == [True, False]
     assert "DeLong" in capfd.readouterr().out
     assert cli.run(["compare", str(tmp_path / "ft"), str(tmp_path / "few" / "draw-0")]) == 0
+    for seed in ("0", "1"):
+        table = str(tmp_path / f"untrained{seed}.csv")
+        embed = ["embed", "--weights", run, "-i", str(store.folder), "-o", table, "--untrained", "--seed", seed]
+        assert cli.run(embed) == 0
+        untrained = ["classify", "probe", "-i", table, "--positive", "bright", "--folds", "2", "-o"]
+        assert cli.run([*untrained, str(tmp_path / f"untrained{seed}")]) == 0
+    beside = ["compare", str(tmp_path / "lp"), *(str(tmp_path / f"untrained{seed}") for seed in (0, 1))]
+    capfd.readouterr()
+    assert cli.run([*beside, "-o", str(tmp_path / "cmp")]) == 0
+    assert "any of 2 untrained" in capfd.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "cmp" / "comparison.csv").read_text().splitlines()))
+    assert float(rows[3]["difference"]) == pytest.approx(
+        (float(rows[1]["difference"]) + float(rows[2]["difference"])) / 2
+    )
+    assert cli.run(beside[:3]) == 0
+    assert "one untrained encoder is one draw" in capfd.readouterr().err
+    assert cli.run(["embed", "--weights", run, "-i", str(store.folder), "-o", "f.csv", "--seed", "1"]) == 2
+    assert "add --untrained" in capfd.readouterr().err
 
     scans = write(tmp_path / "new", 3)
     (tmp_path / "new" / "broken.nii.gz").write_bytes(b"no scan")

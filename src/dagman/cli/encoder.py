@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, Switch, next_step, progress, say
+from dagman.cli.watching import Output, Switch, next_step, progress, require, say
 from dagman.errors import ExitCode
 
 
@@ -17,6 +17,7 @@ def embed(
     output: Output,
     which: Literal["pooled", "cells", "cls", "all"] = "pooled",
     untrained: Switch = False,
+    seed: int = 0,
     device: str = "cpu",
     batch_size: int | None = None,
 ) -> int:
@@ -30,6 +31,7 @@ def embed(
         output: The CSV file: case_id, patient, label, f0, f1, ...
         which: Mean of the final tokens, mean of the cell tokens (more of what is small), [CLS], or all side by side.
         untrained: Give the encoder new random weights first, to compare with.
+        seed: Of these weights; several seeds tell what is chance.
         device: `cpu` or `cuda`.
         batch_size: Crops at a time, by their size if not given; no influence on the result.
     """
@@ -40,6 +42,7 @@ def embed(
     from dagman.tasks import leakage
     from dagman.tasks.table import write_csv
 
+    require(untrained or seed == 0, "--seed", "is of new random weights", "add --untrained")
     encoder, store = load_encoder(weights), PreparedStore(data)
     say(f"new random weights, of the sizes of {weights}" if untrained else str(encoder.report))
     start = None if untrained else weights
@@ -54,7 +57,7 @@ def embed(
         cases=[leakage.told(row) for row in store.rows],
     )
     if untrained:
-        encoder = embedding.untrained(encoder)
+        encoder = embedding.untrained(encoder, seed)
     with progress("Embedding") as tell:
         table = embedding.embed(encoder, store, which=which, device=device, batch_size=batch_size, progress=tell)
     write_csv(table, output)

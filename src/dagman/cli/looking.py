@@ -1,6 +1,5 @@
 """The verbs that look into encoders, one or several side by side: attention, cluster, diversity."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, Sources, Switch, progress, require, say
+from dagman.cli.watching import Output, Sources, Switch, progress, require, say, short_names
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -202,25 +201,10 @@ def _loaded(weights: list[Path]) -> "dict[str, Encoder]":
     from dagman.nets.weights import load_encoder
 
     found = {}
-    for path, name in zip(weights, names(weights), strict=True):
+    for path, name in zip(weights, short_names(weights), strict=True):
         found[name] = load_encoder(path)
         say(str(found[name].report))
     return found
-
-
-def names(weights: list[Path]) -> list[str]:
-    """A short name for each path that no other has, which can stand in a file's name.
-
-    Raises:
-        DagmanError: `E-USAGE` for weights that are given twice.
-    """
-    whole = [path.resolve().with_suffix("") if path.suffix == ".safetensors" else path.resolve() for path in weights]
-    twice = [str(path) for path, count in Counter(whole).items() if count > 1]
-    require(not twice, "--weights", f"names {', '.join(twice)} twice", "name all weights once")
-    depth = 1
-    while len({path.parts[-depth:] for path in whole}) < len(whole):
-        depth += 1
-    return ["-".join(path.parts[-depth:]).replace(" ", "_") for path in whole]
 
 
 def brief(estimate: dict[str, Any]) -> str:

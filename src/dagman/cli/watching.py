@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -45,6 +46,21 @@ def require(holds: object, subject: str, problem: str, advice: str) -> None:
     """
     if not holds:
         raise DagmanError("USAGE", subject, problem, advice)
+
+
+def short_names(paths: list[Path], subject: str = "--weights") -> list[str]:
+    """A short name for each path that no other has, which can stand in a file's name.
+
+    Raises:
+        DagmanError: `E-USAGE` for a path that is given twice.
+    """
+    whole = [path.resolve().with_suffix("") if path.suffix == ".safetensors" else path.resolve() for path in paths]
+    twice = [str(path) for path, count in Counter(whole).items() if count > 1]
+    require(not twice, subject, f"names {', '.join(twice)} twice", "name each once")
+    depth = 1
+    while len({path.parts[-depth:] for path in whole}) < len(whole):
+        depth += 1
+    return ["-".join(path.parts[-depth:]).replace(" ", "_") for path in whole]
 
 
 def say(text: str = "") -> None:

@@ -1,6 +1,6 @@
 """Classifications of the same cases side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,19 +17,31 @@ NOTE = (
 )
 
 
+ONE_DRAW = (
+    "Note: one untrained encoder is one draw of random weights, and by such intervals every third pair of untrained "
+    "encoders is apart: compare with several (dagman embed --untrained --seed 1, 2, ...)"
+)
+
+
 class Row(NamedTuple):
     """One classification beside the first."""
 
     name: str
     auc: Estimate
+    """Without an interval where it is the mean of several."""
     difference: Estimate | None
     """AUC of the first less this one's; None for the first itself."""
     p: float | None
     """DeLong's, of two classes; None where a patient has several cases, which it takes as independent."""
 
 
-def rows(found: Mapping[str, Predictions]) -> list[Row]:
-    """One row each.
+def rows(found: Mapping[str, Predictions], untrained: Collection[str] = ()) -> list[Row]:
+    """One row each; a last one for those that are alike.
+
+    Args:
+        found: Classifications by name; the first is held against all others.
+        untrained: Names of those others that differ by their random weights alone; of two or more the last row says
+            how much the first lies above one of them.
 
     Raises:
         DagmanError: `E-COMPARE`, exit code 4, when they do not share cases, labels and folds.
@@ -45,6 +57,12 @@ def rows(found: Mapping[str, Predictions]) -> list[Row]:
         if len(one.names) == 2 and len(np.unique(one.groups)) == len(one.groups):
             test = delong.compare(first.probability, one.probability, one.positive, one.fold)
         made.append(Row(name, one.auc(), predictions.difference(first, one), test.p if test else None))
+    alike = [found[name] for name in untrained]
+    if len(alike) > 1:
+        values = [one.auc().value for one in alike]
+        mean = sum(value for value in values if value is not None) / len(alike) if None not in values else None
+        auc = Estimate(value=mean, why=f"mean of {len(alike)}")
+        made.append(Row(f"any of {len(alike)} untrained", auc, predictions.difference_from_one_of(first, alike), None))
     return made
 
 

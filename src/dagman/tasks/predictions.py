@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from dagman import files
 from dagman.errors import DagmanError, ExitCode
+from dagman.randomness import generator
 from dagman.tasks import statistics
 from dagman.tasks.statistics import Estimate
 from dagman.tasks.table import write_rows
@@ -266,6 +267,37 @@ def mean_difference(pairs: Sequence[tuple[Predictions, Predictions]]) -> Estimat
         return found
 
     return first.estimate(mean)
+
+
+def difference_from_one_of(first: Predictions, others: Sequence[Predictions]) -> Estimate:
+    """AUC of the first less that of one of the others, drawn at random: those are alike but for chance.
+
+    Each resample draws patients again and one of the others. An interval over patients alone keeps the random weights
+    that the other network happened to have, and sets every third pair of untrained encoders apart from each other.
+
+    Args:
+        first: Of a trained encoder.
+        others: At least two, of encoders with other random weights each, on the same cases.
+
+    Raises:
+        DagmanError: `E-COMPARE`, exit code 4, when they do not share cases, labels and folds.
+    """
+    for other in others:
+        check_comparable(first, other)
+    people, person = np.unique(first.groups, return_inverse=True)
+    draws = generator(first.seed, "predictions.one_of")
+    weights = draws.multinomial(len(people), np.full(len(people), 1 / len(people)), statistics.RESAMPLES)
+    counted = weights[:, person].astype(float)
+    drawn = np.stack([other.auc_of(counted) for other in others])
+    gained = first.auc_of(counted) - drawn[draws.integers(len(others), size=len(counted)), np.arange(len(counted))]
+    once = np.ones((1, len(person)))
+    value = float(first.auc_of(once)[0] - np.mean([other.auc_of(once)[0] for other in others]))
+    if not np.isfinite(value):
+        return Estimate(value=None, why=first.auc().why)
+    if first.auc().low is None:
+        return Estimate(value=value, why=first.auc().why)
+    low, high = np.nanquantile(gained, (0.025, 0.975))
+    return Estimate(value=value, low=float(low), high=float(high))
 
 
 def check_comparable(first: Predictions, other: Predictions, name: object = "second result") -> None:
