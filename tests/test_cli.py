@@ -198,6 +198,14 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(chain: Path) -> None
     assert not (chain / "never").exists()
 
 
+def test_a_setting_that_would_change_nothing_is_refused(chain: Path) -> None:
+    given = ("pretrain", "smit-swin-tiny", "--data", chain / "prepared", "-o", chain / "never")
+    result = dagman(*given, "--method.hidden.hint-ratio", "0.3")
+    assert result.returncode == 2
+    assert "E-CONFIG --method.hidden.hint-ratio: would change nothing: hiding is random; leave it out" in result.stderr
+    assert not (chain / "never").exists()
+
+
 def test_settings_come_from_yaml_and_flags_win(chain: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("optimisation: {learning_rate: 0.5, seed: 7}\n")

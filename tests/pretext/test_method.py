@@ -4,12 +4,15 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
-from dagman import config
+from dagman import config, recipes
 from dagman.errors import DagmanError
 from dagman.nets.swin import AttentionConfig, SwinConfig
 from dagman.nets.vit import ViTConfig
-from dagman.pretext.method import HeadConfig, HidingConfig, LossWeights, MethodConfig, check_fit
+from dagman.pretext.codistill import CoDistillation, Knobs
+from dagman.pretext.method import HeadConfig, HidingConfig, LossWeights, MethodConfig, check_fit, without_effect
+from dagman.types import Views
 
 IMAGE_ALONE = LossWeights(ampd=0.0, aitd=0.0, gitd=0.0)
 
@@ -83,3 +86,44 @@ def test_an_encoder_that_lacks_what_the_method_needs_is_refused(
 def test_a_vit_is_trained_by_every_loss() -> None:
     for weights in (IMAGE_ALONE, LossWeights(amip=0.0, gitd=0.0), LossWeights(amip=0.0, ampd=0.0, gitd=0.0)):
         check_fit(ViTConfig(), MethodConfig(losses=weights))
+
+
+INERT = [
+    ("smit-swin-tiny", {"method.hidden.hints": "attmask"}),
+    ("smit-swin-tiny", {"method.hidden.hint_ratio": 0.3}),
+    ("smit-swin-tiny", {"method.hidden.start_step": 9}),
+    ("smit-swin-tiny", {"method.guide": "noisy"}),
+    ("sa-only-tiny", {"method.guide": "noisy"}),
+    ("sa-only-tiny", {"method.dropped_by": "patch"}),
+    ("nt-only-tiny", {"method.guide": "noisy"}),
+    ("dagman-vit-tiny", {"method.dropped_by": "patch"}),
+    ("mst-swin-tiny", {"method.patch_centers": "shared"}),
+    ("mst-swin-tiny", {"method.patch_temperature": (0.2, 0.2)}),
+    ("mst-swin-tiny", {"method.pooled_stage": 3}),
+    ("dagman-tiny", {"encoder.plain_cell_stage": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "changed"), INERT, ids=str)
+def test_a_setting_said_to_change_nothing_changes_no_loss(name: str, changed: dict[str, Any]) -> None:
+    recipe = recipes.get(name)
+    other = config.override(recipe, changed)
+    for one in (recipe, other):
+        assert changed.keys() <= without_effect(one.encoder, one.method).keys()
+    images = torch.rand(2, 4, 1, *recipe.data.crop, generator=torch.Generator().manual_seed(2))
+    views, found = Views(images[0], images[1], torch.arange(4), torch.zeros(4)), []
+    for one in (recipe, other):
+        torch.manual_seed(0)
+        module = CoDistillation(one.encoder, one.method, mean_intensity=0.5, crop=one.data.crop)
+        knobs = Knobs(0.04, one.method.patch_temperature[0], attended=one.method.hidden.start_step <= 1)
+        found.append(module(views, knobs, torch.Generator().manual_seed(1)).losses.total)
+    assert found[0] == found[1]
+
+
+def test_what_a_method_uses_is_not_said_to_change_nothing() -> None:
+    dagman = recipes.get("dagman-swin")
+    told = without_effect(dagman.encoder, dagman.method)
+    assert set(told) == {"encoder.plain_cell_stage"}
+    bare = config.override(dagman, {"method.heads.kind": "none", "method.hidden.hints": "none"})
+    told = without_effect(bare.encoder, bare.method)
+    assert {"method.heads.num_prototypes", "method.heads.hidden_width", "method.hidden.hint_ratio"} <= told.keys()

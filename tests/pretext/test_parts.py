@@ -62,6 +62,19 @@ def test_no_view_hides_more_than_foretold(kind: str, attended: bool) -> None:
     assert 40 < counts.count(0) < 120, "half the views are left whole"
 
 
+def test_before_blocks_begin_nothing_is_hidden_and_the_step_stands() -> None:
+    method = dataclasses.replace(DAGMAN, hidden=HidingConfig(kind="blocks", start_step=5))
+    model = build(method)
+    outcome, hidden, _ = run(model, smooth_views(), KNOBS._replace(attended=False))
+    assert not hidden.any()
+    assert outcome.losses.ampd == 0
+    assert torch.isfinite(outcome.losses.total)
+    assert outcome.diagnostics["ampd_loss_ratio"].isnan()
+    outcome.losses.total.backward()
+    _, hidden, _ = run(model, smooth_views())
+    assert (hidden.sum(dim=1) == 22).all()
+
+
 @torch.no_grad()
 def test_patch_distillation_counts_every_hidden_cell_of_views_that_hide_different_numbers() -> None:
     method = dataclasses.replace(DAGMAN, hidden=HidingConfig(kind="blocks", **RANGE), dropped_ratio=0.0)

@@ -92,6 +92,7 @@ def _chosen(
     """A recipe with its length, then a file's settings, then those of the command line of a verb."""
     from dagman import config as configs
     from dagman import recipes
+    from dagman.pretext.method import without_effect
 
     chosen = recipes.with_length(recipes.get(recipe), steps, epochs)
     if config:
@@ -101,7 +102,12 @@ def _chosen(
     for name in values:
         if "." not in name and not hasattr(chosen, name.replace("-", "_")):
             raise configs.unknown("CONFIG", f"--{name}", flags)  # a flag of the verb, misspelt
-    return configs.override(chosen, values)
+    chosen = configs.override(chosen, values)
+    inert = without_effect(chosen.encoder, chosen.method)
+    for name in values:
+        if why := inert.get(name.replace("-", "_")):
+            raise DagmanError("CONFIG", f"--{name}", f"would change nothing: {why}", "leave it out")
+    return chosen
 
 
 def _move_aside(output: Path) -> None:

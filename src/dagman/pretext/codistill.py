@@ -30,7 +30,7 @@ class Knobs(NamedTuple):
     class_temperature: float
     patch_temperature: float
     attended: bool
-    """False before `hidden.start_step`: attended hiding is then random."""
+    """False before `hidden.start_step`: guided hiding is then random, and blocks hide nothing."""
 
 
 class Outcome(NamedTuple):
@@ -126,14 +126,13 @@ class CoDistillation(nn.Module):
         """
         images = torch.cat([views.u, views.v])
         teacher = self._teach(images, generator)
-        hidden = self._hide(teacher.attention if knobs.attended else None, len(images), generator)
+        attention = teacher.attention if knobs.attended else None
+        hidden = self._hide(attention, len(images), generator, begun=knobs.attended)
         hidden = hidden.to(images.device, non_blocking=True)
         student = self.student.encoder(images, hidden, final_only=self.final_only)
         compared = self._distil(student, teacher, hidden, knobs)
         values = {name: one.loss for name, one in compared.items()}
-        watched = diagnostics.of_features(student) | diagnostics.of_hiding(
-            hidden, teacher.dropped, teacher.attention if knobs.attended else None
-        )
+        watched = diagnostics.of_features(student) | diagnostics.of_hiding(hidden, teacher.dropped, attention)
         watched["padding_ratio"] = views.padding.mean()
         for name, one in compared.items():
             watched |= {f"{name}_{what}": value for what, value in one.watched.items()}
@@ -187,16 +186,25 @@ class CoDistillation(nn.Module):
         """
         teacher = self._teach(images, generator)
         attention = teacher.attention if knobs.attended else None
-        hidden = self._hide(attention, len(images), generator, leave_whole=False).to(images.device)
+        hidden = self._hide(attention, len(images), generator, begun=knobs.attended, leave_whole=False)
+        hidden = hidden.to(images.device)
         head = self.student.voxel_head
         prediction = None if head is None else head(self.student.encoder(images, hidden, final_only=True).pyramid[-1])
         return Look(attention, hidden, teacher.dropped, prediction)
 
     def _hide(
-        self, attention: Tensor | None, batch: int, generator: torch.Generator, *, leave_whole: bool = True
+        self,
+        attention: Tensor | None,
+        batch: int,
+        generator: torch.Generator,
+        *,
+        begun: bool = True,
+        leave_whole: bool = True,
     ) -> Bool[Tensor, "batch cells"]:
-        """What the student does not see; random without attention to follow."""
+        """What the student does not see; random without attention to follow, nothing before blocks are begun."""
         config, cells = self.method.hidden, math.prod(self.grid)
+        if config.kind == "blocks" and not begun:
+            return torch.zeros(batch, cells, dtype=torch.bool)
         touched = torch.rand(batch, 1, generator=generator) < (config.probability if leave_whole else 1.0)
 
         def ratios(num: int) -> list[float]:

@@ -51,7 +51,7 @@ class HidingConfig:
     probability: float = 1.0
     """Chance that a view is hidden at all (AttMask: 0.5)."""
     start_step: int = 0
-    """Hiding is random before this step, while the attention is still arbitrary."""
+    """Before this step guided hiding is random, while the attention is still arbitrary; blocks hide nothing (iBOT)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.ratio <= 1, "hidden.ratio", self.ratio, "choose a share from 0 to 1 (paper: 0.7)")
@@ -200,3 +200,29 @@ def check_fit(encoder: EncoderConfig, method: MethodConfig) -> None:
             "both 0 with semantic attention as a branch",
             "give one a weight, or put it in series: nothing else would train it",
         )
+
+
+def without_effect(encoder: EncoderConfig, method: MethodConfig) -> dict[str, str]:
+    """Settings, by their dotted names, that would change nothing here, and why."""
+    weights, hidden, found = method.losses, method.hidden, dict[str, str]()
+
+    def inert(holds: object, why: str, *names: str) -> None:
+        if holds:
+            found.update(dict.fromkeys(names, why))
+
+    inert(hidden.kind != "attended", f"hiding is {hidden.kind}", "method.hidden.hints", "method.hidden.hint_ratio")
+    inert(hidden.hints == "none", "there are no hints", "method.hidden.hint_ratio")
+    inert(hidden.kind == "random", "hiding is random from the first step", "method.hidden.start_step")
+    inert(not hidden.guided, f"no attention guides hiding: it is {hidden.kind}", "method.guide")
+    inert(not method.dropped_ratio, "the teacher is clean", "method.guide", "method.dropped_by")
+    inert(encoder.cell_side == encoder.patch_side, "a cell is a patch", "method.dropped_by")
+    inert(method.heads.kind == "none", "there are no heads", "method.heads.num_prototypes")
+    sizes = ("method.heads.hidden_width", "method.heads.bottleneck_width")
+    inert(method.heads.kind != "mlp", f"heads are {method.heads.kind}", *sizes)
+    patches = ("method.patch_temperature", "method.patch_temperature_waits", "method.patch_centers")
+    inert(not weights.ampd, "AMPD does not count", *patches)
+    inert(not (weights.aitd or weights.gitd), "neither AITD nor GITD counts", "method.class_temperature")
+    inert(not weights.gitd, "GITD does not count", "method.pooled_stage")
+    if isinstance(encoder, SwinConfig):
+        inert(encoder.attention, "cells are those of semantic attention", "encoder.plain_cell_stage")
+    return found
