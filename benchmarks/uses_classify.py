@@ -4,11 +4,12 @@
 
 STS: 40 patients in three folds, crops around the tumour: the protocol, not evidence, with 17 positives. Adrenal 28: the
 official split, a few seeds; these are binary shapes of glands, not CTs: the chain is shown, not what CTs teach.
-Starts: `probe` and `fine-tuned` (RUN's encoder), `random probe` (the same encoder untrained), `scratch` (it, trained
-from random weights), `resnet50` (MONAI's, from random weights); an encoder's head sees what its probe sees. Every
-training writes its own `benchmarks/results/uses/classify-STUDY-START-seedSEED.json`; what is there, of the same
-weights, is not run again, so that the table grows over several sittings, and `--part i/n` shares it out. A training
-that was interrupted goes on bit for bit.
+Starts: `probe`; `fine-tuned`, whose linear layer starts as that probe, and `fine-tuned random head`, whose does not
+(RUN's encoder); `random probe` (the same encoder untrained), `scratch` (it, trained from random weights), `resnet50`
+(MONAI's, from random weights); an encoder's linear layer sees what its probe sees. Every training writes its own
+`benchmarks/results/uses/classify-STUDY-START-seedSEED.json`; what is there, of the same weights, is not run again, so
+that the table grows over several sittings, and `--part i/n` shares it out. A training that was interrupted goes on bit
+for bit.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,11 +34,12 @@ from dagman.train.classify import ClassifyConfig, finetune
 from dagman.train.finetune import FinetuneConfig
 
 RESULTS = Path(__file__).parent / "results" / "uses"
-STARTS = ("probe", "random probe", "fine-tuned", "scratch", "resnet50")
-PRETRAINED = ("probe", "fine-tuned")
+STARTS = ("probe", "random probe", "fine-tuned", "fine-tuned random head", "scratch", "resnet50")
+TUNED = ("fine-tuned", "fine-tuned random head")
+PRETRAINED = ("probe", *TUNED)
 STUDIES: dict[str, dict[str, Any]] = {
     "sts": {"protocol": Protocol(), "seeds": (0,), "steps": 150, "rate": 2e-4},
-    "adrenal": {"protocol": Protocol(split=True, group_by="case"), "seeds": (0, 1, 2), "steps": 1200, "rate": 1e-3},
+    "adrenal": {"protocol": Protocol(split=True, group_by="case"), "seeds": (0, 1, 2), "steps": 400, "rate": 1e-3},
 }
 
 
@@ -82,23 +84,24 @@ def tuned(
     learning = FinetuneConfig(
         steps=steps,
         batch_size=32 if study == "adrenal" else 8,
-        learning_rate=about["rate"],
-        layer_decay=0.75 if start == "fine-tuned" else 1.0,
+        learning_rate=2e-4 if start == "fine-tuned" else about["rate"],
+        layer_decay=0.75 if start in TUNED else 1.0,
         check_every=max(1, steps // 8),
         precision=given.precision,
         seed=seed,
     )
     network = "resnet50" if start == "resnet50" else "encoder"
-    config = ClassifyConfig(finetune=learning, protocol=about["protocol"], network=network, which="all")
-    folder = given.work / f"{study}-{start}-steps{steps}-seed{seed}"
+    head: Literal["probe", "random"] = "probe" if start == "fine-tuned" else "random"
+    config = ClassifyConfig(finetune=learning, protocol=about["protocol"], network=network, which="all", head=head)
+    folder = given.work / f"{study}-{start.replace(' ', '-')}-steps{steps}-seed{seed}"
     began = time.monotonic()
 
     def tell(done: int, total: int, note: str) -> None:
         if done % 50 == 0:
             print(f"{study} {start} seed {seed}: {done}/{total} {note}, {time.monotonic() - began:.0f} s", flush=True)
 
-    first = encoder if start == "fine-tuned" else untrained(encoder, seed)
-    weights = given.weights if start == "fine-tuned" else None
+    first = encoder if start in TUNED else untrained(encoder, seed)
+    weights = given.weights if start in TUNED else None
     found = finetune(first, store, folder, config, weights=weights, progress=tell, say=print)
     if found is None:
         return None

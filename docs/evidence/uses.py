@@ -13,7 +13,8 @@ from dagman.tasks.predictions import Predictions
 STARTS = {
     "probe": "linear probe",
     "random probe": "linear probe, untrained encoder",
-    "fine-tuned": "fine-tuned",
+    "fine-tuned": "fine-tuned, starting as the probe",
+    "fine-tuned random head": "fine-tuned, linear layer at random",
     "scratch": "the same network from scratch",
     "resnet50": "ResNet-50 from scratch",
 }

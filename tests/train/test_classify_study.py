@@ -20,10 +20,13 @@ from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import EncoderClassifier, ResNet50, vector, width_of
 from dagman.nets.weights import load_encoder
-from dagman.tasks import classifier, embed, predictions
+from dagman.tasks import classifier, embed, leakage, predictions
+from dagman.tasks import classify as probing
+from dagman.tasks import cohort as cohorts
+from dagman.tasks.case_crops import CaseCrops
 from dagman.tasks.protocol import Protocol
 from dagman.train import classify
-from dagman.train.classify import CaseCrops, ClassifyConfig, finetune
+from dagman.train.classify import ClassifyConfig, finetune
 from dagman.train.finetune import FinetuneConfig
 from dagman.types import Preparation
 
@@ -145,6 +148,65 @@ def test_probabilities_know_how_frequent_the_classes_were(store):
     assert lesson.likely([0])[0].tolist() == pytest.approx([0.75, 0.25])
 
 
+AS_PROBE = dataclasses.replace(STUDY, head="probe", finetune=dataclasses.replace(QUICK, steps=6, check_every=3))
+
+
+def begun(store, config=AS_PROBE):
+    """The first part of a study, before its first step."""
+    encoder = small_study.encoder()
+    cohort = cohorts.cohort(cohorts.stored(store), config.protocol, positive="bright", hold_out=True)
+    made = classify._Study(
+        encoder=encoder,
+        store=store,
+        cohort=cohort,
+        folder=Path("nowhere"),
+        config=config,
+        weights=None,
+        resnet=None,
+        seen=leakage.seen(store.rows, None),
+    )
+    return made, cohort.parts[0], made.lesson(cohort.parts[0])
+
+
+def test_the_linear_layer_starts_as_the_probe_of_the_training_cases(store):
+    study, part, lesson = begun(store)
+    table = embed.embed(small_study.encoder(), store)
+    probe = probing.fit_rows(study.cohort, part.train, table.features[list(study.rows(part.train))].astype(float))
+    assert lesson.begin()
+    lesson.restore_shares()
+    rows = study.rows([*part.train, *part.held_out, *part.test])
+    expected = probe.probabilities(table.features[list(rows)].astype(float))
+    np.testing.assert_allclose(lesson.likely(rows), expected, atol=1e-5)
+
+
+def test_a_start_as_the_probe_is_scored_and_resumes_to_the_same_bits(store, tmp_path):
+    def stop(done, total, note):
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    finetune(small_study.encoder(), store, tmp_path / "whole", AS_PROBE)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "fold-0" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if row.get("score") is not None] == [0, 3, 6]
+    assert json.loads((tmp_path / "whole" / "fold-0" / "result.json").read_text())["head"] == "probe"
+    assert finetune(small_study.encoder(), store, tmp_path / "stopped", AS_PROBE, progress=stop) is None
+    finetune(small_study.encoder(), store, tmp_path / "stopped", AS_PROBE)
+    one, other = ((tmp_path / name / "predictions.csv").read_bytes() for name in ("whole", "stopped"))
+    assert one == other
+
+
+def test_where_a_probe_cannot_be_fitted_or_is_not_asked_for_the_linear_layer_starts_at_random(store):
+    study, part, lesson = begun(store, dataclasses.replace(AS_PROBE, head=None))
+    assert lesson.probe is None
+    assert not lesson.begin()
+    pretrained = dataclasses.replace(study, weights=Path("run"))
+    assert pretrained.starts_as_probe(part)
+    assert not pretrained.starts_as_probe(dataclasses.replace(part, train=part.train[:2]))
+    assert not dataclasses.replace(pretrained, config=STUDY.__class__(head="random")).starts_as_probe(part)
+    with pytest.raises(DagmanError, match=r"E-CONFIG head: cannot be probe of a ResNet"):
+        ClassifyConfig(network="resnet50", head="probe")
+
+
 def halves(store, flip=False):
     sides = ["train"] * 6 + ["validation"] * 2 + ["test"] * 4
     split = PreparedStore(store.folder)
@@ -155,8 +217,10 @@ def halves(store, flip=False):
     return split
 
 
-def test_other_labels_of_test_cases_change_no_prediction(store, tmp_path):
-    config = dataclasses.replace(STUDY, protocol=Protocol(split=True), finetune=dataclasses.replace(QUICK, steps=4))
+@pytest.mark.parametrize("head", ["random", "probe"])
+def test_other_labels_of_test_cases_change_no_prediction(store, tmp_path, head):
+    quick = dataclasses.replace(QUICK, steps=4)
+    config = dataclasses.replace(STUDY, protocol=Protocol(split=True), finetune=quick, head=head)
     for name, flip in (("true", False), ("flipped", True)):
         finetune(small_study.encoder(), halves(store, flip), tmp_path / name, config)
     one, other = (json.loads((tmp_path / name / "fold-0" / "result.json").read_text()) for name in ("true", "flipped"))

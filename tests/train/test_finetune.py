@@ -38,6 +38,9 @@ class Line:
         self.steps = 0
         self.stop_at = stop_at
 
+    def begin(self):
+        return False
+
     def loss(self, batch):
         self.steps += 1
         if self.steps == self.stop_at:
@@ -139,6 +142,9 @@ class Images(Line):
         super().__init__()
         torch.manual_seed(0)
         self.network, self.dataset = Headed(config), Crops()
+
+    def begin(self):
+        return False
 
     def loss(self, batch):
         return (self.network(batch) - 1).square().mean()

@@ -180,6 +180,7 @@ def finetune(
     recipe: str | None = None,
     network: Literal["encoder", "resnet50"] = "encoder",
     which: Literal["pooled", "cells", "cls", "all"] = "pooled",
+    head: Literal["probe", "random"] | None = None,
     crop: Crop = None,
     positive: str | None = None,
     folds: int = 3,
@@ -213,6 +214,8 @@ def finetune(
             `dagman-tiny` without.
         network: `resnet50` is MONAI's 3D ResNet-50, to be compared with.
         which: What the linear layer sees: as `dagman embed --which`.
+        head: How the linear layer starts: as the linear probe of the training cases (by default, of a pretrained
+            encoder), or at `random`.
         crop: Voxels (x, y, z) of a crop, such as 64,64,64; the encoder's own without.
         positive: The positive one of two labels, where labels are words.
         folds: Number of folds.
@@ -273,6 +276,7 @@ def finetune(
             protocol=protocol,
             network=network,
             which=which,
+            head=head,
             positive=positive,
             unlabelled=unlabelled,
             keep_sides=keep_sides,

@@ -8,7 +8,7 @@ want of test patients, not how much another training set would change them. Unde
 they hold 0.5 in about nine of ten simulated studies.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,25 @@ def fit_all(
     cohort = cohorts.cohort(table, replace(protocol, fraction=1.0), positive=positive, unlabelled=unlabelled)
     features = _usable(cohort.table)
     rows = sorted({row for part in cohort.parts for row in (*part.train, *part.held_out)})
-    probe = fit(features[rows], cohort.numbers[rows], _inner(cohort, rows))
-    return probe, cohort.classes.names, {cohort.table.case_ids[row] for row in rows}
+    return fit_rows(cohort, rows, features[rows]), cohort.classes.names, {cohort.table.case_ids[row] for row in rows}
+
+
+def fit_rows(cohort: Cohort, rows: Sequence[int], features: Float[np.ndarray, "cases width"]) -> Probe:
+    """A probe of these cases of a cohort, whose features are given.
+
+    Raises:
+        DagmanError: `E-FOLDS` where they are too few to choose anything on.
+    """
+    return fit(features, cohort.numbers[list(rows)], _inner(cohort, rows))
+
+
+def can_fit(cohort: Cohort, rows: Sequence[int]) -> bool:
+    """Whether `fit_rows` can: two patients of every class and more."""
+    try:
+        _inner(cohort, rows)
+    except DagmanError:
+        return False
+    return True
 
 
 def _inner(cohort: Cohort, rows: Any) -> np.ndarray:

@@ -67,6 +67,7 @@ def embed(
     store: PreparedStore,
     *,
     which: Which = "pooled",
+    rows: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     precision: Literal["float32", "bf16"] = "float32",
     batch_size: int | None = None,
@@ -79,6 +80,7 @@ def embed(
         store: Cases on the grid that the encoder was trained on.
         which: `pooled`, the mean of the final tokens; `cells`, the mean of the cell tokens, which keeps more of what
             is small (of a ViT, the same); `cls`; or `all` side by side.
+        rows: Of the store; all where None.
         device: Where to compute.
         precision: `bf16` computes under autocast.
         batch_size: Crops encoded at once, by their size where None; no influence on the result beyond rounding.
@@ -93,7 +95,7 @@ def embed(
     def features(images: Float[Tensor, "batch 1 x y z"]) -> Tensor:
         return vector(encode(encoder, images, device=device, precision=precision), which).float().cpu()
 
-    return mean_per_case(store, preparation, features, batch_size=batch_size, progress=progress)
+    return mean_per_case(store, preparation, features, batch_size=batch_size, progress=progress, rows=rows)
 
 
 def write_origin(origin: Origin, features: Path) -> None:

@@ -6,45 +6,41 @@ not learnt again; one under way goes on bit for bit.
 """
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dagman import config as configs
 from dagman import files
-from dagman.ct import crops
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.figures import roc
 from dagman.nets.classifier import EncoderClassifier, Network, ResNet50, Which
 from dagman.nets.encoder import Encoder
-from dagman.randomness import generator, torch_seed
+from dagman.randomness import torch_seed
 from dagman.run import package_version
 from dagman.tasks import classifier as classifiers
 from dagman.tasks import cohort as cohorts
 from dagman.tasks import leakage, predictions
+from dagman.tasks.case_crops import CaseCrop, CaseCrops
 from dagman.tasks.classifier import Classifier
-from dagman.tasks.classify import TASK, predicted, threshold
+from dagman.tasks.classify import TASK, Probe, can_fit, fit_rows, predicted, threshold
 from dagman.tasks.cohort import Cohort
-from dagman.tasks.embed import suited
+from dagman.tasks.embed import embed, suited
 from dagman.tasks.labels import Unlabelled
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
 from dagman.train.finetune import FinetuneConfig, Fitted, weights_digest
 from dagman.train.parts import learn, place, refuse_mirrored_sides
-from dagman.types import Preparation
 
-SHIFT_RATIO = 0.125
-"""Of a crop's side by which it may miss its place in training."""
-JITTER_RATIO = 0.1
 LEAST_TO_CUT = 10
 """Held-out cases of each class from which a threshold is chosen: of fewer it is chance."""
 Tell = Callable[[int, int, str], None]
@@ -65,6 +61,9 @@ class ClassifyConfig:
     """`resnet50`: MONAI's, to be compared with."""
     which: Which = "pooled"
     """What the linear layer sees of a crop."""
+    head: Literal["probe", "random"] | None = None
+    """How the linear layer starts: as the probe of the training cases, so that the encoder has nothing to unlearn for
+    its sake (Kumar et al. 2022), or at random; by default as the probe where the encoder is pretrained."""
     positive: str | None = None
     """The positive one of two classes, where labels are words."""
     unlabelled: Unlabelled = "refuse"
@@ -75,62 +74,12 @@ class ClassifyConfig:
         if self.network == "resnet50" and self.finetune.batch_size < 2:
             problem = "cannot be 1: the norms of a ResNet need several crops"
             raise DagmanError("CONFIG", "finetune.batch_size", problem, "give at least 2")
+        if self.network == "resnet50" and self.head == "probe":
+            raise DagmanError("CONFIG", "head", "cannot be probe of a ResNet", "leave it out, or fine-tune an encoder")
         if self.network == "resnet50" and self.finetune.frozen:
             raise DagmanError(
                 "CONFIG", "finetune.frozen", "cannot be true of a ResNet", "freeze an encoder, or nothing"
             )
-
-
-class CaseCrop(NamedTuple):
-    """A crop of a case and its class, or a batch of them."""
-
-    image: Float[Tensor, "*batch 1 x y z"]
-    """In [0, 1]."""
-    number: Int[Tensor, "*batch"]
-
-
-class CaseCrops(Dataset[CaseCrop]):
-    """A crop of a case and its class by global sample number, without end; a sample depends on the seed and its number.
-
-    Every case is visited once before any is visited again. The crop is centred on the case's mask where there is one,
-    up to an eighth of its side off, and lies anywhere in the volume where there is none; it may be mirrored along each
-    axis, and its intensities are scaled and shifted by up to a tenth.
-
-    Args:
-        store: The volumes.
-        rows: Those to learn from.
-        numbers: Their classes.
-        preparation: Crop and window.
-        seed: Of all draws.
-        mirrored: Mirror crops; not where a class depends on the side of the body.
-    """
-
-    def __init__(
-        self,
-        store: PreparedStore,
-        rows: Sequence[int],
-        numbers: Sequence[int],
-        preparation: Preparation,
-        seed: int,
-        *,
-        mirrored: bool = True,
-    ) -> None:
-        self.mirrored = mirrored
-        self.store, self.rows, self.numbers = store, tuple(rows), tuple(numbers)
-        self.preparation, self.seed = preparation, seed
-
-    def __getitem__(self, sample: int) -> CaseCrop:
-        epoch, place = divmod(sample, len(self.rows))
-        chosen = int(generator(self.seed, "classify.order", epoch).permutation(len(self.rows))[place])
-        row, crop = self.rows[chosen], self.preparation.crop
-        draws = generator(self.seed, "classify.crop", sample)
-        corner = crops.near(self.store, row, crop, SHIFT_RATIO, draws)
-        image = crops.window(self.store.hu(row, corner, crop), self.preparation.window_hu)
-        if self.mirrored:
-            image = np.flip(image, tuple(np.flatnonzero(draws.random(3) < 0.5).tolist()))
-        scale, shift = draws.uniform(-JITTER_RATIO, JITTER_RATIO, 2).astype(np.float32)
-        image = np.clip(image * (1 + scale) + shift, 0, 1)
-        return CaseCrop(torch.from_numpy(np.ascontiguousarray(image))[None], torch.tensor(self.numbers[chosen]))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -147,6 +96,19 @@ class ClassifyLesson:
     held_out: tuple[int, ...]
     """Rows of the store."""
     held_out_numbers: tuple[int, ...]
+    probe: Callable[[EncoderClassifier], Probe] | None = None
+    """Fits a probe of the training cases, as which the linear layer starts; None: it starts as it is."""
+
+    @torch.no_grad()
+    def begin(self) -> bool:
+        """Let the linear layer start as the probe, believing that classes are alike, as the loss does."""
+        if self.probe is None:
+            return False
+        assert isinstance(self.network, EncoderClassifier)
+        weights, biases = self.probe(self.network.eval()).linear()
+        self.network.head.weight.copy_(torch.from_numpy(weights))
+        self.network.head.bias.copy_(torch.from_numpy(biases) + self.weights.log())
+        return True
 
     def loss(self, batch: CaseCrop) -> Tensor:
         """Cross-entropy, every class counting the same."""
@@ -304,7 +266,20 @@ class _Study:
             weights=torch.tensor(len(numbers) / (len(counts) * counts), dtype=torch.float32),
             held_out=self.rows(part.held_out),
             held_out_numbers=tuple(cohort.numbers[list(part.held_out)].tolist()),
+            probe=functools.partial(self._probe, part) if self.starts_as_probe(part) else None,
         )
+
+    def starts_as_probe(self, part: Part) -> bool:
+        """Whether the linear layer does; by itself not where a class has too few patients to fit one."""
+        if self.config.head is not None or self.config.network == "resnet50" or self.weights is None:
+            return self.config.head == "probe"
+        return can_fit(self.cohort, part.train)
+
+    def _probe(self, part: Part, network: EncoderClassifier) -> Probe:
+        """Of a part's training cases, on the encoder as it is."""
+        device = next(network.parameters()).device
+        table = embed(network.encoder, self.store, which=network.which, rows=self.rows(part.train), device=device)
+        return fit_rows(self.cohort, part.train, table.features.astype(np.float64))
 
     def conclude(self, part: Part, lesson: ClassifyLesson, fitted: Fitted, seconds: float) -> dict[str, Any]:
         """Predict a part's test cases, write its classifier, and its result last."""
@@ -320,6 +295,7 @@ class _Study:
             "cases_learnt_from": len(part.train),
             classifiers.MASKS: sum(self.store.rows[row]["mask"] is not None for row in self.rows(part.train)),
             "best_step": fitted.best_step,
+            "head": "probe" if lesson.probe else "random",
             "finetune": configs.to_dict(self.config.finetune),
         }
         likely = lesson.likely(self.rows(part.test))

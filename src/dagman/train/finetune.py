@@ -85,6 +85,9 @@ class Lesson(Protocol):
     identity: Any
     """JSON values that, with the settings, decide what is computed: cases, labels, weights."""
 
+    def begin(self) -> bool:
+        """What is done once before the first step; whether what it left is worth a score of its own."""
+
     def loss(self, batch: Any) -> Tensor:
         """Loss of a batch, on the network's device."""
 
@@ -142,6 +145,8 @@ def fit(
         _, optimizer = fabric.setup(lesson.network.train(), _optimizer(lesson.network, config))
         course = _Course(lesson, config, run, fabric, optimizer)
         start = course.resume()
+        if start == 0 and lesson.begin() and not run.metrics():
+            run.add({"step": 0, "score": course.check(0)}, durable=True)
         order = SampleOrder(start * config.batch_size, total * config.batch_size)
         samples = iter(engine.loader(fabric, lesson.dataset, order, None, batch=config.batch_size, workers=workers))
         for done in range(start + 1, total + 1):

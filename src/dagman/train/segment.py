@@ -84,6 +84,10 @@ class SegmentLesson:
     precision: segment.Precision = "float32"
     """Of what is predicted, as of what is learnt."""
 
+    def begin(self) -> bool:
+        """Nothing: the decoder is new."""
+        return False
+
     def loss(self, batch: LabelledCrop) -> Tensor:
         """Dice and cross-entropy, equally (MONAI's DiceCE)."""
         from monai.losses import DiceCELoss
