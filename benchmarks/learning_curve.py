@@ -83,26 +83,14 @@ def attention_on_truth(encoder: Encoder, store: PreparedStore, device: str) -> d
     side, cell = encoder.preparation.crop[0], encoder.config.cell_side
     n = side // cell
     sums: dict[str, list[np.ndarray]] = {}
-    for row in range(len(store)):
-        draws = generator(0, "learning.look", row)
-        enough = {name for name, parts in sums.items() if len(parts) == LOOK_VOLUMES}
-        for name, inside in structures(store, row, enough).items():
-            if name in enough or not inside.any():
-                continue
-            places = np.argwhere(inside)
-            middles = places[draws.integers(len(places), size=LOOKS)] + draws.integers(
-                -side // 4, side // 4, (LOOKS, 3)
-            )
-            corners = [tuple(int(m) - side // 2 for m in middle) for middle in middles]
-            hu = np.stack([store.hu(row, corner, (side,) * 3) for corner in corners])
-            truth = np.stack([padded_crop(inside, corner, (side,) * 3, 0) for corner in corners])
-            images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
-            seen = encode(encoder, images, device=device, precision="float32").attention
-            assert seen is not None
-            share = truth.reshape(-1, n, cell, n, cell, n, cell).mean(axis=(2, 4, 6)).reshape(LOOKS, -1)
-            maps = seen.cpu().numpy()
-            met = [(maps * share).sum(), share.mean(axis=1).sum(), (np.roll(maps, 1, axis=0) * share).sum()]
-            sums.setdefault(name, []).append(np.array(met))
+    for name, hu, truth in looks(store, side):
+        images = torch.from_numpy(crops.window(hu, encoder.preparation.window_hu))[:, None]
+        seen = encode(encoder, images, device=device, precision="float32").attention
+        assert seen is not None
+        share = truth.reshape(-1, n, cell, n, cell, n, cell).mean(axis=(2, 4, 6)).reshape(LOOKS, -1)
+        maps = seen.cpu().numpy()
+        met = [(maps * share).sum(), share.mean(axis=1).sum(), (np.roll(maps, 1, axis=0) * share).sum()]
+        sums.setdefault(name, []).append(np.array(met))
     found = {}
     for name, parts in sums.items():
         values = np.stack(parts)
@@ -114,6 +102,25 @@ def attention_on_truth(encoder: Encoder, store: PreparedStore, device: str) -> d
             low, high = np.quantile(ratios[:, 0] / ratios[:, 1], [0.025, 0.975])
             found[name] |= {"low": low, "high": high}
     return {name: {key: round(float(value), 4) for key, value in one.items()} for name, one in found.items()}
+
+
+def looks(store: PreparedStore, side: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Crops near a structure of a volume: its name, (looks, x, y, z) HU, and which voxels are of it."""
+    count: dict[str, int] = {}
+    for row in range(len(store)):
+        draws = generator(0, "learning.look", row)
+        enough = {name for name, volumes in count.items() if volumes == LOOK_VOLUMES}
+        for name, inside in structures(store, row, enough).items():
+            if name in enough or not inside.any():
+                continue
+            count[name] = count.get(name, 0) + 1
+            places = np.argwhere(inside)
+            middles = places[draws.integers(len(places), size=LOOKS)] + draws.integers(
+                -side // 4, side // 4, (LOOKS, 3)
+            )
+            corners = [tuple(int(m) - side // 2 for m in middle) for middle in middles]
+            hu = np.stack([store.hu(row, corner, (side,) * 3) for corner in corners])
+            yield name, hu, np.stack([padded_crop(inside, corner, (side,) * 3, 0) for corner in corners])
 
 
 def structures(store: PreparedStore, row: int, enough: set[str]) -> dict[str, np.ndarray]:

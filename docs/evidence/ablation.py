@@ -7,6 +7,7 @@ from common import NOT_YET, RESULTS, number, rows
 
 FOLDER = RESULTS / "ablation"
 MEASURES = {
+    "hidden": ("hidden_ratio", 2),
     "image error": ("image_error_ratio", 2),
     "attention": ("clean_attention_entropy", 3),
     "spread": ("pooled_spread", 2),
@@ -55,6 +56,42 @@ def table(axis: str) -> str:
     return rows(header, body)
 
 
+PLACES = ("stage 1", "stage 2", "semantic attention", "stage 3", "stage 4")
+HEADS = {"distance_entropy_ratio": "distances differ", "row_entropy": "rows are even"}
+EFFECTS = {
+    "attended less random": (("attended", "random"), ("attended, noisy teacher", "random, noisy teacher")),
+    "noisy less clean": (("random, noisy teacher", "random"), ("attended, noisy teacher", "attended")),
+}
+
+
+def diversity() -> str:
+    """What attended hiding and the noisy teacher do to the heads, seed by seed: means over the other factor."""
+    if not (FOLDER / "hiding.csv").exists():
+        return NOT_YET
+    runs = {(row["variant"], row["seed"]): row for row in read(FOLDER / "hiding.csv") if row["status"] == "scored"}
+    seeds = sorted({seed for _, seed in runs})
+    body = []
+    for place in PLACES:
+        for measure, meaning in HEADS.items():
+            cells = []
+            for pairs in EFFECTS.values():
+                found = [
+                    sum(
+                        float(runs[one, seed][f"{place}: {measure}"]) - float(runs[other, seed][f"{place}: {measure}"])
+                        for one, other in pairs
+                    )
+                    / len(pairs)
+                    for seed in seeds
+                ]
+                alike = "all below 0" if max(found) < 0 else "all above 0" if min(found) > 0 else ""
+                cells += [" ".join(f"{value:+.4f}" for value in found), alike]
+            body.append([place, meaning, *cells])
+    header = ["place", "how much"]
+    for name in EFFECTS:
+        header += [f"{name}, by seed", ""]
+    return rows(header, body)
+
+
 def hiding() -> str:
     """Figure 4."""
     return table("hiding")
@@ -68,3 +105,8 @@ def losses() -> str:
 def encoder() -> str:
     """Table 2."""
     return table("encoder")
+
+
+def stage() -> str:
+    """Figures 6, 8 and 9."""
+    return table("stage")

@@ -1,12 +1,13 @@
 """Tables that lay settings and methods side by side: `docs/learning.md`."""
 
 import math
+import re
 import sys
 from typing import Any
 
 import scipy.stats
 from common import NOT_YET, RESULTS, ROOT, interval, load, machine, measured, number, rows
-from learning import asked, end_of, learning, range_of
+from learning import asked, end_of, gained, learning, mean_auc, range_of
 
 COLUMNS = {
     "image error": "image_error_ratio",
@@ -26,25 +27,25 @@ QUESTIONS = ("organ", "malignancy", "tumour", "side", "nodule")
 """That every method is asked."""
 
 
-def learning_token() -> str:
-    """Runs with a learned hidden token beside those of `dagman-tiny`, whose hidden patches are 0."""
-    columns = {
-        "image error": ("image_error_ratio", 2),
-        "AMPD / ln K": ("ampd_loss_ratio", 2),
-        "AITD / ln K": ("aitd_loss_ratio", 2),
-        "GITD / ln K": ("gitd_loss_ratio", 2),
-        "attention": ("attention_entropy", 3),
-    }
+LONG = {"tiny": "the recipe", "long-paper-weights": "weights .1 of AMPD, AITD and GITD (paper)"}
+LONG |= {"long-learned-token": "a learned hidden token (paper)"}
+
+
+def learning_long() -> str:
+    """Settings at the length at which the recipe works, 1,000 steps on the real CTs."""
+    columns = {"image error": "image_error_ratio", "AMPD / ln K": "ampd_loss_ratio", "AITD / ln K": "aitd_loss_ratio"}
+    columns |= {"GITD / ln K": "gitd_loss_ratio", "attention": "attention_entropy", "spread": "pooled_spread"}
     body = []
-    for corpus in ("phantoms", "real"):
-        for name, meaning in (("learned-token", "learned"), ("tiny", "zero")):
-            results = learning(f"{corpus}-*-seed*.json", name=name)
-            if results:
-                ends = [end_of(result) for result in results]
-                shown = [range_of([end[column] for end in ends], digits) for column, digits in columns.values()]
-                precision = results[0]["config"]["optimisation"]["precision"]
-                body.append([corpus, meaning, str(results[0]["steps"]), precision, str(len(results)), *shown])
-    return rows(["pretrained on", "hidden token", "steps", "precision", "seeds", *columns], body)
+    for name, meaning in LONG.items():
+        for result in learning("real-*-seed*.json", name=name):
+            if result["steps"] != 1000 or not result["probes"][-1]["rows"]:
+                continue
+            end, table = end_of(result), result["probes"][-1]["rows"]
+            gains = [gained([table], question) for question in QUESTIONS]
+            shown = [number(end[column], 3 if column == "attention_entropy" else 2) for column in columns.values()]
+            body.append([meaning, str(result["seed"]), *shown, *(gain.removesuffix(" of 1") for gain in gains)])
+    header = ["what", "seed", *columns, *(f"{question}: gain" for question in QUESTIONS)]
+    return rows(header, body) if body else NOT_YET
 
 
 def learning_factors() -> str:
@@ -151,10 +152,11 @@ def learning_methods() -> str:
     for recipe in [*found, *(name for name in costs if name not in found)]:
         runs = found.get(recipe, [])
         ends = [end_of(run) for run in runs]
+        ends = [end | {"last level": end[max(levels)]} if (levels := _ranks(end)) else end for end in ends]
         columns = (
             "image_error_ratio",
             "pooled_spread",
-            "level4_effective_rank",
+            "last level",
             "attention_entropy",
             "aitd_loss_ratio",
             "ampd_loss_ratio",
@@ -173,10 +175,16 @@ def learning_methods() -> str:
     header += ["attention", "AITD", "AMPD", "GITD"]
     first = next(iter(found.values()))[0]
     told = (
-        "Means over the seeds. Gains: AUC with 32 labels above the untrained encoder, and of how many seeds the "
-        f"interval lies above (+) or below (-) 0. {first['volumes']} volumes. {machine(first)}."
+        "Means over the seeds; rank: of the last level. Gains: AUC with 32 labels above the untrained encoder, the "
+        "lowest and highest end of the seeds' 95 % intervals, and how many of these lie above (+) or below (-) 0. "
+        f"{first['volumes']} volumes. {machine(first)}."
     )
     return rows([*header, *(f"{question}: gain" for question in QUESTIONS)], body) + "\n\n" + told
+
+
+def _ranks(end: dict[str, float]) -> list[str]:
+    """Columns of the effective rank at each level: a ViT has fewer."""
+    return [name for name in end if re.fullmatch(r"level\d_effective_rank", name)]
 
 
 def learning_methods_auc() -> str:
@@ -190,25 +198,31 @@ def learning_methods_auc() -> str:
         for question in QUESTIONS:
             rows_of = [row for run in runs if (row := asked(run["probes"][-1]["rows"], question, "all", 32))]
             less = _gain([row["above voxels"] for row in rows_of])
-            cells.append(f"{sum(row['auc']['value'] for row in rows_of) / len(rows_of):.3f}; {less}")
+            tables = [table for run in runs for table in run["untrained"]]
+            plain = mean_auc([asked(table, question, "all", 32) for table in tables])
+            mean = sum(row["auc"]["value"] for row in rows_of) / len(rows_of)
+            cells.append(f"{mean:.3f}; untrained {plain}; {less}")
         body.append([recipe, *cells])
     for name, rows_of_all in next(iter(found.values()))[0]["baselines"].items():
         estimates = [asked(rows_of_all, question, "all", 32) for question in QUESTIONS]
         body.append([name, *(interval(row["auc"]) if row else "" for row in estimates)])
     told = (
-        "AUC with 32 labels, mean over the seeds; then the mean difference from raw voxels, and of how many seeds its "
-        "interval lies above (+) or below (-) 0. The last rows need no network; their intervals are over patients."
+        "AUC with 32 labels, mean over the seeds; that of untrained encoders of this kind; the difference from raw "
+        "voxels, told as gains above. The last rows need no network; their intervals are over patients."
     )
     return rows(["features", *QUESTIONS], body) + "\n\n" + told
 
 
 def _gain(estimates: list[dict[str, Any]]) -> str:
-    """Mean gain over seeds, and how many intervals lie above and below 0."""
+    """Mean gain over seeds, the lowest and highest end of their intervals, and how many lie above and below 0."""
     if not estimates:
         return ""
     mean = sum(one["value"] for one in estimates) / len(estimates)
     above, below = sum(one["low"] > 0 for one in estimates), sum(one["high"] < 0 for one in estimates)
-    return f"{mean:+.3f}" + (f" ({above}+)" if above else "") + (f" ({below}-)" if below else "")
+    low, high = min(one["low"] for one in estimates), max(one["high"] for one in estimates)
+    return (
+        f"{mean:+.3f} ({low:+.2f} to {high:+.2f})" + (f" {above}+" if above else "") + (f" {below}-" if below else "")
+    )
 
 
 def learning_broken() -> str:

@@ -1,12 +1,13 @@
 """Tables about learning: `docs/learning.md`."""
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
 from typing import Any
 
-from common import NOT_YET, RESULTS, interval, machine, measured, number, rows
+from common import NOT_YET, RESULTS, interval, machine, number, rows
 
 LOOKED_AT = (1, 100, 300, 600, 1000)
 LAST_ROWS = 2
@@ -52,6 +53,10 @@ def corpora() -> dict[str, list[dict[str, Any]]]:
     for result in learning("*-tiny-seed*.json", name="tiny"):
         if "untrained" in result and result["probes"][-1]["step"] == result["steps"]:
             found.setdefault(result["corpus"], []).append(result)
+    for corpus, results in found.items():
+        for what in ("crops", "patients", "untrained", "baselines", "chance"):
+            if any(result[what] != results[0][what] for result in results):
+                raise ValueError(f"the seeds on {corpus} were not asked the same: their {what} differ")
     return found
 
 
@@ -93,77 +98,22 @@ def learning_reach() -> str:
         for meaning, (column, target) in wanted.items()
     ]
     body.append(["steps", "", *(str(result["steps"]) for result in results)])
-    body.append(
-        ["minutes", "", *(number(end["seconds"] * r["steps"] / 60, 0) for r, end in zip(results, ends, strict=True))]
-    )
+    body.append(["minutes", "", *(number(minutes(result), 0) for result in results)])
     header = ["", "aim", *(f"{result['corpus']}, seed {result['seed']}" for result in results)]
     told = "Each cell: at the first step, then at the end (mean of the last two points of the curve, about a fifth)"
     return rows(header, body) + f"\n\n{told}. One thread a run, two runs side by side. {machine(results[0])}."
 
 
+def minutes(result: dict[str, Any]) -> float:
+    """Of training; a point of the curve is the mean of the steps since the last."""
+    steps = [0, *(point["step"] for point in result["curve"])]
+    spans = [after - before for before, after in itertools.pairwise(steps)]
+    return sum(span * point["seconds"] for span, point in zip(spans, result["curve"], strict=True)) / 60
+
+
 def from_to(first: dict[str, float], end: dict[str, float], column: str) -> str:
     """A figure at the first step and at the end."""
     return ", ".join(said for said in (number(part.get(column), 2) for part in (first, end)) if said)
-
-
-@of_runs
-def learning_attention() -> str:
-    """Share of attention over share of volume on each structure, on the way: mean over the seeds, and their range."""
-    body, every = [], set()
-    for corpus, results in corpora().items():
-        at = [{probe["step"]: probe["attention"] for probe in result["probes"]} for result in results]
-        steps = sorted(set.intersection(*(set(one) for one in at)))
-        every |= set(steps)
-        for structure in at[0][0]:
-            found = {step: [one[step][structure] for one in at] for step in steps}
-            if found[0][0]["volumes"] == 1:
-                continue  # two crops of one volume tell nothing
-            cells = [_spread([gain["gain"] for gain in found[step]]) if step in found else "" for step in STOPS]
-            end = found[steps[-1]]
-            ends = [" ".join(f"{gain[word]:.2f}" for gain in end) for word in ("low", "high", "elsewhere")]
-            body.append([corpus, structure, f"{end[0]['volumes']:.0f}", *cells, *ends])
-    header = ["pretrained on", "attention / volume on", "volumes", *(f"step {step}" for step in STOPS)]
-    return rows([*header, "95 % from, by seed", "to", "of another crop"], body)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def learning_pairs() -> str:
-    """What a student of AITD and GITD agrees with: its own place, its volume, or all alike."""
-    result = measured("learning-pairs")
-    if not result:
-        return NOT_YET
-    words = ("own pair", "another pair of the volume", "another volume", "own place first", "own volume first")
-    body = [
-        [f"{row['corpus']}, seed {row['seed']}", name.upper(), *(number(row[name][word], 2) for word in words)]
-        for row in result["rows"]
-        for name in ("aitd", "gitd")
-    ]
-    header = ["run", "loss", "own place", "another place of the volume", "another volume"]
-    told = f"{result['batches']} batches of 16 new pairs, cut from 4 volumes of the run. {machine(result)}."
-    return rows([*header, "own place first of 4 (chance .25)", "own volume first of 4 (.25)"], body) + f"\n\n{told}"
-
-
-def learning_half() -> str:
-    """The question of tumours in two halves of the scans, of runs that saw all and of runs that left one out."""
-    result, body = measured("learning-control"), []
-    if not result:
-        return NOT_YET
-    titles = {"tumour seen": "both kinds of runs saw", "tumour unseen": "one kind of runs left out"}
-    for question, meaning in titles.items():
-        for row in result["rows"]:
-            if row["question"] == question:
-                untrained = number(sum(row["untrained"]) / len(row["untrained"]), 3)
-                bases = [number(row["baselines"][way]["value"], 3) for way in BASELINES]
-                gains = [_apart(row["gains"][kind]) for kind in ("saw all", "left half out")]
-                more = _apart(row["saw all above left half out"])
-                labels = str(row["labels"] or "all")
-                body.append([meaning, str(row["patients"]), labels, untrained, *bases, *gains, more])
-    header = ["half of the scans that", "patients", "labels", "untrained", *BASELINES.values()]
-    header += ["saw all: above untrained", "left half out: above untrained", "saw all less left half out"]
-    return rows(header, body) + f"\n\n1000 steps, three seeds of each kind. {machine(result)}."
 
 
 def asked(table: list[dict[str, Any]], question: str, kind: str, labels: int | None) -> dict[str, Any] | None:
@@ -223,10 +173,10 @@ def gained(
 ) -> str:
     """Mean gain over a baseline, and in how many tables its interval lies apart from 0."""
     found = [asked(table, question, "all", labels) for table in tables]
-    return _apart([row[f"above {beside}"] for row in found if row and row[f"above {beside}"]["low"] is not None])
+    return apart([row[f"above {beside}"] for row in found if row and row[f"above {beside}"]["low"] is not None])
 
 
-def _apart(gains: list[dict[str, Any]]) -> str:
+def apart(gains: list[dict[str, Any]]) -> str:
     """Mean of some differences, and how many of their intervals lie apart from 0."""
     if not gains:
         return ""

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable
 
 import ablation
+import asking
 import factors
 import learning
 import speed
+import tiny
 import uses
 from common import RESULTS, ROOT, interval, load, machine, rows
 
@@ -72,19 +74,23 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-hiding": ablation.hiding,
     "ablation-losses": ablation.losses,
     "ablation-encoder": ablation.encoder,
+    "ablation-diversity": ablation.diversity,
+    "ablation-stage": ablation.stage,
     "demo": demo,
     "gpu-proofs": speed.gpu_proofs,
     "gpu-steps": speed.gpu_steps,
     "gpu-kernels": speed.gpu_kernels,
     "learning-factors": factors.learning_factors,
+    "learning-long": factors.learning_long,
+    "tiny-settings": tiny.tiny_settings,
     "learning-broken": factors.learning_broken,
-    "learning-attention": learning.learning_attention,
-    "learning-half": learning.learning_half,
+    "learning-attention": asking.learning_attention,
+    "learning-half": asking.learning_half,
     "learning-heads": learning.learning_heads,
     "learning-look": learning.learning_look,
     "learning-methods": factors.learning_methods,
     "learning-methods-auc": factors.learning_methods_auc,
-    "learning-pairs": learning.learning_pairs,
+    "learning-pairs": asking.learning_pairs,
     "learning-parts": learning.learning_parts,
     "learning-probes": learning.learning_probes,
     "learning-reach": learning.learning_reach,
@@ -98,7 +104,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-claims": learning.learning_claims,
     "learning-null": learning.learning_null,
     "learning-short": learning.learning_short,
-    "learning-token": factors.learning_token,
     "learning-today": factors.learning_today,
     "learning-when": learning.learning_when,
     "input": speed.input_rates,

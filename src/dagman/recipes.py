@@ -93,7 +93,7 @@ def _tiny(name: str) -> PretrainConfig:
     """
     method, encoder = METHODS[name]
     losses, hidden = method.losses, method.hidden
-    if losses.gitd and losses.amip:  # DAGMaN's and SMIT's .1 is too little to wake the distillation losses in minutes.
+    if losses.gitd and losses.amip:  # DAGMaN and SMIT: heavier distillation than the paper's .1.
         losses = LossWeights(amip=1.0, ampd=0.3, aitd=1.0 if losses.aitd else 0.0, gitd=1.0)
     return PretrainConfig(
         recipe="dagman-tiny" if name == "dagman-swin" else f"{name}-tiny",
