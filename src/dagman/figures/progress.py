@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dagman.figures import image
 
@@ -37,7 +38,7 @@ class Panel:
     """Column whose first value is drawn as a line: where the run set out."""
 
 
-_HEADS = {"ampd": "cells", "aitd": "[CLS]", "gitd": "pooled"}
+_HEADS = {"ampd": "cells (ampd)", "aitd": "[CLS] (aitd)", "gitd": "pooled (gitd)"}
 _EVEN = {"uniform = 1": 1.0}
 PANELS = (
     Panel(title="Image term", curves={"amip": "AMIP", "validation_amip": "AMIP, validation cases"}),
@@ -64,7 +65,7 @@ PANELS = (
         title="What the teacher's targets tell, nats",
         curves={f"{term}_image_nats": f"{name}: image" for term, name in _HEADS.items()}
         | {"ampd_position_nats": "cells: place alone", "aitd_within_nats": "[CLS]: within a volume"},
-        span=(0.0, 4.0),
+        span=(0.0, 5.5),
     ),
     Panel(
         title="Spread of the features",
@@ -142,6 +143,7 @@ def png(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
 def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     colours: dict[str, str] = {}
     for column, label in panel.curves.items():
@@ -171,7 +173,7 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, panel.span[0]), max(high, panel.span[1]))
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8, loc="best")
+        axes.legend(fontsize=8, loc="best", framealpha=0.6)
 
 
 def _judge(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:

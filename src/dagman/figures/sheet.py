@@ -12,7 +12,7 @@ from dagman.figures import image
 
 COLUMNS = (
     "crop",
-    "attention that guides, times uniform",
+    "attention that guides",
     "what the student sees",
     "what the teacher sees",
     "filled in",
@@ -20,6 +20,12 @@ COLUMNS = (
 
 _GREY = mpl.colormaps["gray"].with_extremes(bad="#3b6ea5")
 """Blue where nothing is seen."""
+OCTAVES = 2
+"""Colours of attention run from 1/4 to 4 times uniform, on a logarithmic scale, the same in every picture."""
+CAPTION = (
+    "One slice of each crop, {side} voxels wide, patient's left on the right. Blue: not seen. What is attended to most "
+    "may be left visible, as a hint."
+)
 
 
 class Scene(NamedTuple):
@@ -47,10 +53,10 @@ def png(scenes: Sequence[Scene], title: str) -> bytes:
         A PNG file.
     """
     figure = Figure(figsize=(13.5, 2.7 * len(scenes) + 0.7), dpi=80)
-    figure.subplots_adjust(left=0.01, right=0.95, bottom=0.02, top=1 - 0.75 / (2.7 * len(scenes) + 0.7), wspace=0.06)
+    figure.subplots_adjust(left=0.01, right=0.94, bottom=0.035, top=1 - 0.75 / (2.7 * len(scenes) + 0.7), wspace=0.06)
     figure.suptitle(title, fontsize=11)
+    figure.text(0.01, 0.005, CAPTION.format(side=scenes[0].image.shape[0]), fontsize=9, color="0.35", va="bottom")
     rows = figure.subplots(len(scenes), len(COLUMNS), squeeze=False)
-    most = max((float(one.attention.max()) for one in scenes if one.attention is not None), default=1.0)
     shown = None
     for axes, scene in zip(rows, scenes, strict=True):
         middle = scene.image.shape[2] // 2
@@ -60,14 +66,16 @@ def png(scenes: Sequence[Scene], title: str) -> bytes:
             if values is None:
                 plot.text(0.5, 0.5, "nothing to show", ha="center", va="center", color="grey", fontsize=9)
             elif values is scene.attention:
-                plot.imshow(_turned(scene.image[:, :, middle]), cmap="gray", vmin=0, vmax=1)
-                shown = plot.imshow(_turned(values[:, :, middle]), cmap="inferno", vmin=0, vmax=most, alpha=0.6)
+                octaves = np.log2(np.maximum(_turned(values[:, :, middle]), 1e-6))
+                shown = plot.imshow(octaves, cmap="coolwarm", vmin=-OCTAVES, vmax=OCTAVES)
             else:
                 plot.imshow(_turned(values[:, :, middle]), cmap=_GREY, vmin=0, vmax=1)
     for plot, name in zip(rows[0], COLUMNS, strict=True):
         plot.set_title(name, fontsize=10)
     if shown is not None:
-        figure.colorbar(shown, cax=figure.add_axes((0.96, 0.1, 0.01, 0.75)))
+        bar = figure.colorbar(shown, cax=figure.add_axes((0.95, 0.1, 0.01, 0.75)), ticks=range(-OCTAVES, OCTAVES + 1))
+        bar.ax.set_yticklabels(["\u2264 1/4", "1/2", "1", "2", "\u2265 4"])
+        bar.ax.set_title("times\nuniform", fontsize=8)
     return image.png(figure)
 
 

@@ -1,0 +1,62 @@
+"""The sheet of what a run does to its crops: what is blue, and where it lies."""
+
+import io
+
+import matplotlib.image
+import numpy as np
+
+from dagman.figures import sheet
+
+SIDE = 16
+
+
+def scene(x: int, y: int, *, attention: float = 1.0) -> sheet.Scene:
+    """A grey crop whose cell at (x, y) of four by four is hidden, attended to, and filled in with white."""
+    image = np.full((SIDE,) * 3, 0.5, np.float32)
+    hidden = np.zeros((SIDE,) * 3, bool)
+    hidden[4 * x : 4 * x + 4, 4 * y : 4 * y + 4] = True
+    attended = np.where(hidden, attention, 1.0).astype(np.float32)
+    return sheet.Scene(image, attended, hidden, None, np.where(hidden, 1.0, image))
+
+
+def cells(scenes: list[sheet.Scene], row: int) -> list[np.ndarray]:
+    """The colours of the four by four cells of each picture of a row, seen from above: [down][across]."""
+    drawn = matplotlib.image.imread(io.BytesIO(sheet.png(scenes, "title")))[..., :3]
+    found = []
+    for axes in layout(scenes)[row]:
+        left, bottom, width, height = axes.get_position().bounds
+        shown = min(width * drawn.shape[1], height * drawn.shape[0])
+        middle = ((left + width / 2) * drawn.shape[1], (1 - bottom - height / 2) * drawn.shape[0])
+        places = (np.arange(4) - 1.5) / 4 * shown
+        found.append(np.array([[drawn[int(middle[1] + v), int(middle[0] + u)] for u in places] for v in places]))
+    return found
+
+
+def layout(scenes: list[sheet.Scene]) -> np.ndarray:
+    """Axes as `sheet.png` lays them out."""
+    kept = []
+
+    def keep(figure: sheet.Figure, **_: object) -> bytes:
+        kept.append(figure)
+        return b""
+
+    draw, sheet.image.png = sheet.image.png, keep
+    try:
+        sheet.png(scenes, "title")
+    finally:
+        sheet.image.png = draw
+    return np.array(kept[0].axes[: len(scenes) * len(sheet.COLUMNS)]).reshape(len(scenes), -1)
+
+
+def test_a_hidden_cell_lies_where_a_radiologist_looks_for_it() -> None:
+    one = scene(0, 3, attention=4.0)  # the patient's left, front: right and up
+    crop, attention, student, teacher, filled = cells([scene(1, 1), one], 1)
+    assert np.ptp(crop) < 0.02
+    blue = student[..., 2] - student[..., 0] > 0.3
+    assert blue.sum() == 1
+    assert blue[0, 3]
+    assert filled[0, 3].min() > 0.95
+    red = attention[..., 0] - attention[..., 2]
+    assert red[0, 3] > 0.4
+    assert (np.delete(red.ravel(), 3) < 0.1).all()
+    assert teacher.min() > 0.95, "a clean teacher sees everything: nothing is drawn"
