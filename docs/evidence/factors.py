@@ -230,8 +230,8 @@ def learning_broken() -> str:
     found = measured("learning-broken")
     if found is None:
         return NOT_YET
-    body = [[row["what"], f"red: {row['by']}" if row["red"] else "green"] for row in found["rows"]]
-    return rows(["change", "the test"], body) + f"\n\n{machine(found)}."
+    body = [[row["what"], str(row["seed"]), f"red: {row['by']}" if row["red"] else "green"] for row in found["rows"]]
+    return rows(["change", "seed", "the test"], body) + f"\n\n{machine(found)}."
 
 
 def _mean(values: list[float]) -> str:

@@ -1,5 +1,9 @@
-"""Learning itself: a short run on phantoms must still wake what docs/learning.md shows waking."""
+"""Learning itself: a short run on phantoms must still wake what docs/learning.md shows waking.
 
+The bands hold for seeds 0, 1 and 2 (`benchmarks/learning_broken.py` runs all three); one is enough to see a change.
+"""
+
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from dagman.ct.store import FORMAT, PreparedStore, array_path, write_array
 from dagman.train.pretrain import pretrain
 
 STEPS, VOLUMES = 100, 12
+SEED = int(os.environ.get("LEARNING_SEED", "0"))
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +44,9 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [0])
-def test_a_short_run_learns(phantoms: PreparedStore, tmp_path: Path, seed: int) -> None:
+def test_a_short_run_learns(phantoms: PreparedStore, tmp_path: Path) -> None:
     recipe = recipes.with_length(recipes.get("dagman-tiny"), STEPS, None)
-    pretrain(config.override(recipe, {"optimisation.seed": seed}), phantoms, tmp_path / "run", device="cpu")
+    pretrain(config.override(recipe, {"optimisation.seed": SEED}), phantoms, tmp_path / "run", device="cpu")
     rows = files.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == STEPS
 
