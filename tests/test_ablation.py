@@ -4,6 +4,7 @@ Trainings are stood in for by encoders with random weights, but for one family t
 """
 
 import csv
+import signal
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,7 @@ class Trainings:
             leakage.record(store.rows, folder)
             error = 1 + config.optimisation.seed / 10 - (config.method.hidden.kind == "attended") / 2
             Run(folder).add({"step": 1, "image_error_ratio": error}, durable=False)
-        return Result(status=outcome, step=1, total_steps=1, folder=folder)  # type: ignore[arg-type]
+        return Result(status=outcome, step=1, total_steps=1, folder=folder, stop_asked=outcome == "stopped")  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -327,6 +328,37 @@ def test_a_stop_leaves_a_table_that_says_so_and_goes_on(
     assert len(trainings.done) == 5, "what was finished is not trained again"
 
 
+class StopAt(Silent):
+    """Asks for a stop, by a signal, while a step is recorded."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, row: Any) -> None:
+        if row["step"] == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_stop_that_comes_too_late_for_a_run_starts_no_other(
+    store: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dagman.train.pretrain.EXAMINED", 4)
+    for drawing in ("draw", "draw_crops"):
+        monkeypatch.setattr(f"dagman.train.pretrain.{drawing}", lambda *_: None)
+    monkeypatch.setattr(scores, "heads", lambda *_: {"stage 1: distance_mm": 3.0})
+    given = ("hiding", base(**{"optimisation.steps": "1"}), store, tmp_path)
+    outputs = ablation.ablate(*given, seeds=(0,), listener=lambda _: StopAt(1), say=str)
+    assert not outputs.complete
+    heading, rows = read(outputs.table)
+    assert "1 of 4 runs" in heading
+    assert [(row["variant"], row["status"]) for row in rows] == [("random", "scored")], "it counts as finished"
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    started = []
+    outputs = ablation.ablate(*given, seeds=(0,), listener=lambda name: started.append(name) or Silent(), say=str)
+    assert outputs.complete
+    assert started == ["attended", "random, noisy teacher", "attended, noisy teacher"]
+
+
 def test_the_comparison_is_written_after_every_run(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
     trainings.fails = {1: RuntimeError("killed")}
     with pytest.raises(RuntimeError, match="killed"):
@@ -356,6 +388,23 @@ def test_what_would_meet_every_member_ends_the_call(store: PreparedStore, tmp_pa
     with pytest.raises(DagmanError, match="E-DISK"):
         run(store, tmp_path)
     assert len(trainings.done) == 2
+
+
+def test_what_is_left_is_counted_and_measured(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
+    trainings.fails = {1: DagmanError("UNHEALTHY", "run", "diverged", "lower the rate", exit_code=ExitCode.UNHEALTHY)}
+    run(store, tmp_path)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    left = ablation.left("hiding", base(), store, tmp_path, seeds=(0,))
+    assert [(one.finished, one.runs, one.run_seconds > 0) for one in left] == [
+        (1, 0, False),
+        (0, 1, True),
+        (1, 0, False),
+        (1, 0, False),
+    ]
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    with pytest.raises(DagmanError, match="E-RESUME"):
+        ablation.left("hiding", base(**{"optimisation.steps": "3"}), store, tmp_path, seeds=(0,))
+    assert len(trainings.done) == 4
 
 
 def test_later_calls_keep_seeds_and_scores(

@@ -78,7 +78,7 @@ def test_every_public_name_resolves() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("prepre",), 2, 'Did you mean "prepare"?'),
+        (("prepre",), 2, "E-USAGE prepre: is not known; did you mean prepare?"),
         (("prepare", "-i", "{tmp}/nowhere", "-o", "{tmp}/out"), 2, "nowhere"),
         (("check",), 2, "was given no source"),
         (("check", "{tmp}"), 5, "0 scans can be used"),
@@ -102,6 +102,7 @@ def test_a_wrong_command_is_one_line_with_the_way_out(
     assert result.returncode == code, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("E-") == (code == 2)
 
 
 def test_check_lists_scans_and_problems_and_writes_nothing(tmp_path: Path) -> None:
@@ -114,6 +115,7 @@ def test_check_lists_scans_and_problems_and_writes_nothing(tmp_path: Path) -> No
     assert result.returncode == 3
     assert result.stdout.startswith("good: nifti, 160x136x110 voxels of 2.2x2.2x2.5 mm")
     assert "E-GZIP" in result.stdout
+    assert result.stderr.startswith("1 scan can be used; 1 problem; 0 notes\n")
     assert sorted(tmp_path.iterdir()) == before
     as_json = json.loads(dagman("check", tmp_path, "--json").stdout)
     assert [len(as_json[key]) for key in ("scans", "problems")] == [1, 1]

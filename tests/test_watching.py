@@ -25,7 +25,22 @@ def test_the_first_unit_is_no_measure_of_the_others(monkeypatch, capsys):
             now[0] += seconds
             tell(done, 5)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["Work 0/5", "Work 1/5, 6.7 min left", "Work 2/5, 30 s left", "Work 3/5, 20 s left"]
+    assert lines == ["Work 0/5", "Work 1/5", "Work 2/5", "Work 3/5, 20 s left"]
+
+
+def test_no_time_is_told_before_three_units_are_done(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with watching.progress("Work") as tell:
+        for done in (10, 11, 12, 13):  # a run that goes on
+            now[0] += 20
+            tell(done, 20)
+    assert capsys.readouterr().err.splitlines() == [
+        "Work 10/20",
+        "Work 11/20",
+        "Work 12/20",
+        "Work 13/20, 2.3 min left",
+    ]
 
 
 def test_a_pretraining_step_is_told_beside_what_knowing_nothing_gives(capsys):

@@ -18,6 +18,10 @@ import yaml
 from dagman.errors import DagmanError
 
 Config = TypeVar("Config")
+UNKNOWN = "is not known"
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+_ITEMS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "words"}
+_COUNTS = {0: "any", 2: "two", 3: "three", 4: "four"}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -42,18 +46,23 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], where: str = "") ->
     hints = typing.get_type_hints(kind)
     arguments = {}
     for name, value in values.items():
-        path = f"{where}{name}"
+        path = _path(where, name)
         if name not in hints:
-            raise unknown("CONFIG", path, [f"{where}{known}" for known in hints])
+            raise unknown("CONFIG", path, [_path(where, known) for known in hints])
         arguments[name] = convert(hints[name], value, path)
     return kind(**arguments)
+
+
+def _path(where: str, name: str) -> str:
+    """A field below `where`, spelt with dashes on a command line, where names start with `--`."""
+    return f"{where}{name.replace('_', '-') if where.startswith('--') else name}"
 
 
 def unknown(code: str, word: str, known: list[str]) -> DagmanError:
     """The error for a word that is not one of `known`, with the nearest one."""
     near = difflib.get_close_matches(word, known, n=1)
     advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
-    return DagmanError(code, word, "is not known", advice)
+    return DagmanError(code, word, UNKNOWN, advice)
 
 
 def convert(hint: Any, value: Any, path: str) -> Any:
@@ -79,12 +88,33 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         converted = _items(arguments, value, path)
     elif typing.get_origin(hint) is Literal:
         converted = next((choice for choice in arguments if str(choice) == str(value)), None)
-        hint = f"one of {', '.join(map(str, arguments))}"
     else:
         converted = _scalar(hint, value)
     if converted is None:
-        raise DagmanError("CONFIG", path, f"cannot be {value!r}", f"give {getattr(hint, '__name__', hint)}")
+        raise DagmanError("CONFIG", path, f"cannot be {value!r}", f"give {described(hint, value)}")
     return converted
+
+
+def described(hint: Any, value: Any = None) -> str:
+    """What a type hint asks for, in words; of one whole number where several are meant, these.
+
+    Args:
+        hint: Of a config's field, or of a flag.
+        value: What was given instead.
+    """
+    arguments = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+    if _is_union(hint):
+        return " or ".join(dict.fromkeys(map(described, arguments)))
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(hint) is tuple:
+        count = 0 if arguments[1:] == [...] else len(arguments)
+        said = f"{_COUNTS.get(count, count)} {_ITEMS.get(arguments[0], 'values')}".removeprefix("any ")
+        one = str(value) if arguments[0] is int and _scalar(int, value) is not None else ""
+        return f"{said}, such as {','.join([one] * count)}" if one and count else f"{said} with commas between them"
+    if dataclasses.is_dataclass(hint):
+        return "its settings one by one"
+    return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _is_union(hint: Any) -> bool:
@@ -152,9 +182,9 @@ def override(config: Config, values: Mapping[str, Any], where: str = "") -> Conf
     hints = typing.get_type_hints(type(config))
     changes = {}
     for name, value in nested.items():
-        path = f"{where}{name}"
+        path = _path(where, name)
         if name not in hints:
-            raise unknown("CONFIG", path, [f"{where}{known}" for known in hints])
+            raise unknown("CONFIG", path, [_path(where, known) for known in hints])
         current = getattr(config, name)
         if dataclasses.is_dataclass(current) and isinstance(value, Mapping):
             meant = _config_meant(hints[name], value, path, type(current))

@@ -104,7 +104,7 @@ def run(
 
 
 def _require_finished(result: Result) -> None:
-    if result.status == "stopped":
+    if result.stop_asked:
         raise DagmanError(
             "STOPPED",
             result.folder,

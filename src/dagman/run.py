@@ -84,7 +84,8 @@ class Run:
                     "RESUME",
                     self.folder,
                     f"was started with other settings ({'; '.join(lines)})",
-                    "give the old settings again, or choose another output folder for a new run",
+                    "give the old settings again, choose another output folder, or add --fresh to `dagman pretrain`, "
+                    "which moves the earlier run aside",
                     exit_code=ExitCode.REFUSED,
                 )
         else:

@@ -104,7 +104,7 @@ def test_localizers_are_left_out_and_counted(tmp_path: Path) -> None:
     SERIES["good-localizer"][1](tmp_path / "s")
     (scan,), problems = index([tmp_path])
     assert len(scan.files) == 16
-    assert "1 localizer images are left out of a series of 17" in problems[0].problem
+    assert "1 localizer image is left out of a series of 17" in problems[0].problem
     assert problems[0].ignored
 
 

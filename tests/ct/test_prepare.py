@@ -566,6 +566,27 @@ def test_another_scan_of_the_same_name_is_refused_and_the_first_kept(mine, tmp_p
     assert len(PreparedStore(output)) == 3
 
 
+def test_a_mistyped_source_leaves_nothing(tmp_path):
+    with pytest.raises(DagmanError, match=r"E-GONE .*nowhere"):
+        prepare([tmp_path / "nowhere"], tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_settings_of_a_store_without_any_case_bind_nobody(tmp_path):
+    (tmp_path / "empty").mkdir()
+    summary = prepare([tmp_path / "empty"], tmp_path / "prepared", PrepareConfig(spacing_mm=3.0), workers=1)
+    assert summary.exit_code == ExitCode.NOTHING_USABLE
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "bad.nii.gz").write_bytes(b"\x1f\x8b no")
+    summary = prepare([tmp_path / "bad"], tmp_path / "prepared", PrepareConfig(spacing_mm=1.0), workers=1)
+    assert (summary.stored, summary.rejected) == (0, 1)
+    save(tmp_path / "scans" / "a.nii.gz", phantom())
+    prepare([tmp_path / "scans"], tmp_path / "prepared", PrepareConfig(spacing_mm=2.5), workers=1)
+    assert PreparedStore(tmp_path / "prepared").settings["spacing_mm"] == 2.5
+    with pytest.raises(DagmanError, match="E-SETTINGS"):
+        prepare([tmp_path / "scans"], tmp_path / "prepared", PrepareConfig(spacing_mm=2.0), workers=1)
+
+
 @pytest.mark.parametrize("values", [{"spacing_mm": 1.5}, {"resampling": "linear"}, {"storage": "npy"}])
 def test_other_settings_are_refused_with_the_difference(table, mine, values):
     (name, value), *_ = values.items()

@@ -37,7 +37,10 @@ def test_operations_are_those_that_pytorch_counts(config, crop, tolerance, monke
 def test_the_paper_size_is_extrapolated_by_operations() -> None:
     factor = cost.encoder_flops(SwinConfig(), (128, 128, 128)) / cost.encoder_flops(small().encoder, (32, 64, 64))
     line = cost.time_line(small(batch_size=2), cost.Measured(1.0, 0.5, 0.25), 30, 10, 1)
-    assert line.startswith("about 2.00 s a step, 60 s in all, about 1.0 GiB")
+    assert line.startswith(
+        "about 2.00 s a step, 60 s in all without examinations (step 1, every 100, the last), probes and pictures; "
+        "about 1.0 GiB; the paper's size"
+    )
     assert f"on these 10 volumes would take about {cost.duration(factor * 8000)} here" in line
     assert "(embedding 48, crop 128^3, 800 epochs)" in line
     vit = replace(small(), encoder=ViTConfig(), data=DataConfig(crop=(64, 64, 64)))
@@ -49,13 +52,26 @@ def test_the_paper_size_is_extrapolated_by_operations() -> None:
     )
 
 
+def test_the_paper_size_says_nothing_of_itself_and_digits_no_more_than_is_known() -> None:
+    paper = replace(small(batch_size=2), encoder=SwinConfig(), data=DataConfig())
+    line = cost.time_line(paper, cost.Measured(601.19, 0.5, 8.0, 15.6), 30, 10, 1)
+    assert line.startswith("about 1200 s a step, 10 h in all without examinations")
+    assert line.endswith("; about 16.5 GiB, more than the 15.6 GiB there are")
+    for seconds, words in ((0.012345, "0.0123"), (0.9996, "1.00"), (14.26, "14.3"), (1234.5, "1230")):
+        line = cost.time_line(small(), cost.Measured(seconds, 0.5, 8.0), 30, 10, 1)
+        assert line.startswith(f"about {words} s a step, ")
+        assert "more than" not in line
+
+
 def test_measuring_a_pair_changes_nothing() -> None:
     config = small()
     torch.manual_seed(0)
     module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop).train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     state = torch.random.get_rng_state()
-    assert min(cost.measure(module, config)[:2]) > 0
+    measured = cost.measure(module, config)
+    assert min(measured[:2]) > 0
+    assert measured.base_gib < measured.machine_gib < float("inf")
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())

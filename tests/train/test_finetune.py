@@ -82,6 +82,16 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_stop_at_the_last_step_leaves_what_comes_after_to_the_next_call(tmp_path):
+    whole, stopped, again = Line(), Line(stop_at=PLAIN.steps), Line()
+    fit(whole, PLAIN, tmp_path / "whole")
+    ended = fit(stopped, PLAIN, tmp_path / "parts")
+    assert (ended.finished, ended.step) == (False, PLAIN.steps)
+    assert fit(again, PLAIN, tmp_path / "parts").finished
+    assert again.steps == 0
+    assert same(weights(whole), weights(again))
+
+
 def test_a_finished_training_is_not_done_again(tmp_path):
     first = Line()
     fit(first, PLAIN, tmp_path)

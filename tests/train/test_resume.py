@@ -88,6 +88,30 @@ def test_the_same_in_bf16_and_with_accumulation(store: PreparedStore, tmp_path: 
     assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
 
 
+def test_a_stop_while_the_last_row_is_recorded_is_told_to_whoever_has_more_runs(
+    store: PreparedStore, tmp_path: Path
+) -> None:
+    short = small(steps=1)
+    ended = pretrain(short, store, tmp_path, listeners=[StopAfter(1, signal.SIGINT)])
+    assert (ended.status, ended.step, ended.stop_asked) == ("finished", 1, True)
+    again = pretrain(short, store, tmp_path)
+    assert (again.status, again.stop_asked) == ("complete", False)
+
+
+def test_a_stop_during_a_checkpoint_or_an_examination_needs_no_further_step(
+    store: PreparedStore, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("dagman.train.pretrain.draw_crops", lambda *_: signal.raise_signal(signal.SIGTERM))
+        ended = pretrain(small(), store, tmp_path, checkpoint_every=2)
+    assert (ended.status, ended.step, ended.stop_asked) == ("stopped", 1, True)
+    ended = pretrain(small(), store, tmp_path, checkpoint_every=2, listeners=[StopAfter(2)])
+    assert (ended.status, ended.step) == ("stopped", 2)
+    assert pretrain(small(), store, tmp_path, checkpoint_every=2).status == "finished"
+    assert rows(tmp_path) == rows(whole)
+    assert final_state(tmp_path) == final_state(whole)
+
+
 def test_a_signal_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     with engine.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -193,6 +217,7 @@ def test_changed_settings_are_refused_with_the_difference(
     assert caught.value.exit_code is ExitCode.REFUSED
     assert field in str(caught.value)
     assert "another output folder" in caught.value.advice
+    assert "--fresh" in caught.value.advice
 
 
 def test_other_data_and_another_network_are_refused(store: PreparedStore, whole: Path, tmp_path: Path) -> None:

@@ -6,6 +6,6 @@ after every run.
 """
 
 from dagman.ablation.axes import AXES, members_of
-from dagman.ablation.loop import Outputs, ablate
+from dagman.ablation.loop import Left, Outputs, ablate, left
 
-__all__ = ["AXES", "Outputs", "ablate", "members_of"]
+__all__ = ["AXES", "Left", "Outputs", "ablate", "left", "members_of"]

@@ -10,7 +10,7 @@ from dagman import config as configs
 from dagman import files
 from dagman.ablation import scores
 from dagman.ablation.axes import AXES, facts, papers
-from dagman.ct.store import PreparedStore
+from dagman.ct.store import PreparedStore, refuse_inside
 from dagman.errors import DagmanError, ExitCode
 from dagman.figures import ablation as figure
 from dagman.figures import image
@@ -95,12 +95,18 @@ class Comparison:
         return self.folder / "untrained" / _hash(*sizes, self.store.store_id)
 
     def begin(self, labelled: PreparedStore | None) -> None:
-        """Note what is compared and with which labels, or check that it is what the folder compares.
+        """Note what is compared and with which labels, where `check` finds nothing against it."""
+        files.write_json(self._settings, self.check(labelled))
+
+    def check(self, labelled: PreparedStore | None) -> dict[str, object]:
+        """What is compared and with which labels; that this is what the folder compares, and can be probed.
 
         Raises:
-            DagmanError: `E-RESUME`, exit code 4, for another base, store or number of devices; `E-GRID`, `E-LABEL`,
-                `E-PATIENT`, `E-FOLDS` and `E-LEAK` for cases that cannot be probed.
+            DagmanError: `E-OUTPUT`, exit code 4, for a folder in a prepared store; `E-RESUME` (4) for another base,
+                store or number of devices; `E-GRID`, `E-LABEL`, `E-PATIENT`, `E-FOLDS` and `E-LEAK` for cases that
+                cannot be probed.
         """
+        refuse_inside(self.folder)
         base = configs.to_dict(_seedless(self.base))
         now = {"base": base, "store": self.store.store_id, "devices": self.devices}
         before = scores.kept(self._settings)
@@ -118,7 +124,7 @@ class Comparison:
             nothing = leakage.Seen(known=True, how={}, learnt={})
             leakage.refuse(nothing, leakage.twins(labelled), study.together, classify.TASK)
         asked = before.get("labelled") if labelled is None else _identity(labelled)
-        files.write_json(self._settings, {"compared": now, "labelled": asked})
+        return {"compared": now, "labelled": asked}
 
     def scored(self, run: Path) -> bool:
         """Whether a run is finished and how it ended is known."""

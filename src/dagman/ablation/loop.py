@@ -12,8 +12,8 @@ from dagman.ablation.axes import members_of
 from dagman.ablation.comparison import Comparison
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
-from dagman.train import engine
-from dagman.train.job import Listener
+from dagman.train import cost, engine
+from dagman.train.job import Listener, split_rows
 from dagman.train.pretrain import pretrain
 from dagman.train.settings import PretrainConfig
 
@@ -32,9 +32,63 @@ class Outputs:
     """One line a variant and measure."""
     picture: Path
     complete: bool
-    """False where it was stopped; the same call continues."""
+    """False where a stop was asked for; the same call continues."""
     failed: int
     """Runs of this call that failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """What is left to train of a member."""
+
+    name: str
+    finished: int
+    """Seeds whose run is finished and scored."""
+    runs: int
+    """That are left."""
+    run_seconds: float
+    """That one of them takes, without examinations, probes and scores; 0 where none is left."""
+
+
+def left(
+    axis: str,
+    base: PretrainConfig,
+    store: PreparedStore,
+    folder: Path,
+    *,
+    seeds: Sequence[int],
+    device: Literal["cpu", "cuda"] | None = None,
+    devices: int = 1,
+    labelled: PreparedStore | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> list[Left]:
+    """What `ablate` would train and how long that takes, measured on noise; nothing is written.
+
+    Args:
+        axis: As for `ablate`, and so are the others.
+        base: The recipe that is taken apart.
+        store: Volumes to train on.
+        folder: Of the comparison.
+        seeds: Each member is trained once for each.
+        device: Where to train.
+        devices: Processes that share a step.
+        labelled: Cases for a linear probe.
+        settings: What the base was given beside its recipe.
+
+    Raises:
+        DagmanError: As `ablate` before anything is trained.
+    """
+    members = members_of(axis, base, settings)
+    comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
+    comparison.check(labelled)
+    num_volumes, found = len(split_rows(store)[0]), []
+    for name, member in members.items():
+        finished, seconds = sum(comparison.scored(comparison.run(name, seed)) for seed in seeds), 0.0
+        if finished < len(seeds):
+            pair = cost.measure(cost.built(member, device or _default_device()), member)
+            seconds = cost.step_seconds(member, pair) * member.optimisation.total_steps(num_volumes, devices)
+        found.append(Left(name=name, finished=finished, runs=len(seeds) - finished, run_seconds=seconds))
+    return found
 
 
 def ablate(
@@ -71,7 +125,7 @@ def ablate(
         say: Hears what is done.
 
     Raises:
-        DagmanError: Before anything is trained, as `members_of` and `Comparison.begin`. Later those of
+        DagmanError: Before anything is trained, as `members_of` and `Comparison.check`. Later those of
             `CONCERNS_ALL`; any other error of a member becomes its row.
 
     Reference:
@@ -86,11 +140,13 @@ def ablate(
     for number, (name, seed) in enumerate(planned, 1):
         run = comparison.run(name, seed)
         say(f"[{number}/{len(planned)}] {name}, seed {seed}: {run}")
+        ended = True
         try:
             if not comparison.scored(run):
                 config = configs.override(members[name], {"optimisation.seed": seed})
-                complete = pretrain(config, store, run, **where, listeners=[listener(name)]).status != "stopped"
-            if complete and _first_process():
+                result = pretrain(config, store, run, **where, listeners=[listener(name)])
+                complete, ended = not result.stop_asked, result.status != "stopped"
+            if ended and _first_process():
                 with engine.memory_guard(MEMORY_ADVICE):
                     comparison.score(name, run, labelled, device or _default_device())
         except DagmanError as error:

@@ -4,11 +4,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
-from cyclopts import App
+from cyclopts import App, CycloptsError
 
 from dagman import __version__
 from dagman.cli import classification, comparing, encoder, looking, scans, segmentation, training
+from dagman.cli.usage import refusal
 from dagman.errors import DagmanError, ExitCode
 
 app = App(
@@ -55,7 +57,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one verb; every error becomes one line on standard error and an exit code."""
     try:
-        code = app(arguments, result_action="return_value", exit_on_error=True)
+        code = _parsed(arguments)
     except DagmanError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
@@ -69,6 +71,13 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         return _bug(error)
     return int(code or 0)
+
+
+def _parsed(arguments: list[str]) -> Any:
+    try:
+        return app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise refusal(error) from None
 
 
 def _bug(error: Exception) -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from dagman.cli.watching import Crop, Output, Sources, Switch, next_step, progress, require, say
+from dagman.cli.watching import Crop, Device, Output, Sources, Switch, next_step, progress, require, say
 from dagman.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def finetune(
     group_by: GroupBy = "patient",
     unlabelled: Unlabelled = "refuse",
     seed: int = 0,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Device | None = None,
     precision: Literal["bf16", "float32"] = "float32",
     workers: int = 0,
 ) -> int:
@@ -306,7 +306,7 @@ def finetune(
 
 
 @classify.command
-def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1, device: str = "cpu") -> int:
+def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1, device: Device = "cpu") -> int:
     """Classify new CTs; those that cannot be used are named, and the rest goes on.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, Switch, next_step, progress, require, say
+from dagman.cli.watching import Device, Output, Switch, next_step, progress, require, say
 from dagman.errors import ExitCode
 
 
@@ -18,7 +18,7 @@ def embed(
     which: Literal["pooled", "cells", "cls", "all"] = "pooled",
     untrained: Switch = False,
     seed: int = 0,
-    device: str = "cpu",
+    device: Device = "cpu",
     batch_size: int | None = None,
 ) -> int:
     """Turn every case of a prepared store into one vector; write a CSV.
@@ -85,7 +85,7 @@ def export(*, weights: Path, output: Output, to: Literal["monai"] = "monai") -> 
     return ExitCode.OK
 
 
-def info(thing: str) -> int:
+def info(thing: str, /) -> int:
     """Say what a recipe, a run folder, a weights file or a prepared store is.
 
     Args:
@@ -94,6 +94,7 @@ def info(thing: str) -> int:
     from dagman import config as configs
     from dagman import recipes
     from dagman.ct.store import MANIFEST, PreparedStore
+    from dagman.ct.survey import count
     from dagman.nets.weights import load_encoder
     from dagman.run import Run
 
@@ -104,9 +105,9 @@ def info(thing: str) -> int:
         store = PreparedStore(path)
         patients = {row.get("patient") for row in store.rows} - {None}
         labelled = sum(row.get("label") is not None for row in store.rows)
-        print(
-            f"{len(store)} prepared cases of {len(patients)} patients, {labelled} with a label, store {store.store_id}"
-        )
+        named = f" of {count(len(patients), 'patient', 'patients')}" if patients else ", patients not named"
+        cases = count(len(store), "prepared case", "prepared cases")
+        print(f"{cases}{named}, {labelled} with a label, store {store.store_id}")
         print(json.dumps(store.settings))
     elif Run(path).config_file.is_file():
         rows = Run(path).metrics()

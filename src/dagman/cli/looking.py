@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, Sources, Switch, progress, require, say, short_names
+from dagman.cli.watching import Device, Output, Sources, Switch, progress, require, say, short_names
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def attention(
     output: Output,
     mask: Path | None = None,
     heads: Switch = False,
-    device: str = "cpu",
+    device: Device = "cpu",
 ) -> int:
     """Show where encoders look: semantic attention on the scan's own grid as NIfTI, pictures, and how well it points.
 
@@ -89,7 +89,7 @@ def cluster(
     which: Literal["pooled", "cells", "cls", "all"] = "pooled",
     group_by: Literal["patient", "case"] = "patient",
     seed: int = 0,
-    device: str = "cpu",
+    device: Device = "cpu",
 ) -> int:
     """Do features of one organ lie together? A UMAP of labelled crops, cluster distances, silhouette, k-NN accuracy.
 
@@ -152,7 +152,7 @@ def diversity(
     output: Output,
     crops: int = 16,
     seed: int = 0,
-    device: str = "cpu",
+    device: Device = "cpu",
 ) -> int:
     """Compare how far attention heads look, and how differently: distances in mm and entropies by stage.
 

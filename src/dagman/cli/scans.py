@@ -31,6 +31,7 @@ def check(
         workers: Scans read at a time.
     """
     from dagman.ct import read
+    from dagman.ct.survey import count
 
     require(sources, "dagman check", "was given no source", "give files, folders or CSV tables")
     rows, problems = read.check(sources, num_workers=workers)
@@ -43,7 +44,8 @@ def check(
         for problem in problems:
             print(problem)
     lost = sum(not problem.ignored for problem in problems)
-    say(f"{len(rows)} scans can be used; {lost} problems; {len(problems) - lost} other files passed over")
+    notes = count(len(problems) - lost, "note", "notes")
+    say(f"{count(len(rows), 'scan', 'scans')} can be used; {count(lost, 'problem', 'problems')}; {notes}")
     if not rows:
         return ExitCode.NOTHING_USABLE
     next_step(f"dagman prepare -i {shlex.join(map(str, sources))} -o prepared")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from dagman.cli.starting import DEFAULT_RECIPE, check_start, starting_encoder
-from dagman.cli.watching import Crop, Output, Sources, Switch, next_step, progress, require, say
+from dagman.cli.watching import Crop, Device, Output, Sources, Switch, next_step, progress, require, say
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def train(
     keep_sides: Switch = False,
     group_by: Literal["patient", "case"] = "patient",
     seed: int = 0,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Device | None = None,
     precision: Literal["bf16", "float32"] = "float32",
     workers: int = 0,
 ) -> int:
@@ -156,7 +156,7 @@ def predict(
     sources: Sources,
     output: Output,
     to: Literal["nifti", "dicom-seg"] = "nifti",
-    device: str = "cpu",
+    device: Device = "cpu",
 ) -> int:
     """Segment CTs: a label map on each scan's own voxels, which lies over the scan in any viewer.
 

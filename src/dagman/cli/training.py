@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, Switch, Watcher, next_step, progress, require, say
+from dagman.cli.watching import Device, Output, Switch, Watcher, next_step, progress, require, say
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
+    from dagman.ablation import Left
     from dagman.ct.store import PreparedStore
     from dagman.train.settings import PretrainConfig
+
+COMMAND_LINE = "--"
+"""Before settings in errors."""
 
 
 def pretrain(
@@ -26,7 +30,7 @@ def pretrain(
     epochs: int | None = None,
     config: Annotated[Path | None, Parameter(name=["--config", "-c"])] = None,
     seed: int | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Device | None = None,
     devices: int = 1,
     workers: int = 0,
     checkpoint_every: int = 100,
@@ -55,12 +59,13 @@ def pretrain(
         fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
         dry_run: Say what would be done and what it would cost, and stop.
     """
-    from dagman.ct.store import PreparedStore
+    from dagman.ct.store import PreparedStore, refuse_inside
     from dagman.train import pretrain as training
 
     seeded = [] if seed is None else ["--optimisation.seed", str(seed)]
-    chosen = _chosen(pretrain, recipe, [*settings, *seeded], steps=steps, epochs=epochs, config=config)
+    chosen, _ = _chosen(pretrain, recipe, [*settings, *seeded], steps=steps, epochs=epochs, config=config)
     store = PreparedStore(data)
+    refuse_inside(output)
     if dry_run:
         _forecast(chosen, store, devices, device)
         return ExitCode.OK
@@ -88,8 +93,8 @@ def _chosen(
     steps: int | None,
     epochs: int | None,
     config: Path | None = None,
-) -> "PretrainConfig":
-    """A recipe with its length, then a file's settings, then those of the command line of a verb."""
+) -> "tuple[PretrainConfig, dict[str, str]]":
+    """A recipe with its length, then a file's settings, then those of the command line of a verb; and these."""
     from dagman import config as configs
     from dagman import recipes
     from dagman.pretext.method import without_effect
@@ -97,17 +102,52 @@ def _chosen(
     chosen = recipes.with_length(recipes.get(recipe), steps, epochs)
     if config:
         chosen = configs.override(chosen, configs.read_yaml(config))
-    values = dotted(settings)
-    flags = [f"--{flag.replace('_', '-')}" for flag in inspect.signature(verb).parameters]
-    for name in values:
-        if "." not in name and not hasattr(chosen, name.replace("-", "_")):
-            raise configs.unknown("CONFIG", f"--{name}", flags)  # a flag of the verb, misspelt
-    chosen = configs.override(chosen, values)
+    values = _dotted(settings, chosen, verb)
+    chosen = configs.override(chosen, values, COMMAND_LINE)
     inert = without_effect(chosen.encoder, chosen.method)
     for name in values:
         if why := inert.get(name.replace("-", "_")):
             raise DagmanError("CONFIG", f"--{name}", f"would change nothing: {why}", "leave it out")
-    return chosen
+    return chosen, values
+
+
+def _dotted(tokens: Sequence[str], chosen: "PretrainConfig", verb: Callable[..., int]) -> dict[str, str]:
+    """`--name value` and `--name=value` pairs as a dictionary.
+
+    Raises:
+        DagmanError: `E-USAGE` for a word that is no flag, or a flag without value; `E-CONFIG` for an unknown flag.
+    """
+    from dagman import config as configs
+
+    values: dict[str, Any] = {}
+    rest = list(tokens)
+    options = [one for one in inspect.signature(verb).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    flags = [f"--{one.name.replace('_', '-')}" for one in options]
+    while rest:
+        flag = rest.pop(0)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not name:
+            raise DagmanError("USAGE", flag, "is no setting", "write --name value, such as --method.losses.ampd 0")
+        if "." not in name and not hasattr(chosen, name.replace("-", "_")):
+            raise configs.unknown("CONFIG", f"--{name}", flags)  # a flag of the verb, misspelt
+        if not equals:
+            if not rest:
+                _refuse_unknown(chosen, {**values, name: None})
+                raise DagmanError("USAGE", flag, "has no value", f"write {flag} VALUE")
+            value = rest.pop(0)
+        values[name] = value
+    return values
+
+
+def _refuse_unknown(chosen: "PretrainConfig", values: dict[str, Any]) -> None:
+    """A setting without value may be none at all."""
+    from dagman import config as configs
+
+    try:
+        configs.override(chosen, values, COMMAND_LINE)
+    except DagmanError as error:
+        if error.problem == configs.UNKNOWN:
+            raise
 
 
 def _move_aside(output: Path) -> None:
@@ -125,37 +165,15 @@ def _forecast(config: "PretrainConfig", store: "PreparedStore", devices: int, de
     import torch
 
     from dagman import config as configs
-    from dagman.pretext.codistill import CoDistillation
     from dagman.train import cost
     from dagman.train.job import split_rows
 
     print(configs.to_yaml(config), end="")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop).to(place).train()
+    module = cost.built(config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     num_volumes = len(split_rows(store)[0])
     steps = config.optimisation.total_steps(num_volumes, devices)
     say(f"{num_volumes} volumes, {steps} steps; {cost.size_line(module)}")
     say(cost.time_line(config, cost.measure(module, config), steps, num_volumes, devices))
-
-
-def dotted(tokens: Sequence[str]) -> dict[str, str]:
-    """`--name value` and `--name=value` pairs as a dictionary.
-
-    Raises:
-        DagmanError: `E-USAGE` for a word that is no flag, or a flag without value.
-    """
-    values, rest = {}, list(tokens)
-    while rest:
-        flag = rest.pop(0)
-        name, equals, value = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or not name:
-            raise DagmanError("USAGE", flag, "is no setting", "write --name value, such as --method.losses.ampd 0")
-        if not equals:
-            if not rest:
-                raise DagmanError("USAGE", flag, "has no value", f"write {flag} VALUE")
-            value = rest.pop(0)
-        values[name] = value
-    return values
 
 
 def ablate(
@@ -169,9 +187,10 @@ def ablate(
     epochs: int | None = None,
     seeds: int = 3,
     labelled: Path | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Device | None = None,
     devices: int = 1,
     workers: int = 0,
+    dry_run: Switch = False,
 ) -> int:
     """Take DAGMaN apart: train a family of recipes that differ in one thing, and compare them; run again, it continues.
 
@@ -190,24 +209,32 @@ def ablate(
         device: Where to compute; by default the GPU where there is one.
         devices: Processes that share a step (GPUs of this machine).
         workers: Processes that read crops ahead, for each device.
+        dry_run: Say which runs are finished and what the others would cost, and stop.
     """
     from dagman import ablation
     from dagman.ct.store import PreparedStore
 
     require(seeds > 0, "--seeds", f"cannot be {seeds}", "give at least 1")
-    base = _chosen(ablate, recipe, settings, steps=steps, epochs=epochs)
+    base, values = _chosen(ablate, recipe, settings, steps=steps, epochs=epochs)
+    store = PreparedStore(data)
+    asked: dict[str, Any] = {
+        "seeds": range(seeds),
+        "device": device,
+        "devices": devices,
+        "labelled": PreparedStore(labelled) if labelled else None,
+        "settings": values,
+    }
+    if dry_run:
+        _forecast_family(ablation.left(axis, base, store, output, **asked))
+        return ExitCode.OK
     with progress("Pretraining") as tell:
         outputs = ablation.ablate(
             axis,
             base,
-            PreparedStore(data),
+            store,
             output,
-            seeds=range(seeds),
-            device=device,
-            devices=devices,
+            **asked,
             workers=workers,
-            labelled=PreparedStore(labelled) if labelled else None,
-            settings=dotted(settings),
             listener=lambda _: Watcher(tell),
             say=say,
         )
@@ -221,6 +248,22 @@ def ablate(
     other = next(name for name in ablation.AXES if name != axis)
     next_step(f"the same command with --axis {other}")
     return ExitCode.OK
+
+
+def _forecast_family(members: "list[Left]") -> None:
+    """Say what is finished of each member, what a run of it takes, and what all that is left takes."""
+    from dagman.train.cost import duration
+
+    for member in members:
+        seeds = f"{member.finished} of {member.finished + member.runs} seeds finished"
+        say(f"{member.name}: {seeds}" + (f", about {duration(member.run_seconds)} a run" if member.runs else ""))
+    runs = sum(member.runs for member in members)
+    seconds = sum(member.runs * member.run_seconds for member in members)
+    say(
+        f"{runs} runs are left, about {duration(seconds)} in all without examinations, probes and scores"
+        if runs
+        else "no run is left"
+    )
 
 
 def demo(*, output: Output = Path("demo"), data: Path | None = None, steps: int | None = None) -> int:

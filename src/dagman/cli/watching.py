@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from cyclopts import Parameter, Token
 
@@ -28,6 +28,19 @@ def _sides(_: Any, tokens: Sequence[Token]) -> Any:
 
 Crop = Annotated[tuple[int, int, int] | None, Parameter(negative=(), n_tokens=1, converter=_sides, metavar="X,Y,Z")]
 """Written `64,64,64`."""
+
+
+def _present(_: Any, device: str | None) -> None:
+    """Refuse a GPU that is not there; torch is imported only where one is asked for."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise DagmanError("DEVICE", "--device cuda", "no CUDA device is here", "leave --device out, or give cpu")
+
+
+Device = Annotated[Literal["cpu", "cuda"], Parameter(validator=_present)]
+"""Where a verb computes."""
 
 
 @runtime_checkable
@@ -73,6 +86,10 @@ def next_step(command: str) -> None:
     say(f"Next: {command}")
 
 
+FEWEST = 3
+"""Units that must be done before they tell how long the others take."""
+
+
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Tell]:
     """A callable (done, total, note): a bar on a terminal, elsewhere a line every ten seconds, with the time left."""
@@ -116,7 +133,8 @@ def _lines(title: str, every_seconds: float = 10.0) -> Tell:
             return
         last = now
         first, began = next((mark for mark in reversed(marks) if mark[0] < done), (done, now))
-        left = f", {duration((now - began) * (total - done) / (done - first))} left" if first < done < total else ""
+        known = done - marks[0][0] >= FEWEST and first < done < total
+        left = f", {duration((now - began) * (total - done) / (done - first))} left" if known else ""
         say(f"{title} {done}/{total}{left}{', ' + note if note else ''}")
 
     return tell

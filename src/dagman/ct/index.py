@@ -37,9 +37,7 @@ def index(
     """
     key = key or os.environ.get("DAGMAN_PATIENT_KEY") or PATIENT_KEY
     survey = Survey(key=key, limits=limits or guard.Limits())
-    for source in sources:
-        if not source.exists():
-            raise DagmanError("GONE", source, "does not exist", "give a file or a folder that does")
+    refuse_missing(sources)
     tables = [source for source in sources if source.suffix.lower() == ".csv" and source.is_file()]
     scans = [scan for source in tables for scan in table.read(source, survey)]
     packed = [source for source in sources if source.suffix.lower() == ".npz" and source.is_file()]
@@ -54,6 +52,17 @@ def index(
     taken = {scan.case_id for scan in scans}
     scans += [_named(each, case_id) for each, case_id in zip(found, _case_ids(found, taken), strict=True)]
     return sorted(scans, key=lambda scan: scan.case_id), survey.problems
+
+
+def refuse_missing(sources: Sequence[Path]) -> None:
+    """Refuse a source that does not exist.
+
+    Raises:
+        DagmanError: `E-GONE`.
+    """
+    for source in sources:
+        if not source.exists():
+            raise DagmanError("GONE", source, "does not exist", "give a file or a folder that does")
 
 
 def _named(found: Found, case_id: str) -> Scan:

@@ -33,7 +33,7 @@ from dagman.ct.case import (
     table_values,
 )
 from dagman.ct.fanout import stoppable, unordered
-from dagman.ct.index import index
+from dagman.ct.index import index, refuse_missing
 from dagman.errors import DagmanError, ExitCode
 from dagman.files import (
     TEMPORARY_SUFFIX,
@@ -103,12 +103,13 @@ def prepare(
         progress: Called with (cases done, cases in all, the case or error that came last).
 
     Raises:
-        DagmanError: `E-NODATA` (exit code 5) where no scan is found; `E-OUTPUT`, `E-SETTINGS`, `E-LOCKED` (4), `E-DISK`
-            (6), `E-STOPPED` (75).
+        DagmanError: `E-GONE` for a source that does not exist; `E-NODATA` (exit code 5) where no scan is found;
+            `E-OUTPUT`, `E-SETTINGS`, `E-LOCKED` (4), `E-DISK` (6), `E-STOPPED` (75).
     """
     started = time.monotonic()
     config = config or PrepareConfig()
     output = Path(output)
+    refuse_missing(sources)
     refuse_overlap(sources, output)
     store.require_storage(config.storage, output)
     with folder_lock(output):
@@ -278,7 +279,7 @@ def refuse_overlap(sources: Sequence[Path], output: Path) -> None:
 
 
 def _adopt_settings(output: Path, config: PrepareConfig) -> None:
-    """Write the settings of a new store; refuse to mix others into an old one."""
+    """Write the settings of a new store; refuse to mix others into one that holds a case."""
     path = output / store.SETTINGS
     wanted = {"format": store.FORMAT, **to_dict(config)}
     if not path.exists():
@@ -300,7 +301,9 @@ def _adopt_settings(output: Path, config: PrepareConfig) -> None:
     except (OSError, ValueError):
         raise _settings_error(output, f"has an unreadable {store.SETTINGS}") from None
     if lines := difference(known, wanted):
-        raise _settings_error(output, f"was prepared otherwise ({', '.join(lines)})")
+        if "format" not in known or any(read_lines(output / name) for name in (JOURNAL, store.MANIFEST)):
+            raise _settings_error(output, f"was prepared otherwise ({', '.join(lines)})")
+        write_json(path, wanted)
 
 
 def _settings_error(output: Path, problem: str) -> DagmanError:

@@ -78,6 +78,20 @@ def _blosc2(path: Path) -> Any:
     return blosc2
 
 
+def refuse_inside(output: Path) -> None:
+    """Nothing but `prepare` writes into a prepared store.
+
+    Raises:
+        DagmanError: `E-OUTPUT`, exit code 4, for an output that is a store, or lies inside one.
+    """
+    place = output.resolve()
+    for folder in (place, *place.parents):
+        if (folder / SETTINGS).is_file() and (folder / MANIFEST).is_file():
+            where = "is a prepared store" if folder == place else f"lies inside the prepared store {folder}"
+            advice = "choose an output folder beside the store"
+            raise DagmanError("OUTPUT", output, where, advice, exit_code=ExitCode.REFUSED)
+
+
 class PreparedStore:
     """A folder written by `prepare`, read by row number. Cheap to open and to send to worker processes.
 
@@ -95,7 +109,7 @@ class PreparedStore:
             raise DagmanError(
                 "STORE",
                 self.folder,
-                f"is no finished store: it holds no {MANIFEST}",
+                f"is no finished store: it holds no {MANIFEST}" if self.folder.exists() else "does not exist",
                 "run the same `dagman prepare` again until it ends"
                 if begun
                 else "run `dagman prepare -i SCANS -o prepared` and give that folder",

@@ -40,7 +40,7 @@ class Problem:
         return cls(code=error.code, source=error.subject, problem=error.problem, advice=error.advice, ignored=ignored)
 
     def __str__(self) -> str:
-        return f"E-{self.code} {self.source}: {self.problem}; {self.advice}"
+        return f"{'Note:' if self.ignored else f'E-{self.code}'} {self.source}: {self.problem}; {self.advice}"
 
     def row(self) -> dict[str, Any]:
         """A line of `rejected.jsonl`."""
@@ -73,6 +73,11 @@ class Survey:
     def reject(self, code: str, source: object, problem: str, advice: str, *, ignored: bool = False) -> None:
         """Note something that is not used."""
         self.problems.append(Problem.of(DagmanError(code, source, problem, advice), ignored=ignored))
+
+
+def count(number: int, one: str, several: str) -> str:
+    """A number and what is counted, in the singular or the plural."""
+    return f"{number} {one if number == 1 else several}"
 
 
 def short_hash(text: str) -> str:
@@ -117,12 +122,14 @@ def _series(name: tuple[str, str, str], slices: list[tuple[Path, dict[str, Any]]
     first = slices[0][0]
     place = first if len(slices) == 1 else first.parent
     if modality != "CT":
-        problem = f"a series of {len(slices)} {modality or 'unnamed'} objects, not CT"
+        kind = modality or "unnamed"
+        problem = f"a series of {count(len(slices), f'{kind} object', f'{kind} objects')}, not CT"
         survey.reject("MODALITY", place, problem, "give CT images, or leave it out")
         return None
     files = tuple(path for path, fact in slices if not fact["localizer"])
     if len(files) < len(slices):
-        problem = f"{len(slices) - len(files)} localizer images are left out of a series of {len(slices)}"
+        out = len(slices) - len(files)
+        problem = f"{count(out, 'localizer image is', 'localizer images are')} left out of a series of {len(slices)}"
         survey.reject("LOCALIZER", place, problem, "give the axial series if it is missing here", ignored=True)
     if not files:
         return None
@@ -132,9 +139,10 @@ def _series(name: tuple[str, str, str], slices: list[tuple[Path, dict[str, Any]]
 def _report_others(source: Path, others: list[Path], survey: Survey, *, ignored: bool) -> None:
     if others:
         endings = Counter(path.suffix.lower()[:12] or "without ending" for path in others)
-        listed = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items())[:5])
-        problem = f"{len(others)} files are no scans ({listed})"
-        advice = "give .nii, .nii.gz, .nrrd, .mha or DICOM files if one of them should be"
+        listed = ", ".join(f"{number} {ending}" for ending, number in sorted(endings.items())[:5])
+        problem = f"{count(len(others), 'file is no scan', 'files are no scans')} ({listed})"
+        one = "it" if len(others) == 1 else "one of them"
+        advice = f"give .nii, .nii.gz, .nrrd, .mha or DICOM files if {one} should be"
         survey.reject("FORMAT", source, problem, advice, ignored=ignored)
 
 
@@ -192,8 +200,8 @@ def _walk(source: Path, survey: Survey) -> list[Path]:
                     files.append(path)
         folders += reversed(below)
     for why, paths in sorted(passed.items()):
-        problem = f"{len(paths)} entries are passed over ({why}), such as {paths[0].name}"
-        survey.reject("SKIPPED", source, problem, "give them as a source of their own if they are scans", ignored=True)
+        problem = f"{count(len(paths), 'entry is', 'entries are')} passed over ({why}), such as {paths[0].name}"
+        survey.reject("SKIPPED", source, problem, "give scans among them as a source of their own", ignored=True)
     return sorted(files)
 
 

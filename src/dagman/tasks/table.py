@@ -99,11 +99,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file with a header; cells are stripped of surrounding blanks.
 
     Raises:
-        DagmanError: `E-TABLE` for an unreadable file, a repeated column, or a line of another length than the header.
+        DagmanError: `E-GONE` for a file that is not there; `E-TABLE` for an unreadable one, a repeated column, or a
+            line of another length than the header.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
         lines = [row for row in csv.reader(io.StringIO(text), strict=True) if row]
+    except FileNotFoundError:
+        raise DagmanError("GONE", path, "does not exist", "give a CSV file that does") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DagmanError("TABLE", path, f"cannot be read ({error})", "give a CSV file in UTF-8") from None
     header = [name.strip() for name in lines[0]] if lines else []

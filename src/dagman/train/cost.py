@@ -1,6 +1,7 @@
 """What a run will take, said before it takes it: sizes, memory, time, and what the paper's size would cost here."""
 
 import math
+import os
 import resource
 import sys
 import time
@@ -14,7 +15,7 @@ from dagman.nets.encoder import EncoderConfig
 from dagman.nets.swin import SwinConfig
 from dagman.nets.vit import ViTConfig
 from dagman.pretext.codistill import CoDistillation, Knobs
-from dagman.train.settings import PretrainConfig
+from dagman.train.settings import EXAMINE_EVERY, PretrainConfig
 from dagman.types import Views
 
 PAPER_CROP = (128, 128, 128)
@@ -77,6 +78,14 @@ class Measured(NamedTuple):
     """Memory before."""
     pair_gib: float
     """Memory on top of it."""
+    machine_gib: float = math.inf
+    """Memory there is, of the GPU or of this machine."""
+
+
+def built(config: PretrainConfig, device: torch.device | str) -> CoDistillation:
+    """The networks of a run with new weights, to be measured."""
+    module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop)
+    return module.to(device).train()
 
 
 def measure(module: CoDistillation, config: PretrainConfig) -> Measured:
@@ -99,11 +108,17 @@ def measure(module: CoDistillation, config: PretrainConfig) -> Measured:
             outcome.losses.total.item()  # waits for a GPU
             seconds = time.perf_counter() - started
             module.zero_grad(set_to_none=True)
-    return Measured(seconds / pairs, base, max(0.0, memory_gib(device, peak=True) - base) / pairs)
+    pair_gib = max(0.0, memory_gib(device, peak=True) - base) / pairs
+    return Measured(seconds / pairs, base, pair_gib, _machine_gib(device))
+
+
+def step_seconds(config: PretrainConfig, pair: Measured) -> float:
+    """Seconds of an optimizer step, without an examination."""
+    return pair.seconds * config.optimisation.batch_size * config.optimisation.accumulate
 
 
 def time_line(config: PretrainConfig, pair: Measured, steps_left: int, num_volumes: int, devices: int) -> str:
-    """Time and memory of a run, and what the paper's size would take on these volumes with this machine.
+    """Time and memory of a run, and what the paper's size, where it is another, would take on these volumes here.
 
     The extrapolation assumes that time grows with the floating-point operations of the encoder.
 
@@ -114,18 +129,31 @@ def time_line(config: PretrainConfig, pair: Measured, steps_left: int, num_volum
         num_volumes: Volumes to train on.
         devices: Processes that share a step.
     """
-    seconds_per_step = pair.seconds * config.optimisation.batch_size * config.optimisation.accumulate
+    seconds = step_seconds(config, pair)
+    needed = pair.base_gib + config.optimisation.batch_size * pair.pair_gib
+    too_much = f", more than the {pair.machine_gib:.1f} GiB there are" if needed > pair.machine_gib else ""
+    here = (
+        f"about {_three_digits(seconds)} s a step, {duration(seconds * steps_left)} in all without examinations "
+        f"(step 1, every {EXAMINE_EVERY}, the last), probes and pictures; about {needed:.1f} GiB{too_much}"
+    )
     paper_encoder, size = (
         (SwinConfig(), "embedding 48") if isinstance(config.encoder, SwinConfig) else (ViTConfig(), "width 768")
     )
     factor = encoder_flops(paper_encoder, PAPER_CROP) / encoder_flops(config.encoder, config.data.crop)
+    if math.isclose(factor, 1):
+        return here
     paper = pair.seconds * factor * num_volumes * PAPER_EPOCHS / devices
     return (
-        f"about {seconds_per_step:.2f} s a step, {duration(seconds_per_step * steps_left)} in all, "
-        f"about {pair.base_gib + config.optimisation.batch_size * pair.pair_gib:.1f} GiB; the paper's size "
-        f"({size}, crop 128^3, {PAPER_EPOCHS} epochs) on these {num_volumes} volumes would take about "
-        f"{duration(paper)} here, if time grows with the encoder's operations ({factor:.3g} times as many a pair)"
+        f"{here}; the paper's size ({size}, crop 128^3, {PAPER_EPOCHS} epochs) on these {num_volumes} volumes would "
+        f"take about {duration(paper)} here, if time grows with the encoder's operations ({_three_digits(factor)} "
+        f"times as many a pair)"
     )
+
+
+def _three_digits(value: float) -> str:
+    """A number above 0 with three significant digits: 1200, 3.39, 0.0123."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:.{max(0, 2 - math.floor(math.log10(rounded)))}f}"
 
 
 def memory_gib(device: torch.device, *, peak: bool = False) -> float:
@@ -137,6 +165,12 @@ def memory_gib(device: torch.device, *, peak: bool = False) -> float:
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
     return int(now.read_text().split()[1]) * resource.getpagesize() / 2**30
+
+
+def _machine_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory) / 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def duration(seconds: float) -> str:

@@ -28,14 +28,16 @@ def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | 
         device: Where to compute; without it the GPU where there is one.
 
     Raises:
-        DagmanError: `E-DEVICE` for more devices than there are.
+        DagmanError: `E-DEVICE` for a kind of device that is not there, or more of it than there are.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = torch.cuda.device_count() if kind == "cuda" else devices
-    if devices < 1 or devices > found:
-        raise DagmanError(
-            "DEVICE", f"devices {devices}", f"{found} of kind {kind} found", "ask for 1 up to this number"
-        )
+    if kind == "cuda" and not found:
+        raise DagmanError("DEVICE", "device cuda", "no CUDA device is here", "leave the device out, or give cpu")
+    if devices < 1:
+        raise DagmanError("DEVICE", f"devices {devices}", "is no number of processes", "give at least 1")
+    if devices > found:
+        raise DagmanError("DEVICE", f"devices {devices}", f"{found} of kind {kind} found", f"give 1 to {found}")
     engine = Fabric(
         accelerator=kind,
         devices=devices,

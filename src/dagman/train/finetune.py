@@ -154,12 +154,13 @@ def fit(
             checked = done % config.check_every == 0 or done == total
             if checked:
                 row["score"] = course.check(done)
-            run.add(row, durable=checked or stop.wanted)
-            if checked or stop.wanted:
-                course.save(done)
             if progress:
                 progress(done, total, f"loss {row['loss']:.3f}")
-            if stop.wanted and done < total:
+            stopping = stop.wanted  # at the last step too: neither tests nor the next part shall begin
+            run.add(row, durable=checked or stopping)
+            if checked or stopping:
+                course.save(done)
+            if stopping:
                 return Fitted(finished=False, step=done, best_step=done, best_score=None)
         best_step, best_score = _best(run)
         if best_score is not None:

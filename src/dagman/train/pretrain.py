@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dagman import files
 from dagman.ct.datasets import Pairs, ViewsDataset, collate, show
-from dagman.ct.store import PreparedStore
+from dagman.ct.store import PreparedStore, refuse_inside
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets import gpu, launches
 from dagman.pretext.codistill import Outcome
@@ -23,7 +23,7 @@ from dagman.tasks import watching
 from dagman.train import cost, engine
 from dagman.train.job import Job, Listener, batches, describe, draw, draw_crops, prepare, resume, save
 from dagman.train.record import Recorder
-from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
+from dagman.train.settings import EXAMINE_EVERY, OptimisationConfig, PretrainConfig, Rates
 from dagman.types import Preparation, Views
 
 __all__ = ["Listener", "OptimisationConfig", "PretrainConfig", "Result", "pretrain"]
@@ -31,8 +31,6 @@ __all__ = ["Listener", "OptimisationConfig", "PretrainConfig", "Result", "pretra
 MOST_SKIPPED_IN_A_ROW = 5
 DRAW_SECONDS = 30
 """Between two drawings of the run, but for the last."""
-EXAMINE_EVERY = 100
-"""Steps between two examinations of the teacher; the first and the last step have one too."""
 PICTURED = 4
 """Crops of `pictures/`."""
 EXAMINED = 64
@@ -43,16 +41,21 @@ _MEMORY_ADVICE = (
 )
 
 
+Status = Literal["finished", "stopped", "complete"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """How a call of `pretrain` ended."""
 
-    status: Literal["finished", "stopped", "complete"]
+    status: Status
     """`complete`: there was nothing left to do. `stopped`: the same call continues."""
     step: int
     """Optimizer steps done."""
     total_steps: int
     folder: Path
+    stop_asked: bool = False
+    """Whoever has more runs to do stops: a stop was asked for, in time for this run or too late to cut it short."""
 
 
 def pretrain(
@@ -86,12 +89,13 @@ def pretrain(
         compiled: Compile what no kernel of ours covers, on a GPU: a minute at the start, faster steps after it.
 
     Raises:
-        DagmanError: `E-RESUME` or `E-CHECKPOINT` (exit code 4), `E-NODATA` (5), `E-DISK` or `E-MEMORY` (6),
+        DagmanError: `E-OUTPUT`, `E-RESUME` or `E-CHECKPOINT` (exit code 4), `E-NODATA` (5), `E-DISK` or `E-MEMORY` (6),
             `E-UNHEALTHY` (7).
 
     Reference:
         DAGMaN section 3 and figure 1.
     """
+    refuse_inside(folder)
     if labelled is not None:
         spacing_mm = float(store.settings["spacing_mm"])
         watching.check(labelled, Preparation(spacing_mm=spacing_mm, crop=config.data.crop))
@@ -104,7 +108,8 @@ def pretrain(
         start = resume(job)
         if start == job.total:
             job.say(f"already complete: {start} of {job.total} steps")
-            return Result(status="complete", step=start, total_steps=job.total, folder=folder)
+            _agree(job, stop)
+            return _result(job, "complete", start, stop)
         if fabric.is_global_zero:
             pair = cost.measure(job.module, config)
             time_line = cost.time_line(config, pair, job.total - start, len(job.train_rows), job.devices)
@@ -116,9 +121,13 @@ def pretrain(
         done = _loop(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
         if done < job.total:
             job.say(f"stopped after {done} of {job.total} steps; the same command continues")
-            return Result(status="stopped", step=done, total_steps=job.total, folder=folder)
+            return _result(job, "stopped", done, stop)
         job.say(f"finished {job.total} steps")
-        return Result(status="finished", step=job.total, total_steps=job.total, folder=folder)
+        return _result(job, "finished", done, stop)
+
+
+def _result(job: Job, status: Status, done: int, stop: engine.StopRequest) -> Result:
+    return Result(status=status, step=done, total_steps=job.total, folder=job.run.folder, stop_asked=stop.agreed)
 
 
 def _loop(
@@ -138,8 +147,11 @@ def _loop(
             done, due = step + 1, (step + 1) % checkpoint_every == 0 or step + 1 == job.total
             if due and job.validation_rows:
                 row["validation_amip"] = _validate(job, step)
-            if job.fabric.is_global_zero and (done % EXAMINE_EVERY == 0 or done in (1, job.total)):
+            looked = done % EXAMINE_EVERY == 0 or done in (1, job.total)
+            if looked and job.fabric.is_global_zero:
                 row |= _examine(job, step) | ({} if labelled is None else _probe(job, labelled))
+            if due or looked:  # which takes long: a stop that was asked for meanwhile needs no further step
+                _agree(job, stop)
             recorder.add(row, durable=due or stop.agreed or job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW)
             if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
                 if job.fabric.is_global_zero:
@@ -147,6 +159,8 @@ def _loop(
                 raise _unhealthy(job, step)
             if due or stop.agreed:
                 _checkpoint(job, done, last=stop.agreed or done == job.total)
+            if due:
+                _agree(job, stop)
             if stop.agreed:
                 return done
     return job.total
@@ -234,6 +248,12 @@ def _measure(job: Job, outcomes: list[Outcome], norm: Tensor, stop: engine.StopR
     found = dict(zip(values, stacked.tolist(), strict=True))
     stop.agreed = found.pop("stop") > 0
     return found
+
+
+def _agree(job: Job, stop: engine.StopRequest) -> None:
+    """A stop asked of one process is asked of all."""
+    asked = torch.tensor(float(stop.wanted), device=job.fabric.device)
+    stop.agreed = engine.mean_over_ranks(job.fabric, asked).item() > 0
 
 
 def _count_skipped(job: Job, step: int, seen: list[Tensor], values: Mapping[str, float], finite: bool) -> None:

@@ -11,6 +11,9 @@ from dagman.pretext.method import MethodConfig
 from dagman.train import schedules
 from dagman.train.engine import Precision
 
+EXAMINE_EVERY = 100
+"""Steps between two examinations of the teacher; the first and the last step have one too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimisationConfig:

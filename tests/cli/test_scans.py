@@ -1,0 +1,42 @@
+"""The verbs about scans and stores, as a user calls them."""
+
+import nibabel
+import numpy as np
+
+from dagman.cli import run
+from dagman.ct.prepare import prepare
+
+
+def save(path, seed=0):
+    hu = np.full((40, 36, 34), -1000, np.int16)
+    hu[4:-4, 4:-4, 3:-3] = 30 + np.random.default_rng(seed).integers(-40, 40, (32, 28, 28))
+    path.parent.mkdir(exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(hu, np.diag([2.0, 2.0, 2.0, 1.0])), path)
+
+
+def test_what_is_rightly_passed_over_is_a_note(tmp_path, capsys):
+    scans = tmp_path / "scans"
+    save(scans / "a.nii.gz")
+    (scans / "notes.txt").write_text("no scan")
+    (scans / ".hidden").write_text("")
+    assert run(["check", str(scans)]) == 0
+    said = capsys.readouterr()
+    assert f"Note: {scans}: 1 file is no scan (1 .txt); give .nii, .nii.gz, .nrrd, .mha or DICOM" in said.out
+    assert f"Note: {scans}: 1 entry is passed over (hidden), such as .hidden; " in said.out
+    assert "E-" not in said.out
+    assert said.err.startswith("1 scan can be used; 0 problems; 2 notes\n")
+    (scans / "more.txt").write_text("no scan")
+    save(scans / "b.nii.gz", 1)
+    assert run(["check", str(scans)]) == 0
+    said = capsys.readouterr()
+    assert "2 files are no scans (2 .txt)" in said.out
+    assert said.err.startswith("2 scans can be used; ")
+    assert run(["check", str(scans / "more.txt")]) == 5
+    assert "E-FORMAT" in capsys.readouterr().out
+
+
+def test_patients_that_nobody_named_are_not_counted(tmp_path, capsys):
+    save(tmp_path / "scans" / "a.nii.gz")
+    prepare([tmp_path / "scans"], tmp_path / "prepared", workers=1)
+    assert run(["info", str(tmp_path / "prepared")]) == 0
+    assert capsys.readouterr().out.startswith("1 prepared case, patients not named, 0 with a label, store ")

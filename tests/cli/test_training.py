@@ -1,0 +1,76 @@
+"""The verbs that train, as a user calls them."""
+
+import logging
+
+import pytest
+
+from dagman import demo
+from dagman.cli import run
+from dagman.ct.store import MANIFEST, SETTINGS
+from dagman.errors import DagmanError, ExitCode
+from dagman.train.pretrain import Result
+
+SMALL = [
+    *("--encoder.embed-dim", "12", "--encoder.depths", "1,1,1,1", "--encoder.num-heads", "1,1,2,4"),
+    *("--method.heads.hidden-width", "32", "--optimisation.batch-size", "1", "--steps", "2"),
+]
+
+
+def content(folder):
+    return sorted((str(path), path.stat().st_size) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("status", ["stopped", "finished"])
+def test_the_demo_goes_no_further_once_a_stop_was_asked_for(status, tmp_path):
+    ended = Result(status=status, step=2, total_steps=2, folder=tmp_path, stop_asked=True)
+    with pytest.raises(DagmanError, match="E-STOPPED") as caught:
+        demo._require_finished(ended)
+    assert caught.value.exit_code == ExitCode.STOPPED
+
+
+@pytest.mark.parametrize("verb", [["pretrain"], ["pretrain", "--dry-run"], ["pretrain", "--fresh"], ["ablate"]])
+def test_a_run_folder_is_no_store_and_lies_in_none(verb, organ_store, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in (SETTINGS, MANIFEST):
+        (other / name).write_bytes((organ_store.folder / name).read_bytes())
+    before = content(tmp_path), content(organ_store.folder)
+    axis = ["--axis", "hiding"] if verb == ["ablate"] else []
+    for output, told in (
+        (organ_store.folder, "is a prepared store"),
+        (organ_store.folder / "runs" / "first", f"lies inside the prepared store {organ_store.folder}"),
+        (other, "is a prepared store"),
+    ):
+        command = [*verb, *axis, "dagman-tiny", *SMALL, "--data", str(organ_store.folder), "-o", str(output)]
+        assert run(command) == ExitCode.REFUSED
+        assert capsys.readouterr().err.endswith(
+            f"E-OUTPUT {output}: {told}; choose an output folder beside the store\n"
+        )
+        assert (content(tmp_path), content(organ_store.folder)) == before
+
+
+def test_a_family_says_what_it_would_cost_and_writes_nothing(organ_store, tmp_path, capsys):
+    out = tmp_path / "out"
+    common = ["ablate", "dagman-tiny", "--axis", "hiding", "--data", str(organ_store.folder), "-o", str(out), *SMALL]
+    assert run([*common, "--seeds", "2", "--dry-run"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(", about ")[0] for line in lines[:-1]] == [
+        f"{name}: 0 of 2 seeds finished"
+        for name in ("random", "attended", "random, noisy teacher", "attended, noisy teacher")
+    ]
+    assert all(line.endswith(" a run") for line in lines[:-1])
+    assert lines[-1].startswith("8 runs are left, about ")
+    assert lines[-1].endswith(" in all without examinations, probes and scores")
+    assert not out.exists()
+    assert run([*common, "--dry-rum", "1"]) == 2
+    assert "did you mean --dry-run?" in capsys.readouterr().err
+
+
+def test_missing_fonts_do_not_interrupt_progress(caplog):
+    from matplotlib import font_manager
+
+    import dagman.figures  # noqa: F401
+
+    with caplog.at_level(logging.WARNING):
+        font_manager.findfont("no font of this name")
+    assert not caplog.records
