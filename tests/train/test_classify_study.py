@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -107,6 +109,7 @@ def test_a_stopped_study_goes_on_to_the_same_bits(study, store, tmp_path):
         if done == 11:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    shutil.copytree(study[0] / "fold-0", tmp_path / "fold-0")  # finished before the stop
     assert finetune(small_study.encoder(), store, tmp_path, STUDY, progress=stop) is None
     again = finetune(small_study.encoder(), store, tmp_path, STUDY)
     assert (tmp_path / "predictions.csv").read_bytes() == (study[0] / "predictions.csv").read_bytes()
@@ -125,8 +128,9 @@ def test_labels_of_test_cases_do_not_reach_the_fit(study, store, tmp_path, monke
 
     monkeypatch.setattr(CaseCrops, "__getitem__", spy)
     monkeypatch.setattr(classify._Study, "conclude", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    short = dataclasses.replace(STUDY, finetune=dataclasses.replace(QUICK, steps=4, check_every=2))
     with pytest.raises(InterruptedError):
-        finetune(small_study.encoder(), store, tmp_path, STUDY)
+        finetune(small_study.encoder(), store, tmp_path, short)
     assert seen
     assert not test & set(seen)
 
@@ -184,13 +188,14 @@ def test_a_start_as_the_probe_is_scored_and_resumes_to_the_same_bits(store, tmp_
         if done == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    finetune(small_study.encoder(), store, tmp_path / "whole", AS_PROBE)
+    one_part, split = dataclasses.replace(AS_PROBE, protocol=Protocol(split=True)), halves(store)
+    finetune(small_study.encoder(), split, tmp_path / "whole", one_part)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "fold-0" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(7))
     assert [row["step"] for row in rows if row.get("score") is not None] == [0, 3, 6]
     assert json.loads((tmp_path / "whole" / "fold-0" / "result.json").read_text())["head"] == "probe"
-    assert finetune(small_study.encoder(), store, tmp_path / "stopped", AS_PROBE, progress=stop) is None
-    finetune(small_study.encoder(), store, tmp_path / "stopped", AS_PROBE)
+    assert finetune(small_study.encoder(), split, tmp_path / "stopped", one_part, progress=stop) is None
+    finetune(small_study.encoder(), split, tmp_path / "stopped", one_part)
     one, other = ((tmp_path / name / "predictions.csv").read_bytes() for name in ("whole", "stopped"))
     assert one == other
 
@@ -302,14 +307,22 @@ def test_a_fixed_split_and_a_frozen_encoder(store, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path):
+def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path, monkeypatch):
+    from monai.networks import nets
+
     preparation = Preparation(crop=(32, 32, 32))
+    with torch.device("meta"):
+        full = ResNet50(2, preparation)
+    assert sum(parameter.numel() for parameter in full.parameters()) == 46_159_170
+    # From here on a quarter as wide: the same layers and names, a sixteenth of the weights to write and to read.
+    monkeypatch.setattr(nets, "resnet50", functools.partial(nets.resnet50, widen_factor=0.25))
     torch.manual_seed(0)
     other = ResNet50(5, preparation)
     save_file(
         {f"module.{name}": value for name, value in other.resnet.state_dict().items()}, tmp_path / "w.safetensors"
     )
     network = ResNet50(2, preparation)
+    assert network.resnet.state_dict().keys() == full.resnet.state_dict().keys()
     # MedicalNet's shortcuts have no bias.
     assert not any("downsample.0.bias" in name for name in network.resnet.state_dict())
     report = network.load(tmp_path / "w.safetensors")
