@@ -8,6 +8,7 @@ import torch
 
 from dagman import config, recipes
 from dagman.errors import DagmanError
+from dagman.nets import heads
 from dagman.nets.encoder import build
 from dagman.nets.vit import ViTConfig
 from dagman.pretext import hiding
@@ -109,21 +110,35 @@ def test_one_step_moves_every_parameter_of_the_student_and_none_of_the_teacher(n
     assert not [key for key, value in module.teacher.named_parameters() if torch.equal(value, before[key])]
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_bfloat16_gives_the_losses_of_single_precision(name: str) -> None:
-    recipe = recipes.get(name)
+@pytest.mark.parametrize("sizes", ["tiny", "full"])
+@pytest.mark.parametrize("name", FULL)
+def test_bfloat16_gives_the_losses_of_single_precision(name: str, sizes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny recipes themselves; and temperatures, balance and noise of the full ones on tiny encoders and heads."""
+    # As on a GPU: heads of few rows in bfloat16 too.
+    monkeypatch.setattr(heads, "FEW_ROWS", 1)
+    tiny = recipes.get(f"{name}-tiny")
+    method = tiny.method if sizes == "tiny" else dataclasses.replace(recipes.get(name).method, heads=tiny.method.heads)
     # Attention may rank two cells the other way round in bfloat16, so what is hidden is drawn here.
-    method = dataclasses.replace(recipe.method, hidden=dataclasses.replace(recipe.method.hidden, kind="random"))
+    method = dataclasses.replace(method, hidden=dataclasses.replace(method.hidden, kind="random"))
     torch.manual_seed(0)
-    module = CoDistillation(recipe.encoder, method, mean_intensity=0.4, crop=(32, 32, 32)).eval()
+    module = CoDistillation(tiny.encoder, method, mean_intensity=0.4, crop=(32, 32, 32)).eval()
     keyed = torch.Generator().manual_seed(1)
     u, v = (torch.rand(4, 1, 32, 32, 32, generator=keyed) for _ in "uv")
     views = Views(u, v, torch.arange(4), torch.zeros(4))
     knobs = Knobs(method.class_temperature[0], method.patch_temperature[0], attended=True)
+    seen: list[torch.dtype] = []
+    layers = [head.layers for head in module.student.heads.values()]
+    if module.student.voxel_head is not None:
+        layers.append(module.student.voxel_head.linear)
+    for each in layers:
+        each.register_forward_hook(lambda layer, given, made: seen.append(made.dtype))
     with torch.no_grad():
         exact = module(views, knobs, torch.Generator().manual_seed(2)).losses
+        assert {seen.pop() for _ in range(len(seen))} == {torch.float32}
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rounded = module(views, knobs, torch.Generator().manual_seed(2)).losses
+    assert len(seen) >= len(layers)
+    assert set(seen) == {torch.bfloat16}
     for loss, one, other in zip(exact._fields, exact, rounded, strict=True):
         assert other.dtype == torch.float32
         assert other.item() == pytest.approx(one.item(), rel=0.02), loss
