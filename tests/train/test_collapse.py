@@ -1,0 +1,104 @@
+"""Collapses forced on running trainings ring by name within 50 steps, on the paper's centering and on `dagman-tiny`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import small
+
+from dagman import config, recipes
+from dagman.ct.datasets import DataConfig
+from dagman.ct.store import PreparedStore
+from dagman.pretext.codistill import CoDistillation
+from dagman.train.pretrain import PretrainConfig, pretrain
+
+STEPS = 51
+"""The first is well; the others are within 50 of the onset."""
+
+
+@torch.no_grad()
+def constant_teacher(model: CoDistillation) -> None:
+    for head in model.teacher.heads.values():
+        head.layers[-1].weight.zero_()
+        head.layers[-1].bias.fill_(1)
+
+
+@torch.no_grad()
+def uniform_teacher(model: CoDistillation) -> None:
+    for head in model.teacher.heads.values():
+        head.prototypes.copy_(head.prototypes[:1].expand_as(head.prototypes))
+
+
+@torch.no_grad()
+def dead_head(model: CoDistillation) -> None:
+    for head in model.student.heads.values():
+        head.layers[0].weight.zero_()
+        head.layers[0].bias.zero_()
+        head.layers[-1].bias.fill_(1)
+
+
+@torch.no_grad()
+def runaway_center(model: CoDistillation) -> None:
+    for name in model.student.heads:
+        model.center(name).add_(0.5).mul_(1.5)
+
+
+@pytest.fixture(
+    params=[
+        (constant_teacher, "teacher constant"),
+        (uniform_teacher, "teacher uniform"),
+        (dead_head, "head dead"),
+        (runaway_center, "center runaway"),
+    ],
+    ids=lambda param: param[0].__name__,
+)
+def named(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Breaks the model after each step; the name of what must ring."""
+    force, name = request.param
+    update = CoDistillation.update_teacher
+
+    def then_break(self: CoDistillation, momentum: float) -> None:
+        update(self, momentum)
+        force(self)
+
+    monkeypatch.setattr(CoDistillation, "update_teacher", then_break)
+    return str(name)
+
+
+def rang(recipe: PretrainConfig, named: str, store: PreparedStore, folder: Path) -> set[str]:
+    """The terms of which that alarm rings in a run."""
+    pretrain(recipe, store, folder, device="cpu")
+    lines = [line for line in (folder / "log.txt").read_text().splitlines() if f"ALARM {named}: " in line]
+    return {line.split(f"ALARM {named}: ")[1].split("_")[0] for line in lines}
+
+
+def small_crops(**changes: Any) -> PretrainConfig:
+    return replace(small(learning_rate=1e-4, **changes), data=DataConfig(crop=(32, 32, 32)))
+
+
+def test_a_forced_collapse_rings_on_centering(named: str, store: PreparedStore, tmp_path: Path) -> None:
+    assert rang(small_crops(steps=STEPS), named, store, tmp_path / "run") == {"aitd", "ampd", "gitd"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_forced_collapse_rings_on_dagman_tiny(named: str, store: PreparedStore, tmp_path: Path) -> None:
+    """Its own encoder and method: balanced targets, a center for each place, every second view left whole."""
+    recipe = recipes.with_length(recipes.get("dagman-tiny"), STEPS, None)
+    few = config.override(recipe, {"optimisation.batch_size": 2, "data.pairs_per_volume": 2})
+    assert rang(few, named, store, tmp_path / "run") == {"aitd", "ampd", "gitd"}
+
+
+def test_a_short_healthy_run_rings_nothing(store: PreparedStore, tmp_path: Path) -> None:
+    pretrain(small(steps=22, learning_rate=1e-4), store, tmp_path / "run")
+    assert "ALARM" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_healthy_seeds_ring_nothing(seed: int, store: PreparedStore, tmp_path: Path) -> None:
+    """`dagman-tiny` itself on phantoms: `test_learning.py`."""
+    pretrain(small_crops(steps=52, batch_size=4, seed=seed), store, tmp_path / "run")
+    assert "ALARM" not in (tmp_path / "run" / "log.txt").read_text()
