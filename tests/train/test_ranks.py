@@ -21,9 +21,10 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from small_run import small
 from dagman.ct.store import PreparedStore
-from dagman.train.pretrain import pretrain
+from dagman.train import pretrain
+pretrain.EXAMINED = 8
 config = small(steps=3)
-pretrain(config, PreparedStore(Path(sys.argv[1])), Path(sys.argv[2]), devices=2, device="cpu")
+pretrain.pretrain(config, PreparedStore(Path(sys.argv[1])), Path(sys.argv[2]), devices=2, device="cpu")
 """
 
 

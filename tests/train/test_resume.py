@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,24 @@ def interrupted(config: PretrainConfig, store: PreparedStore, folder: Path, *sto
     return pretrain(config, store, folder, **how)
 
 
+EXAMINED = 8
+"""Crops of an examination, where a run takes 64: eight times the work of the steps that are compared here."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_examined() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dagman.train.pretrain.EXAMINED", EXAMINED)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs that are compared by rows and states: pictures at every stop would take most of the time."""
+    for drawing in ("draw", "draw_crops"):
+        monkeypatch.setattr(f"dagman.train.pretrain.{drawing}", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def whole(store: PreparedStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -67,6 +85,7 @@ def whole(store: PreparedStore, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_stopped_after_every_single_step_equals_one_that_was_not(
     store: PreparedStore, whole: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +94,7 @@ def test_a_run_stopped_after_every_single_step_equals_one_that_was_not(
     assert final_state(tmp_path / "run") == final_state(whole)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "changes",
     [{"precision": "bf16", "steps": 3}, {"accumulate": 2, "batch_size": 2, "steps": 3}],
@@ -130,15 +150,16 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from small_run import small
 from dagman.ct.store import PreparedStore
-from dagman.train.pretrain import pretrain
-result = pretrain(small(), PreparedStore(Path(sys.argv[1])), Path(sys.argv[2]), checkpoint_every=2)
+from dagman.train import pretrain
+pretrain.EXAMINED = int(sys.argv[4])
+result = pretrain.pretrain(small(), PreparedStore(Path(sys.argv[1])), Path(sys.argv[2]), checkpoint_every=2)
 sys.exit(75 if result.status == "stopped" else 0)
 """
 
 
 def start(store: PreparedStore, folder: Path, fault: str = "") -> subprocess.Popen[bytes]:
     environment = os.environ | {"DAGMAN_FAULT": fault, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(store.folder), str(folder), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", SCRIPT, str(store.folder), str(folder), str(Path(__file__).parent), str(EXAMINED)]
     return subprocess.Popen(command, env=environment)
 
 
@@ -179,6 +200,7 @@ def test_a_process_asked_to_stop_returns_75_and_continues_in_another(
     assert final_state(tmp_path / "run") == final_state(whole)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     store: PreparedStore, whole: Path, tmp_path: Path
 ) -> None:
@@ -233,12 +255,14 @@ def test_two_at_once_in_one_folder_the_second_is_told(store: PreparedStore, tmp_
         pretrain(small(), store, tmp_path / "run")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_workers_change_no_row(store: PreparedStore, whole: Path, tmp_path: Path) -> None:
     pretrain(small(), store, tmp_path / "run", workers=2)
     assert rows(tmp_path / "run") == rows(whole)
     assert final_state(tmp_path / "run") == final_state(whole)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles")
 def test_where_nothing_can_be_compiled_the_log_says_so_and_no_row_changes(
     store: PreparedStore, whole: Path, tmp_path: Path
