@@ -399,7 +399,6 @@ def test_what_would_meet_every_member_ends_the_call(store: PreparedStore, tmp_pa
     assert len(trainings.done) == 2
 
 
-<<<<<<< HEAD
 def test_what_is_left_is_counted_and_measured(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
     trainings.fails = {1: DagmanError("UNHEALTHY", "run", "diverged", "lower the rate", exit_code=ExitCode.UNHEALTHY)}
     run(store, tmp_path)
@@ -417,9 +416,7 @@ def test_what_is_left_is_counted_and_measured(store: PreparedStore, tmp_path: Pa
     assert len(trainings.done) == 4
 
 
-=======
 @pytest.mark.usefixtures("undrawn")
->>>>>>> fix-time
 def test_later_calls_keep_seeds_and_scores(
     store: PreparedStore, labelled: PreparedStore, tmp_path: Path, trainings: Trainings
 ) -> None:
