@@ -91,7 +91,7 @@ def test_it_is_monais_on_any_two_regions(seed):
     pair = [torch.from_numpy(part)[None, None] for part in (ours, theirs)]
     assert found.dice == pytest.approx(float(compute_dice(*pair)), abs=1e-6)
     how = {"include_background": True, "spacing": list(spacing_mm)}
-    assert found.hd95_mm == pytest.approx(float(compute_hausdorff_distance(*pair, percentile=95, **how)), rel=1e-5)
+    assert found.hd95_mm == pytest.approx(float(compute_hausdorff_distance(*pair, percentile=95, **how)), rel=2e-5)
     assert found.nsd_2mm == pytest.approx(float(compute_surface_dice(*pair, class_thresholds=[2.0], **how)), abs=1e-6)
 
 

@@ -102,5 +102,5 @@ def test_a_file_that_names_nothing_is_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(DagmanError, match="E-TABLE"):
         structures.read_names(tmp_path / name)
-    with pytest.raises(DagmanError, match="E-TABLE"):
+    with pytest.raises(DagmanError, match="E-GONE"):
         structures.read_names(tmp_path / "absent.csv")
