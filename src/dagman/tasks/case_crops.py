@@ -57,9 +57,13 @@ class CaseCrops(Dataset[CaseCrop]):
         self.store, self.rows, self.numbers = store, tuple(rows), tuple(numbers)
         self.preparation, self.seed = preparation, seed
 
-    def __getitem__(self, sample: int) -> CaseCrop:
+    def case(self, sample: int) -> int:
+        """Which of the rows a sample shows, by its place among them."""
         epoch, place = divmod(sample, len(self.rows))
-        chosen = int(generator(self.seed, "classify.order", epoch).permutation(len(self.rows))[place])
+        return int(generator(self.seed, "classify.order", epoch).permutation(len(self.rows))[place])
+
+    def __getitem__(self, sample: int) -> CaseCrop:
+        chosen = self.case(sample)
         row, crop = self.rows[chosen], self.preparation.crop
         draws = generator(self.seed, "classify.crop", sample)
         corner = crops.near(self.store, row, crop, SHIFT_RATIO, draws)

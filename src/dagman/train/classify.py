@@ -23,7 +23,7 @@ from dagman import files
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.figures import roc
-from dagman.nets.classifier import EncoderClassifier, Network, ResNet50, Which
+from dagman.nets.classifier import EncoderClassifier, Network, ResNet50, Which, vector
 from dagman.nets.encoder import Encoder
 from dagman.randomness import torch_seed
 from dagman.run import package_version
@@ -34,7 +34,7 @@ from dagman.tasks.case_crops import CaseCrop, CaseCrops
 from dagman.tasks.classifier import Classifier
 from dagman.tasks.classify import TASK, Probe, can_fit, fit_rows, predicted, threshold
 from dagman.tasks.cohort import Cohort
-from dagman.tasks.embed import embed, suited
+from dagman.tasks.embed import encode, suited
 from dagman.tasks.labels import Unlabelled
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
@@ -43,6 +43,8 @@ from dagman.train.parts import learn, place, refuse_mirrored_sides
 
 LEAST_TO_CUT = 10
 """Held-out cases of each class from which a threshold is chosen: of fewer it is chance."""
+ALTERED = 4
+"""Crops of every training case, altered as training alters them, that the probe to start from is fitted on."""
 Tell = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 
@@ -62,7 +64,7 @@ class ClassifyConfig:
     which: Which = "pooled"
     """What the linear layer sees of a crop."""
     head: Literal["probe", "random"] | None = None
-    """How the linear layer starts: as the probe of the training cases, so that the encoder has nothing to unlearn for
+    """How the linear layer starts: as a probe of the training cases, altered as they will be shown, so that the encoder has nothing to unlearn for
     its sake (Kumar et al. 2022), or at random; by default as the probe where the encoder is pretrained."""
     positive: str | None = None
     """The positive one of two classes, where labels are words."""
@@ -97,7 +99,7 @@ class ClassifyLesson:
     """Rows of the store."""
     held_out_numbers: tuple[int, ...]
     probe: Callable[[EncoderClassifier], Probe] | None = None
-    """Fits a probe of the training cases, as which the linear layer starts; None: it starts as it is."""
+    """Fits the probe as which the linear layer starts; None: it starts as it is."""
 
     @torch.no_grad()
     def begin(self) -> bool:
@@ -251,22 +253,23 @@ class _Study:
             "labels": cohort.numbers[[*part.train, *part.held_out]].tolist(),
         }
         seed = self.config.finetune.seed
+        dataset = CaseCrops(
+            self.store,
+            self.rows(part.train),
+            numbers.tolist(),
+            network.preparation,
+            seed,
+            mirrored=not self.config.keep_sides,
+        )
         return ClassifyLesson(
             network=network,
-            dataset=CaseCrops(
-                self.store,
-                self.rows(part.train),
-                numbers.tolist(),
-                network.preparation,
-                seed,
-                mirrored=not self.config.keep_sides,
-            ),
+            dataset=dataset,
             identity=json.loads(json.dumps(identity)),
             store=self.store,
             weights=torch.tensor(len(numbers) / (len(counts) * counts), dtype=torch.float32),
             held_out=self.rows(part.held_out),
             held_out_numbers=tuple(cohort.numbers[list(part.held_out)].tolist()),
-            probe=functools.partial(self._probe, part) if self.starts_as_probe(part) else None,
+            probe=functools.partial(self._probe, part, dataset) if self.starts_as_probe(part) else None,
         )
 
     def starts_as_probe(self, part: Part) -> bool:
@@ -275,11 +278,20 @@ class _Study:
             return self.config.head == "probe"
         return can_fit(self.cohort, part.train)
 
-    def _probe(self, part: Part, network: EncoderClassifier) -> Probe:
-        """Of a part's training cases, on the encoder as it is."""
-        device = next(network.parameters()).device
-        table = embed(network.encoder, self.store, which=network.which, rows=self.rows(part.train), device=device)
-        return fit_rows(self.cohort, part.train, table.features.astype(np.float64))
+    def _probe(self, part: Part, dataset: CaseCrops, network: EncoderClassifier) -> Probe:
+        """Of a part's training cases, altered as they will be shown, on the encoder as it is.
+
+        One that knows only crops as they are tested is too sure of altered ones, and the first steps undo it.
+        """
+        device, samples = next(network.parameters()).device, range(ALTERED * len(part.train))
+        found = []
+        for first in samples[:: self.config.finetune.batch_size]:
+            chosen = samples[first : first + self.config.finetune.batch_size]
+            images = torch.stack([dataset[sample].image for sample in chosen])
+            features = encode(network.encoder, images, device=device, precision="float32")
+            found.append(vector(features, network.which).double().cpu().numpy())
+        rows = [part.train[dataset.case(sample)] for sample in samples]
+        return fit_rows(self.cohort, rows, np.concatenate(found))
 
     def conclude(self, part: Part, lesson: ClassifyLesson, fitted: Fitted, seconds: float) -> dict[str, Any]:
         """Predict a part's test cases, write its classifier, and its result last."""
