@@ -64,8 +64,9 @@ class ClassifyConfig:
     which: Which = "pooled"
     """What the linear layer sees of a crop."""
     head: Literal["probe", "random"] | None = None
-    """How the linear layer starts: as a probe of the training cases, altered as they will be shown, so that the encoder has nothing to unlearn for
-    its sake (Kumar et al. 2022), or at random; by default as the probe where the encoder is pretrained."""
+    """How the linear layer starts: as a probe of the training cases, altered as they will be shown, so that the encoder
+    has nothing to unlearn for its sake (Kumar et al. 2022), or at random; by default as the probe where the encoder is
+    pretrained."""
     positive: str | None = None
     """The positive one of two classes, where labels are words."""
     unlabelled: Unlabelled = "refuse"
