@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+import small_study
 from dagman import ablation, cli, config, files, recipes
 from dagman.ablation import axes, loop, scores
 from dagman.ct.store import FORMAT, MANIFEST, SETTINGS, PreparedStore, array_path, write_array
@@ -23,10 +25,10 @@ from dagman.figures import ablation as figure
 from dagman.nets.encoder import new
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.run import Run
-from dagman.tasks import diversity, family, leakage, predictions
+from dagman.tasks import cluster, diversity, family, leakage, predictions
 from dagman.train.pretrain import Result
 from dagman.train.settings import PretrainConfig
-from dagman.types import Preparation
+from dagman.types import Preparation, Scan
 
 SMALL = {
     "encoder.embed_dim": "12",
@@ -272,7 +274,7 @@ def test_a_family_is_trained_scored_and_done_once(
         "'small' (the positive class) against 'large', 12 cases of 12 patients in the store 'nodules'",
         "The training store holds 1 of these cases (8%)",
         "another quantity",
-        "`dagman cluster`",
+        "organ clusters (`--organs STORE`)",
     ):
         assert said in heading
     assert [(row["variant"], row["seed"], row["status"]) for row in rows] == [
@@ -434,6 +436,73 @@ def test_later_calls_keep_seeds_and_scores(
     assert len(trainings.done) == 8
 
 
+@pytest.fixture
+def plain_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two columns in place of a UMAP, whose import takes seconds."""
+    monkeypatch.setattr(cluster, "require_umap", lambda: None)
+    monkeypatch.setattr(cluster, "lay_out", lambda features, *, seed: features[:, :2])
+
+
+@pytest.mark.usefixtures("undrawn", "plain_map")
+def test_organs_are_laid_out_once_a_run_and_kept(
+    store: PreparedStore, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = {f"c{number}": small_study.case(number, labels=2) for number in range(3)}
+    organs, folder = small_study.store(tmp_path / "organs", cases), tmp_path / "family"
+    asked = ablation.Organs(store=organs, names={1: "bright", 2: "dark"})
+    outputs = run(store, folder, organs=asked)
+    heading, rows = read(outputs.table)
+    assert "organ clusters" not in heading
+    found = cluster.compare({"run": load_encoder(folder / "runs" / rows[0]["run"])}, organs, asked.places)
+    for name, meaning in cluster.MEANINGS.items():
+        told = [row[meaning] for row in rows]
+        assert len(set(told[:4])) == 4 or name == "knn", "every run has its own"
+        assert float(told[0]) == pytest.approx(found["run"].estimate(name).value)
+        assert float(told[4]) == pytest.approx(found["untrained"].estimate(name).value)
+    drawn: list[Any] = []
+    monkeypatch.setattr(ablation.comparison.clusters_figure, "png", lambda panels: drawn.append(panels) or b"")
+    before = outputs.table.read_text()
+    monkeypatch.setattr(scores, "clusters", lambda *_: pytest.fail("what is known is asked again"))
+    assert run(store, folder, seeds=(0,), organs=asked).table.read_text() == before
+    run(store, folder)
+    assert outputs.table.read_text() == before, "without organs, those of the last call"
+    first = [f"{name}, seed 0" for name in ablation.members_of("hiding", base())]
+    assert [panel.title for panel in drawn[-1]] == [*first, "untrained"]
+    np.testing.assert_allclose(drawn[-1][0].map, found["run"].map, atol=1e-3)
+    assert drawn[-1][0].labels == list(found["run"].table.labels)
+    assert set(drawn[-1][0].labels) == {"bright", "dark"}
+
+
+@pytest.mark.usefixtures("plain_map")
+def test_organs_that_cannot_be_laid_out_are_refused_before_any_training(
+    store: PreparedStore, tmp_path: Path, trainings: Trainings
+) -> None:
+    one = small_study.store(tmp_path / "one", {f"c{number}": small_study.case(number) for number in range(2)})
+    without = small_study.store(tmp_path / "none", {"c": (small_study.case(0)[0], None)})
+    for organs, code in ((one, "LABEL"), (without, "NOMASK")):
+        with pytest.raises(DagmanError, match=f"^E-{code}"):
+            run(store, tmp_path / "family", organs=ablation.Organs(store=organs))
+    assert not trainings.done
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_ct_shows_where_each_variant_that_has_attention_looks(
+    store: PreparedStore, tmp_path: Path, trainings: Trainings
+) -> None:
+    path = tmp_path / "ct.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(small_study.case(0)[0], np.diag([2.0, 2.0, 2.0, 1.0])), path)
+    settings = {"optimisation.batch_size": "1"}
+    start = config.override(recipes.with_length(recipes.get("dagman-tiny"), 2, None), settings)
+    said: list[str] = []
+    scan = Scan(case_id="ct", files=(path,), kind="nifti")
+    more: dict[str, Any] = {"settings": settings, "listener": lambda _: Silent(), "say": said.append, "scan": scan}
+    ablation.ablate("encoder", start, store, tmp_path / "family", seeds=(1, 0), **more)
+    folder = tmp_path / "family" / "encoder-attention"
+    assert said[-1] == f"wrote {folder / 'ct_attention.png'}"
+    names = ["DAGMaN-Swin", "DAGMaN-ViT", "SMIT-ViT"]
+    assert sorted(path.name for path in folder.glob("*.nii.gz")) == [f"ct_{name}_attention.nii.gz" for name in names]
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_axes_share_runs_and_a_folder_compares_one_base(
     store: PreparedStore, tmp_path: Path, trainings: Trainings
@@ -533,13 +602,18 @@ def test_the_verb_passes_its_options_and_says_how_it_ended(
 
     def ablate(axis: str, base: PretrainConfig, *_: Any, **more: Any) -> ablation.Outputs:
         heard.update(more, axis=axis, base=base)
-        paths = {name: tmp_path / name for name in ("table", "summary", "picture")}
+        paths = {name: tmp_path / name for name in ("table", "summary", "picture", "clusters")}
         return ablation.Outputs(**paths, complete=complete, failed=failed)
 
     monkeypatch.setattr(ablation, "ablate", ablate)
     words = ["ablate", "dagman-tiny", "--axis", "hiding", "--data", str(store.folder), "-o", str(tmp_path)]
+    ct = tmp_path / "ct.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4)), ct)
     more = ["--epochs", "5", "--seeds", "2", "--devices", "2", "--workers", "1", "--device", "cpu"]
-    assert cli.run([*words, *more]) == code
+    assert cli.run([*words, *more, "--organs", str(store.folder), "--scan", str(ct)]) == code
+    assert (heard["organs"].store.folder, heard["organs"].names, heard["scan"].files) == (store.folder, None, (ct,))
+    assert cli.run([*words, "--names", str(ct)]) == ExitCode.USAGE, "names of no organs"
+    assert cli.run([*words, "--scan", str(store.folder)]) == ExitCode.USAGE, "no CT"
     assert (heard["devices"], heard["workers"], heard["device"], list(heard["seeds"])) == (2, 1, "cpu", [0, 1])
     assert (heard["base"].optimisation.epochs, heard["base"].optimisation.steps) == (5, None)
 

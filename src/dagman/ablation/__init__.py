@@ -7,5 +7,6 @@ after every run.
 
 from dagman.ablation.axes import AXES, members_of
 from dagman.ablation.loop import Left, Outputs, ablate, left
+from dagman.ablation.scores import Organs
 
-__all__ = ["AXES", "Left", "Outputs", "ablate", "left", "members_of"]
+__all__ = ["AXES", "Left", "Organs", "Outputs", "ablate", "left", "members_of"]

@@ -47,14 +47,13 @@ class Axis:
     note: str
     """What else must be known to read it."""
     elsewhere: str
-    """What the paper measures and this comparison does not, and the verb that does."""
+    """What the paper measures and no comparison here does, and the verb that does."""
     variants: tuple[Variant, ...]
 
 
 FINE_TUNED, PROBED = "AUC, malignancy, fine-tuned", "AUC, malignancy, linear probe"
 DICE_TUNED, DICE_PROBED = "Dice, nodules, fine-tuned", "Dice, nodules, linear probe"
 _FINE_TUNE = "AUC after fine-tuning (`dagman classify finetune`)"
-_CLUSTER = "organ clusters (`dagman cluster`)"
 
 
 def _table_2(probed: float, fine_tuned: float, intra: Sequence[float], inter: Sequence[float]) -> dict[str, float]:
@@ -85,7 +84,7 @@ AXES: dict[str, Axis] = {
         title="Attended hiding and the noisy teacher",
         source="Figure 4",
         note="Random hiding takes all of its share, attended hiding leaves out its hints: see hidden cells.",
-        elsewhere=f"{_FINE_TUNE}, {_CLUSTER}",
+        elsewhere=_FINE_TUNE,
         variants=(
             Variant(name="random", hidden="random", noisy=False),
             Variant(name="attended", noisy=False),
@@ -99,7 +98,7 @@ AXES: dict[str, Axis] = {
         note="The cell size changes with the stage, to 4, 8, 16 and 32 voxels a side, and with it how many cells are "
         "hidden and shown as hints. The paper prints 'second highest AUC of 0.7 for stage #4 with FT' among Dice "
         "scores: it stands in a column of its own.",
-        elsewhere=f"Dice of nodules (`dagman segment train`), {_FINE_TUNE}, {_CLUSTER}, maps (`dagman attention`)",
+        elsewhere=f"Dice of nodules (`dagman segment train`), {_FINE_TUNE}",
         variants=(
             Variant(name="stage 1", stage=1),
             Variant(name="stage 2", stage=2),
@@ -113,7 +112,7 @@ AXES: dict[str, Axis] = {
         note="SMIT hides all of its random share and DAGMaN its attended share less hints: see hidden cells. SMIT has "
         "a clean teacher and no AITD; on the Swin also no semantic attention, no [CLS], and GITD on stage 3. Swin and "
         "ViT differ in size and in the features that are probed.",
-        elsewhere=f"{_FINE_TUNE}, {_CLUSTER}",
+        elsewhere=_FINE_TUNE,
         variants=(
             Variant(name="SMIT, ViT", recipe="smit-vit", paper=_table_2(0.643, 0.816, (1.30, 0.51), (6.44, 5.27))),
             Variant(name="DAGMaN, ViT", recipe="dagman-vit", paper=_table_2(0.662, 0.847, (1.15, 0.41), (6.59, 4.60))),

@@ -2,25 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dagman import config as configs
 from dagman import files
 from dagman.ablation import scores
 from dagman.ablation.axes import AXES, facts, papers
+from dagman.ablation.scores import Organs
 from dagman.ct.store import PreparedStore, refuse_inside
 from dagman.errors import DagmanError, ExitCode
 from dagman.figures import ablation as figure
+from dagman.figures import clusters as clusters_figure
 from dagman.figures import image
+from dagman.nets.encoder import Encoder
 from dagman.nets.weights import load_encoder
-from dagman.tasks import classify, family, leakage, watching
+from dagman.tasks import attention, classify, cluster, family, leakage, watching
 from dagman.tasks.embed import untrained
 from dagman.tasks.family import Row
 from dagman.train.job import split_rows
 from dagman.train.settings import PretrainConfig
-from dagman.types import Preparation
+from dagman.types import Preparation, Scan
 
 TITLES = {
     "image_error_ratio": "image error / that of the visible mean",
@@ -28,6 +32,8 @@ TITLES = {
     "pooled_spread": "spread of pooled features",
 }
 """What is drawn beside the probe."""
+CLUSTERS = {cluster.MEANINGS[name]: f"organs, {cluster.MEANINGS[name]}" for name in ("map_ratio", "knn")}
+"""What is drawn of clusters of organs, where they were asked for."""
 HEADS = {
     "distance_entropy_ratio": "how differently heads look: entropy of their distances / ln(heads)",
     "distance_mm": "how far heads look: attention-weighted distance, mm",
@@ -71,6 +77,11 @@ class Comparison:
         return self.folder / f"{self.axis}.png"
 
     @property
+    def clusters(self) -> Path:
+        """The maps of crops of organs, of the first seed of each variant."""
+        return self.folder / f"{self.axis}-clusters.png"
+
+    @property
     def _settings(self) -> Path:
         return self.folder / f"{self.axis}.json"
 
@@ -94,17 +105,17 @@ class Comparison:
         sizes = configs.to_dict(member.encoder), configs.to_dict(member.data)
         return self.folder / "untrained" / _hash(*sizes, self.store.store_id)
 
-    def begin(self, labelled: PreparedStore | None) -> None:
-        """Note what is compared and with which labels, where `check` finds nothing against it."""
-        files.write_json(self._settings, self.check(labelled))
+    def begin(self, labelled: PreparedStore | None, organs: Organs | None) -> None:
+        """Note what is compared and with which cases, where `check` finds nothing against it."""
+        files.write_json(self._settings, self.check(labelled, organs))
 
-    def check(self, labelled: PreparedStore | None) -> dict[str, object]:
-        """What is compared and with which labels; that this is what the folder compares, and can be probed.
+    def check(self, labelled: PreparedStore | None, organs: Organs | None) -> dict[str, object]:
+        """What is compared and with which cases; that this is what the folder compares, and can be probed.
 
         Raises:
             DagmanError: `E-OUTPUT`, exit code 4, for a folder in a prepared store; `E-RESUME` (4) for another base,
                 store or number of devices; `E-GRID`, `E-LABEL`, `E-PATIENT`, `E-FOLDS` and `E-LEAK` for cases that
-                cannot be probed.
+                cannot be probed; `E-UMAP`, `E-NOMASK`, `E-GRID` and `E-PATIENT` for organs that cannot be laid out.
         """
         refuse_inside(self.folder)
         base = configs.to_dict(_seedless(self.base))
@@ -118,20 +129,22 @@ class Comparison:
                 "give the old settings again, or choose another output folder",
                 exit_code=ExitCode.REFUSED,
             )
+        look = Preparation(spacing_mm=float(self.store.settings["spacing_mm"]), crop=self.base.data.crop)
         if labelled is not None:
-            spacing_mm = float(self.store.settings["spacing_mm"])
-            study = watching.check(labelled, Preparation(spacing_mm=spacing_mm, crop=self.base.data.crop))
+            study = watching.check(labelled, look)
             nothing = leakage.Seen(known=True, how={}, learnt={})
             leakage.refuse(nothing, leakage.twins(labelled), study.together, classify.TASK)
+        if organs is not None:
+            organs.check(look)
         asked = before.get("labelled") if labelled is None else _identity(labelled)
-        return {"compared": now, "labelled": asked}
+        return {"compared": now, "labelled": asked, "organs": organs.identity if organs else before.get("organs")}
 
     def scored(self, run: Path) -> bool:
         """Whether a run is finished and how it ended is known."""
         return "measures" in scores.kept(run / _SCORES)
 
-    def score(self, name: str, run: Path, labelled: PreparedStore | None, device: str) -> None:
-        """Find out how a finished run ended, and probe it; what is known is not asked again."""
+    def score(self, name: str, run: Path, labelled: PreparedStore | None, organs: Organs | None, device: str) -> None:
+        """Find out how a finished run ended, probe it, lay out its organs; what is known is not asked again."""
         if not self.scored(run):
             measures = scores.ends(run) | scores.heads(load_encoder(run), self.store, device)
             files.write_json(run / _SCORES, {"measures": measures})
@@ -141,6 +154,12 @@ class Comparison:
                 scores.probe(load_encoder(run), labelled, place, run, device)
             if scores.probed(new) is None:
                 scores.probe(untrained(load_encoder(run)), labelled, new, run, device)
+        if organs is not None:
+            place, new = (where / organs.identity for where in (run / "clusters", self._new(name) / "clusters"))
+            if scores.clustered(place) is None:
+                scores.clusters(load_encoder(run), organs, place, device)
+            if scores.clustered(new) is None:
+                scores.clusters(untrained(load_encoder(run)), organs, new, device)
         known = scores.kept(run / _SCORES)
         if "failed" in known:
             files.write_json(run / _SCORES, {"measures": known["measures"]})
@@ -151,34 +170,52 @@ class Comparison:
 
     def rows(self) -> list[Row]:
         """Every run of the axis in the folder that was scored or failed, seed by seed."""
-        identity = scores.kept(self._settings).get("labelled")
+        asked = scores.kept(self._settings)
         found: dict[tuple[int, int], Row] = {}
         for number, name in enumerate(self.members):
             for run in self.folder.glob(f"runs/{self._key(name)}-seed*"):
                 seed, known = int(run.name.rpartition("-seed")[2]), scores.kept(run / _SCORES)
                 if known:
+                    organs = self._organs(run, asked)
                     found[seed, number] = Row(
                         variant=name,
                         seed=seed,
                         status=f"failed: {known['failed']}" if "failed" in known else "scored",
                         run=run.name,
-                        measures=known.get("measures", {}),
-                        probed=scores.probed(run / "probes" / identity) if identity else None,
+                        measures=known.get("measures", {}) | (organs[0] if organs else {}),
+                        probed=scores.probed(run / "probes" / asked["labelled"]) if asked.get("labelled") else None,
                     )
         return [found[place] for place in sorted(found)]
 
+    def _organs(self, place: Path, asked: Mapping[str, Any]) -> tuple[dict[str, float], clusters_figure.Panel] | None:
+        """Clusters of the organs that were last asked for, of a run or of an untrained encoder in its folder."""
+        return scores.clustered(place / "clusters" / asked["organs"]) if asked.get("organs") else None
+
     def untrained(self) -> dict[tuple[str, ...], Row]:
-        """Members that share an encoder to its row with new weights, where it was probed."""
-        identity = scores.kept(self._settings).get("labelled")
+        """Members that share an encoder to its row with new weights, where it was asked anything."""
+        asked = scores.kept(self._settings)
         places: dict[Path, list[str]] = {}
         for name in self.members:
             places.setdefault(self._new(name), []).append(name)
         found = {}
         for place, names in places.items():
-            if identity and (probed := scores.probed(place / identity)):
+            probed = scores.probed(place / asked["labelled"]) if asked.get("labelled") else None
+            organs = self._organs(place, asked)
+            if probed or organs:
                 variant = "untrained" if len(places) == 1 else f"untrained: {', '.join(names)}"
-                found[tuple(names)] = Row(variant=variant, seed=None, status="untrained", probed=probed)
+                measures = organs[0] if organs else {}
+                row = Row(variant=variant, seed=None, status="untrained", measures=measures, probed=probed)
+                found[tuple(names)] = row
         return found
+
+    def maps(self, rows: Sequence[Row], new: Mapping[tuple[str, ...], Row]) -> list[clusters_figure.Panel]:
+        """Crops of organs as the first seed of each variant lays them out, then as untrained encoders do."""
+        asked, places = scores.kept(self._settings), dict[str, tuple[str, Path]]()
+        for row in rows:
+            places.setdefault(row.variant, (f"{row.variant}, seed {row.seed}", self.folder / "runs" / row.run))
+        places |= {row.variant: (row.variant, self._new(names[0])) for names, row in new.items()}
+        known = [(title, self._organs(place, asked)) for title, place in places.values()]
+        return [organs[1]._replace(title=title) for title, organs in known if organs]
 
     def write(self, planned: Sequence[tuple[str, int]]) -> None:
         """Write tables and picture of all that is known.
@@ -203,7 +240,9 @@ class Comparison:
             for name in names
             if row.probed and row.probed.auc.value is not None
         }
-        drawn = family.panels(rows, found, TITLES, full=self.full, baselines=baselines)
+        laid_out = self.maps(rows, new)
+        titles = TITLES | (CLUSTERS if laid_out else {})
+        drawn = family.panels(rows, found, titles, full=self.full, baselines=baselines)
         heads = {label: family.by_place(rows, reading) for reading, label in HEADS.items()}
         by_measure = {
             measure: {name: paper[measure] for name, paper in reported.items() if measure in paper}
@@ -212,6 +251,25 @@ class Comparison:
         }
         picture = image.png(figure.draw(list(self.members), drawn, by_measure, heads, title=title, notes=notes))
         files.write_bytes(self.picture, picture)
+        if laid_out:
+            files.write_bytes(self.clusters, clusters_figure.png(laid_out))
+
+    def look(self, scan: Scan, device: str, say: Callable[[str], None]) -> None:
+        """Show on one CT where the first seed of each variant that has semantic attention looks.
+
+        Raises:
+            DagmanError: As `ct.read.read`.
+
+        Reference:
+            Figure 6.
+        """
+        encoders = dict[str, Encoder]()
+        for row in self.rows():
+            if self.members[row.variant].encoder.has_cls and row.status == "scored":
+                encoders.setdefault(row.variant, load_encoder(self.folder / "runs" / row.run))
+        if encoders:
+            found = attention.explain(encoders, scan, self.folder / f"{self.axis}-attention", device=device)
+            say(f"wrote {found.picture}")
 
     def heading(self, rows: Sequence[Row], planned: Sequence[tuple[str, int]]) -> tuple[str, list[str]]:
         """What was run, how far that is from what the paper ran, and how to read it: a title and sentences."""
@@ -222,12 +280,14 @@ class Comparison:
         recipes = dict.fromkeys(member.recipe for member in self.members.values())
         crop = "x".join(map(str, self.base.data.crop))
         here = f"{', '.join(recipes)}; {len(split_rows(self.store)[0])} volumes, {steps}, crops of {crop} voxels"
+        computed = scores.kept(self._settings).get("organs")
+        missing = axis.elsewhere if computed else f"{axis.elsewhere}, organ clusters (`--organs STORE`)"
         notes = [
             f"Here: {here}. {PAPER}",
             self._probe_note(rows),
             f"Differences: variant less '{self.full}', mean and range over the seeds that both have. {INTERVALS}",
             axis.note,
-            f"Not computed here: {axis.elsewhere}.",
+            f"Not computed here: {missing}.",
         ]
         return f"{axis.title} ({axis.source}){part}.", notes
 

@@ -10,12 +10,14 @@ import torch
 from dagman import config as configs
 from dagman.ablation.axes import members_of
 from dagman.ablation.comparison import Comparison
+from dagman.ablation.scores import Organs
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.train import cost, engine
 from dagman.train.job import Listener, split_rows
 from dagman.train.pretrain import pretrain
 from dagman.train.settings import PretrainConfig
+from dagman.types import Scan
 
 CONCERNS_ALL = ("DEVICE", "DISK", "LOCKED", "NODATA", "READER")
 """Errors that would meet every member, or tell of another process at work: they end the call."""
@@ -31,6 +33,8 @@ class Outputs:
     summary: Path
     """One line a variant and measure."""
     picture: Path
+    clusters: Path
+    """Maps of crops of organs; there where they were asked for."""
     complete: bool
     """False where a stop was asked for; the same call continues."""
     failed: int
@@ -60,6 +64,7 @@ def left(
     device: Literal["cpu", "cuda"] | None = None,
     devices: int = 1,
     labelled: PreparedStore | None = None,
+    organs: Organs | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> list[Left]:
     """What `ablate` would train and how long that takes, measured on noise; nothing is written.
@@ -73,6 +78,7 @@ def left(
         device: Where to train.
         devices: Processes that share a step.
         labelled: Cases for a linear probe.
+        organs: To be laid out.
         settings: What the base was given beside its recipe.
 
     Raises:
@@ -80,7 +86,7 @@ def left(
     """
     members = members_of(axis, base, settings)
     comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
-    comparison.check(labelled)
+    comparison.check(labelled, organs)
     num_volumes, found = len(split_rows(store)[0]), []
     for name, member in members.items():
         finished, seconds = sum(comparison.scored(comparison.run(name, seed)) for seed in seeds), 0.0
@@ -102,6 +108,8 @@ def ablate(
     devices: int = 1,
     workers: int = 0,
     labelled: PreparedStore | None = None,
+    organs: Organs | None = None,
+    scan: Scan | None = None,
     settings: Mapping[str, str] | None = None,
     listener: Callable[[str], Listener],
     say: Callable[[str], None],
@@ -120,6 +128,8 @@ def ablate(
         devices: Processes that share a step, as for `pretrain`.
         workers: Processes that read crops ahead for each device.
         labelled: Cases with labels of two classes for a linear probe; without, those of the last call that had some.
+        organs: What each run lays out beside; without, those of the last call likewise.
+        scan: A CT on which it is shown, at the end, where each variant looks.
         settings: What the base was given beside its recipe, as for `members_of`.
         listener: Makes the listener of a run from its name.
         say: Hears what is done.
@@ -133,7 +143,7 @@ def ablate(
     """
     members = members_of(axis, base, settings)
     comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
-    comparison.begin(labelled)
+    comparison.begin(labelled, organs)
     planned = [(name, seed) for seed in seeds for name in members]
     where: dict[str, Any] = {"device": device, "devices": devices, "workers": workers}
     complete, failed = True, 0
@@ -148,7 +158,7 @@ def ablate(
                 complete, ended = not result.stop_asked, result.status != "stopped"
             if ended and _first_process():
                 with engine.memory_guard(MEMORY_ADVICE):
-                    comparison.score(name, run, labelled, device or _default_device())
+                    comparison.score(name, run, labelled, organs, device or _default_device())
         except DagmanError as error:
             if error.code in CONCERNS_ALL:
                 raise
@@ -160,10 +170,13 @@ def ablate(
             comparison.write(planned)
         if not complete:
             break
+    if scan and complete and _first_process():
+        comparison.look(scan, device or _default_device(), say)
     return Outputs(
         table=comparison.table,
         summary=comparison.summary,
         picture=comparison.picture,
+        clusters=comparison.clusters,
         complete=complete,
         failed=failed,
     )

@@ -1,7 +1,10 @@
-"""How a finished run ended, how differently its heads look, and what a linear probe reads off it; kept as files."""
+"""What is known of a finished run, kept as files: how it ended, its heads, a linear probe, its clusters of organs."""
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,14 @@ import numpy as np
 
 from dagman import files
 from dagman.ct.store import PreparedStore
+from dagman.figures import clusters as figure
 from dagman.nets.encoder import Encoder
 from dagman.run import Run
-from dagman.tasks import diversity, leakage, predictions, watching
+from dagman.tasks import cluster, diversity, leakage, predictions, structures, watching
+from dagman.tasks.embed import suited
 from dagman.tasks.family import Probed
 from dagman.tasks.statistics import Estimate
+from dagman.types import Preparation
 
 LAST_STEPS = 50
 METRICS = (
@@ -27,7 +33,7 @@ METRICS = (
 """Means over the last steps of a run."""
 ATTENTION = "clean_attention_entropy"
 """Of the last examination of a run: there whatever is hidden, where the encoder has [CLS]."""
-_PROBE = "probe.json"
+_PROBE, _CLUSTERS = "probe.json", "clusters.json"
 
 
 def kept(path: Path) -> dict[str, Any]:
@@ -94,6 +100,69 @@ def probed(place: Path) -> Probed | None:
         return None
     found = predictions.read(place) if told["predicted"] else None
     return Probed(auc=Estimate(**told["auc"]), features=told["features"], study=told["study"], predictions=found)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Organs:
+    """Crops of organs that every encoder lays out.
+
+    Raises:
+        DagmanError: As `structures.structures`.
+    """
+
+    store: PreparedStore
+    """Cases with label maps."""
+    names: Mapping[int, str] | None = None
+    """Of the maps' labels, as `structures.structures` takes them."""
+
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that change with the store and the names."""
+        said = [self.store.store_id, sorted((self.names or {}).items())]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+    @cached_property
+    def places(self) -> tuple[structures.Place, ...]:
+        """Where the crops have their middles."""
+        return structures.structures(self.store, self.names).places
+
+    def check(self, look: Preparation) -> None:
+        """Fail early where an encoder that was shown `look` cannot lay them out.
+
+        Raises:
+            DagmanError: As `cluster.cluster`; `E-GRID` for a store of another spacing.
+        """
+        suited(self.store, look)
+        cluster.check(structures.unseen(self.store, self.places))
+
+
+def clusters(encoder: Encoder, organs: Organs, place: Path, device: str) -> None:
+    """Lay out an encoder's crops of organs, as `dagman cluster` does, and keep figures and map in the folder `place`.
+
+    Args:
+        encoder: Of the run, or untrained.
+        organs: The crops.
+        place: Of `clusters.json`.
+        device: Where to compute.
+
+    Raises:
+        DagmanError: As `cluster.cluster`.
+    """
+    table = structures.embed_places(encoder, organs.store, organs.places, device=device)
+    found = cluster.cluster(table, structures=[one.structure for one in organs.places])
+    figures = {meaning: found.estimate(name).value for name, meaning in cluster.MEANINGS.items()}
+    drawn = cluster.panel("", found)._asdict()
+    drawn["map"] = [[round(x, 3), round(y, 3)] if np.isfinite(x + y) else [None, None] for x, y in found.map.tolist()]
+    files.write_json(place / _CLUSTERS, {"measures": figures, "panel": drawn})
+
+
+def clustered(place: Path) -> tuple[dict[str, float], figure.Panel] | None:
+    """The figures that `clusters` kept and the map of crops; None where nothing was laid out."""
+    told = kept(place / _CLUSTERS)
+    if not told:
+        return None
+    figures = {name: value for name, value in told["measures"].items() if value is not None}
+    return figures, figure.Panel(**told["panel"] | {"map": np.array(told["panel"]["map"], dtype=float)})
 
 
 def task(study: Mapping[str, Any]) -> str:

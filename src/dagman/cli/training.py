@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dagman.ablation import Left
     from dagman.ct.store import PreparedStore
     from dagman.train.settings import PretrainConfig
+    from dagman.types import Scan
 
 COMMAND_LINE = "--"
 """Before settings in errors."""
@@ -187,6 +188,9 @@ def ablate(
     epochs: int | None = None,
     seeds: int = 3,
     labelled: Path | None = None,
+    organs: Path | None = None,
+    names: Path | None = None,
+    scan: Path | None = None,
     device: Device | None = None,
     devices: int = 1,
     workers: int = 0,
@@ -206,6 +210,10 @@ def ablate(
         epochs: Length of each run in epochs.
         seeds: Runs of each member.
         labelled: A prepared store with labels of two classes, best not the one to train on: each run is probed on it.
+        organs: A prepared store with label maps: how each run's features of their structures cluster (Table 2; Figures
+            4c and 9), in the tables and in AXIS-clusters.png.
+        names: Names of the label maps' numbers, as for `dagman cluster`.
+        scan: A CT: where each variant looks (Figure 6), in AXIS-attention.
         device: Where to compute; by default the GPU where there is one.
         devices: Processes that share a step (GPUs of this machine).
         workers: Processes that read crops ahead, for each device.
@@ -213,15 +221,18 @@ def ablate(
     """
     from dagman import ablation
     from dagman.ct.store import PreparedStore
+    from dagman.tasks import structures
 
+    require(bool(organs) or not names, "--names", "was given without --organs", "give both, or neither")
     require(seeds > 0, "--seeds", f"cannot be {seeds}", "give at least 1")
     base, values = _chosen(ablate, recipe, settings, steps=steps, epochs=epochs)
-    store = PreparedStore(data)
+    store, named = PreparedStore(data), structures.read_names(names) if names else None
     asked: dict[str, Any] = {
         "seeds": range(seeds),
         "device": device,
         "devices": devices,
         "labelled": PreparedStore(labelled) if labelled else None,
+        "organs": ablation.Organs(store=PreparedStore(organs), names=named) if organs else None,
         "settings": values,
     }
     if dry_run:
@@ -234,12 +245,14 @@ def ablate(
             store,
             output,
             **asked,
+            scan=_one_scan(scan) if scan else None,
             workers=workers,
             listener=lambda _: Watcher(tell),
             say=say,
         )
     if outputs.table.exists():
-        say(f"wrote {outputs.table}, {outputs.summary} and {outputs.picture}")
+        pictures = [outputs.picture, *([outputs.clusters] if outputs.clusters.exists() else [])]
+        say(f"wrote {', '.join(map(str, [outputs.table, outputs.summary, *pictures]))}")
     if not outputs.complete:
         return ExitCode.STOPPED
     if outputs.failed:
@@ -248,6 +261,17 @@ def ablate(
     other = next(name for name in ablation.AXES if name != axis)
     next_step(f"the same command with --axis {other}")
     return ExitCode.OK
+
+
+def _one_scan(path: Path) -> "Scan":
+    """The only CT of a file or folder."""
+    from dagman.ct.index import index
+
+    scans, problems = index([path])
+    if len(scans) != 1:
+        told = f"holds {len(scans)} CTs" + (f" ({problems[0]})" if problems and not scans else "")
+        raise DagmanError("USAGE", path, told, "give one CT file, or the folder of one DICOM series")
+    return scans[0]
 
 
 def _forecast_family(members: "list[Left]") -> None:

@@ -7,6 +7,7 @@ smooth picture does not pretend to edges that are only those of the cells' grid.
 """
 
 import gzip
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -93,7 +94,8 @@ def explain(
     for number, (name, encoder) in enumerate(encoders.items()):
         tell = progress and partial(in_turn, progress, number, len(encoders))
         maps[name] = values = attention_map(encoder, volume, device=device, progress=tell)
-        nifti = folder / f"{scan.case_id}_{f'{name}_' if len(encoders) > 1 else ''}attention.nii.gz"
+        whose = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}_" if len(encoders) > 1 else ""
+        nifti = folder / f"{scan.case_id}_{whose}attention.nii.gz"
         write_nifti(values, volume.affine, own, nifti)
         seen, (found, why) = values[body & (values > 0)], shares(values, mask, body)
         ends = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)

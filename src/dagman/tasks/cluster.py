@@ -214,6 +214,20 @@ def cluster(
     return Clusters(table=table, groups=people, map=drawn, values=values, left_out=left_out, seed=seed, why=why)
 
 
+def check(table: Table) -> None:
+    """Fail early where crops cannot be laid out.
+
+    Args:
+        table: Their classes and patients, with features or none.
+
+    Raises:
+        DagmanError: As `cluster`.
+    """
+    require_umap()
+    _patients(table)
+    _clustered(table)
+
+
 def _clustered(table: Table) -> tuple[Table, list[int], dict[str, int]]:
     """The crops of classes that have two, their rows, and the other classes with their counts."""
     counts = Counter(table.labels)
@@ -341,11 +355,12 @@ def write(
         ),
     )
     files.write_json(others[1], {**summary(runs, group_by=group_by), **(found or {})})
-    files.write_bytes(others[2], figure.png([_panel(name, one) for name, one in runs.items()]))
+    files.write_bytes(others[2], figure.png([panel(name, one) for name, one in runs.items()]))
     return [*paths, *others]
 
 
-def _panel(name: str, one: Clusters) -> figure.Panel:
+def panel(name: str, one: Clusters) -> figure.Panel:
+    """What the picture shows of one set of features."""
     told = [
         f"{word} {estimate.value:.2f}" if (estimate := one.estimate(value)).value is not None else f"{word} n/a"
         for value, word in (
