@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import ablation
 import asking
+import contract
 import factors
 import learning
 import speed
@@ -19,7 +20,7 @@ DOCUMENTS = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("learning", "ablation", "uses", "classification", "segmentation", "performance")
+        for name in ("learning", "ablation", "uses", "classification", "segmentation", "performance", "paper-to-code")
     ),
 )
 
@@ -76,6 +77,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-encoder": ablation.encoder,
     "ablation-diversity": ablation.diversity,
     "ablation-stage": ablation.stage,
+    "contract": contract.contract,
     "demo": demo,
     "gpu-proofs": speed.gpu_proofs,
     "gpu-steps": speed.gpu_steps,
