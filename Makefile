@@ -4,6 +4,7 @@
 # TORCH_INDEX_URL   package index to take torch from (unset: the configured index); point it at PyTorch's CPU builds
 #                   on machines without a GPU, or at the build for your CUDA version
 # DATA              folder of your own CTs for `make demo`
+# STEPS             of its pretraining, in place of what suits six minutes on two cores
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,7 +36,7 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
 demo: setup
-	$(BIN)/dagman demo --output $(DEMO) $(if $(DATA),--data $(DATA))
+	$(BIN)/dagman demo --output $(DEMO) $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))
 
 bench: setup
 	$(BIN)/python benchmarks/store.py $(if $(BENCH_DATA),--data $(BENCH_DATA)) --json benchmarks/results/store.json

@@ -16,6 +16,8 @@ from dagman.ct.store import PreparedStore
 from dagman.pretext.codistill import CoDistillation
 from dagman.train.pretrain import PretrainConfig, pretrain
 
+pytestmark = pytest.mark.usefixtures("few_examined")
+
 STEPS = 51
 """The first is well; the others are within 50 of the onset."""
 

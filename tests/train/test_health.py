@@ -28,6 +28,8 @@ from dagman.train.health import ALARMS, Watch
 from dagman.train.pretrain import pretrain
 from dagman.types import Views
 
+pytestmark = pytest.mark.usefixtures("few_examined")
+
 MEASURED = 2
 """Forward passes before the first step, which measure what a pair takes."""
 

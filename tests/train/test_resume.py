@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.run import TIMING, Run
 from dagman.train import engine
 from dagman.train.pretrain import PretrainConfig, Result, pretrain
+
+
+pytestmark = pytest.mark.usefixtures("few_examined")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -58,17 +61,6 @@ def interrupted(config: PretrainConfig, store: PreparedStore, folder: Path, *sto
         result = pretrain(config, store, folder, listeners=[StopAfter(stop - 1)], **how)
         assert (result.status, result.step) == ("stopped", stop)
     return pretrain(config, store, folder, **how)
-
-
-EXAMINED = 8
-"""Crops of an examination, where a run takes 64: eight times the work of the steps that are compared here."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_examined() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dagman.train.pretrain.EXAMINED", EXAMINED)
-        yield
 
 
 @pytest.fixture
@@ -151,7 +143,7 @@ sys.path.insert(0, sys.argv[3])
 from small_run import small
 from dagman.ct.store import PreparedStore
 from dagman.train import pretrain
-pretrain.EXAMINED = int(sys.argv[4])
+pretrain.EXAMINED = 8
 result = pretrain.pretrain(small(), PreparedStore(Path(sys.argv[1])), Path(sys.argv[2]), checkpoint_every=2)
 sys.exit(75 if result.status == "stopped" else 0)
 """
@@ -159,7 +151,7 @@ sys.exit(75 if result.status == "stopped" else 0)
 
 def start(store: PreparedStore, folder: Path, fault: str = "") -> subprocess.Popen[bytes]:
     environment = os.environ | {"DAGMAN_FAULT": fault, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(store.folder), str(folder), str(Path(__file__).parent), str(EXAMINED)]
+    command = [sys.executable, "-c", SCRIPT, str(store.folder), str(folder), str(Path(__file__).parent)]
     return subprocess.Popen(command, env=environment)
 
 

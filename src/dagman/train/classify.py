@@ -34,7 +34,7 @@ from dagman.tasks.case_crops import CaseCrop, CaseCrops
 from dagman.tasks.classifier import Classifier
 from dagman.tasks.classify import TASK, Probe, can_fit, fit_rows, predicted, threshold
 from dagman.tasks.cohort import Cohort
-from dagman.tasks.embed import encode, suited
+from dagman.tasks.embed import suited
 from dagman.tasks.labels import Unlabelled
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
@@ -108,7 +108,7 @@ class ClassifyLesson:
         if self.probe is None:
             return False
         assert isinstance(self.network, EncoderClassifier)
-        weights, biases = self.probe(self.network.eval()).linear()
+        weights, biases = self.probe(self.network).linear()
         self.network.head.weight.copy_(torch.from_numpy(weights))
         self.network.head.bias.copy_(torch.from_numpy(biases) + self.weights.log())
         return True
@@ -280,17 +280,20 @@ class _Study:
         return can_fit(self.cohort, part.train)
 
     def _probe(self, part: Part, dataset: CaseCrops, network: EncoderClassifier) -> Probe:
-        """Of a part's training cases, altered as they will be shown, on the encoder as it is.
+        """Of a part's training cases as training will show them: altered, and by an encoder in training mode.
 
-        One that knows only crops as they are tested is too sure of altered ones, and the first steps undo it.
+        One that knows only crops as they are tested, without drop path, is too sure of them, and the first steps undo
+        it.
         """
         device, samples = next(network.parameters()).device, range(ALTERED * len(part.train))
         found = []
-        for first in samples[:: self.config.finetune.batch_size]:
-            chosen = samples[first : first + self.config.finetune.batch_size]
-            images = torch.stack([dataset[sample].image for sample in chosen])
-            features = encode(network.encoder, images, device=device, precision="float32")
-            found.append(vector(features, network.which).double().cpu().numpy())
+        network.train()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(torch_seed(self.config.finetune.seed, "classifier.probe", part.number))
+            for first in samples[:: self.config.finetune.batch_size]:
+                chosen = samples[first : first + self.config.finetune.batch_size]
+                images = torch.stack([dataset[sample].image for sample in chosen]).to(device)
+                found.append(vector(network.encoder(images), network.which).double().cpu().numpy())
         rows = [part.train[dataset.case(sample)] for sample in samples]
         return fit_rows(self.cohort, rows, np.concatenate(found))
 
