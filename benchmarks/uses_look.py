@@ -112,6 +112,7 @@ def _phantoms(work: Path) -> tuple[PreparedStore, dict[int, str]]:
         files.write_text(folder / "cases.csv", "\n".join(lines) + "\n")
     prepare([folder / "cases.csv"], work / "organs_prepared", workers=1)
     chosen = {label: name for label, name in phantom.NAMES.items() if name not in ("body", "nodule", "vessel")}
+    files.write_json(folder / "names.json", chosen)
     return PreparedStore(work / "organs_prepared"), chosen
 
 

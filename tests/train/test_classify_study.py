@@ -172,22 +172,32 @@ def begun(store, config=AS_PROBE):
     return made, cohort.parts[0], made.lesson(cohort.parts[0])
 
 
-def test_the_linear_layer_starts_as_the_probe_of_altered_training_cases(store):
+def test_the_linear_layer_starts_as_a_probe_of_what_training_shows(store):
     study, part, lesson = begun(store)
     shown = range(classify.ALTERED * len(part.train))
     images = torch.stack([lesson.dataset[sample].image for sample in shown])
     assert not torch.equal(images[0], images[len(part.train)])
-    with torch.inference_mode():
-        features = small_study.encoder()(images).pooled.double().numpy()
     rows = [part.train[lesson.dataset.case(sample)] for sample in shown]
     assert sorted(rows) == sorted(classify.ALTERED * part.train)
     assert [study.cohort.numbers[row] for row in rows] == [int(lesson.dataset[sample].number) for sample in shown]
+    with torch.no_grad():
+        features = small_study.encoder()(images).pooled.double().numpy()  # an encoder without drop path
     expected = probing.fit_rows(study.cohort, rows, features).probabilities(features)
     assert lesson.begin()
     lesson.restore_shares()
     with torch.inference_mode():
         found = lesson.network(images).softmax(dim=1).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_probe_to_start_from_meets_drop_path(store, monkeypatch):
+    modes = []
+    fit_rows = classify.fit_rows
+    monkeypatch.setattr(classify, "fit_rows", lambda *given: modes.append(lesson.network.training) or fit_rows(*given))
+    _, _, lesson = begun(store)
+    lesson.network.eval()
+    assert lesson.begin()
+    assert modes == [True]
 
 
 def test_a_start_as_the_probe_is_scored_and_resumes_to_the_same_bits(store, tmp_path):

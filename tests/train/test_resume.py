@@ -22,7 +22,6 @@ from dagman.run import TIMING, Run
 from dagman.train import engine
 from dagman.train.pretrain import PretrainConfig, Result, pretrain
 
-
 pytestmark = pytest.mark.usefixtures("few_examined")
 
 

@@ -43,8 +43,9 @@ from dagman.train.parts import learn, place, refuse_mirrored_sides
 
 LEAST_TO_CUT = 10
 """Held-out cases of each class from which a threshold is chosen: of fewer it is chance."""
-ALTERED = 4
-"""Crops of every training case, altered as training alters them, that the probe to start from is fitted on."""
+ALTERED, ENOUGH = 4, 512
+"""Crops of every training case, altered as training alters them, that the probe to start from is fitted on; one of each
+where more would be more than enough."""
 Tell = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 
@@ -285,7 +286,8 @@ class _Study:
         One that knows only crops as they are tested, without drop path, is too sure of them, and the first steps undo
         it.
         """
-        device, samples = next(network.parameters()).device, range(ALTERED * len(part.train))
+        device, cases = next(network.parameters()).device, len(part.train)
+        samples = range(max(cases, min(ALTERED * cases, ENOUGH)))
         found = []
         network.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
