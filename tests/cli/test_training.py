@@ -1,6 +1,7 @@
 """The verbs that train, as a user calls them."""
 
 import logging
+import shutil
 
 import pytest
 
@@ -47,6 +48,15 @@ def test_a_run_folder_is_no_store_and_lies_in_none(verb, organ_store, tmp_path, 
             f"E-OUTPUT {output}: {told}; choose an output folder beside the store\n"
         )
         assert (content(tmp_path), content(organ_store.folder)) == before
+
+
+def test_a_store_inside_a_run_is_not_moved_away_with_it(organ_store, tmp_path, capsys):
+    store = tmp_path / "run" / "store"
+    shutil.copytree(organ_store.folder, store)
+    before, output = content(tmp_path), str(tmp_path / "run")
+    assert run(["pretrain", "--fresh", "dagman-tiny", *SMALL, "--data", str(store), "-o", output]) == ExitCode.REFUSED
+    assert f"E-OUTPUT {output}: holds the store {store}, which --fresh would move away" in capsys.readouterr().err
+    assert content(tmp_path) == before
 
 
 def test_a_family_says_what_it_would_cost_and_writes_nothing(organ_store, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What a run will cost, against PyTorch's own count."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,3 +107,27 @@ def test_bf16_is_called_slow_where_the_processor_lacks_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     assert engine.slow_bf16(torch.device(device), precision) is slow
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "granted"),
+    [
+        ("0::/\n", {"memory.max": "8000\n"}, [8000]),  # a container, whose group is its root
+        (
+            "0::/job/step\n",
+            {"job/memory.max": "4000", "job/step/memory.max": "max", "memory.max": "9000"},
+            [4000, 9000],
+        ),
+        ("4:cpu:/a\n7:memory:/a\n", {"memory/a/memory.limit_in_bytes": "5000", "cpu/a/memory.max": "1"}, [5000]),
+        ("0::/\n", {}, []),
+    ],
+)
+def test_memory_is_what_control_groups_grant(
+    tmp_path: Path, own: str, files: dict[str, str], granted: list[int]
+) -> None:
+    (tmp_path / "self").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    assert list(cost.allowances(tmp_path / "self", tmp_path / "groups")) == granted
+    assert not list(cost.allowances(tmp_path / "nothing", tmp_path / "groups"))

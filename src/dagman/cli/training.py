@@ -71,7 +71,7 @@ def pretrain(
         _forecast(chosen, store, devices, device)
         return ExitCode.OK
     if fresh and output.exists():
-        _move_aside(output)
+        _move_aside(output, store)
     watch = PreparedStore(labelled) if labelled else None
     where: dict[str, Any] = {"devices": devices, "device": device, "workers": workers, "compiled": compiled}
     with progress("Pretraining") as tell:
@@ -151,10 +151,13 @@ def _refuse_unknown(chosen: "PretrainConfig", values: dict[str, Any]) -> None:
             raise
 
 
-def _move_aside(output: Path) -> None:
+def _move_aside(output: Path, store: "PreparedStore") -> None:
     """Give an earlier run a name of its own."""
     from dagman.files import folder_lock
 
+    if store.folder.resolve().is_relative_to(output.resolve()):
+        problem = f"holds the store {store.folder}, which --fresh would move away with the run"
+        raise DagmanError("OUTPUT", output, problem, "choose another output folder", exit_code=ExitCode.REFUSED)
     aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     with folder_lock(output):
         output.rename(aside)

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,7 +171,27 @@ def memory_gib(device: torch.device, *, peak: bool = False) -> float:
 def _machine_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory) / 2**30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([installed, *allowances(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]) / 2**30
+
+
+def allowances(own: Path, root: Path) -> Iterator[int]:
+    """Bytes that control groups grant this process: a container's, or a cluster job's, and those around it.
+
+    Args:
+        own: `/proc/self/cgroup`; there on Linux only.
+        root: Where groups are mounted, of version 1 or 2.
+    """
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top, name = (root / "memory", "memory.limit_in_bytes") if kinds else (root, "memory.max")
+        place = top / path.lstrip("/")
+        for folder in (place, *place.parents):
+            limit = folder / name
+            if folder.is_relative_to(top) and limit.is_file() and (granted := limit.read_text().strip()).isdigit():
+                yield int(granted)
 
 
 def duration(seconds: float) -> str:
