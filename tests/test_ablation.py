@@ -4,6 +4,7 @@ Trainings are stood in for by encoders with random weights, but for one family t
 """
 
 import csv
+import json
 import signal
 import zlib
 from dataclasses import replace
@@ -17,7 +18,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import small_study
-from dagman import ablation, cli, config, files, recipes
+from dagman import ablation, cli, config, ct, files, recipes
 from dagman.ablation import axes, loop, scores
 from dagman.ct.store import FORMAT, MANIFEST, SETTINGS, PreparedStore, array_path, write_array
 from dagman.errors import DagmanError, ExitCode
@@ -25,7 +26,7 @@ from dagman.figures import ablation as figure
 from dagman.nets.encoder import new
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.run import Run
-from dagman.tasks import cluster, diversity, family, leakage, predictions
+from dagman.tasks import attention, cluster, diversity, family, leakage, predictions
 from dagman.train.pretrain import Result
 from dagman.train.settings import PretrainConfig
 from dagman.types import Preparation, Scan
@@ -452,12 +453,16 @@ def test_organs_are_laid_out_once_a_run_and_kept(
     asked = ablation.Organs(store=organs, names={1: "bright", 2: "dark"})
     outputs = run(store, folder, organs=asked)
     heading, rows = read(outputs.table)
-    assert "organ clusters" not in heading
+    assert "Organs: 24 crops of 6 structures, 2 classes, in 3 patients of the store 'store'; pooled" in heading
+    assert "Not computed here: AUC after fine-tuning (`dagman classify finetune`)." in heading
     found = cluster.compare({"run": load_encoder(folder / "runs" / rows[0]["run"])}, organs, asked.places)
     for name, meaning in cluster.MEANINGS.items():
         told = [row[meaning] for row in rows]
         assert len(set(told[:4])) == 4 or name == "knn", "every run has its own"
-        assert float(told[0]) == pytest.approx(found["run"].estimate(name).value)
+        estimate = found["run"].estimate(name)
+        assert float(told[0]) == pytest.approx(estimate.value)
+        kept = json.loads(next((folder / "runs" / rows[0]["run"]).rglob("clusters.json")).read_text())
+        assert kept["measures"][meaning] == vars(estimate)
         assert float(told[4]) == pytest.approx(found["untrained"].estimate(name).value)
     drawn: list[Any] = []
     monkeypatch.setattr(ablation.comparison.clusters_figure, "png", lambda panels: drawn.append(panels) or b"")
@@ -473,15 +478,63 @@ def test_organs_are_laid_out_once_a_run_and_kept(
     assert set(drawn[-1][0].labels) == {"bright", "dark"}
 
 
+@pytest.mark.usefixtures("undrawn", "plain_map")
+def test_a_variant_s_first_seed_with_organs_is_drawn(
+    store: PreparedStore, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = {f"c{number}": small_study.case(number, labels=2) for number in range(3)}
+    organs = ablation.Organs(store=small_study.store(tmp_path / "organs", cases))
+    drawn: list[Any] = []
+    monkeypatch.setattr(ablation.comparison.clusters_figure, "png", lambda panels: drawn.append(panels) or b"")
+    trainings.fails = {1: DagmanError("UNHEALTHY", "run", "diverged", "lower the rate", exit_code=ExitCode.UNHEALTHY)}
+    run(store, tmp_path / "family", seeds=(0, 1), organs=organs)
+    assert [panel.title for panel in drawn[-1]][:2] == ["random, seed 0", "attended, seed 1"]
+
+
+def test_organs_are_others_with_other_patients_labels_or_names(tmp_path: Path) -> None:
+    made = small_study.store(tmp_path, {f"c{number}": small_study.case(number, labels=2) for number in range(2)})
+    identities = {ablation.Organs(store=made).identity, ablation.Organs(store=made, names={1: "a"}).identity}
+    for change in ({"patient": "one"}, {"label": "x"}, {"mask": made.rows[0]["mask"] | {"names": {"1": "a"}}}):
+        other = PreparedStore(made.folder)
+        other.rows = [row | change for row in made.rows]
+        identities.add(ablation.Organs(store=other).identity)
+    assert len(identities) == 5
+
+
+@pytest.mark.usefixtures("undrawn", "plain_map")
+def test_whole_cases_without_patients_are_laid_out_and_stamped(
+    store: PreparedStore, tmp_path: Path, trainings: Trainings
+) -> None:
+    cases = made(tmp_path / "cases", range(3, 9))
+    cases.rows = [row | {"patient": None} for row in cases.rows]
+    outputs = run(store, tmp_path / "family", organs=ablation.Organs(store=cases))
+    heading, rows = read(outputs.table)
+    assert (
+        "Organs: 6 crops of whole cases, 2 classes, in 6 cases of the store 'cases', which knows no patients" in heading
+    )
+    assert all(row[cluster.MEANINGS["silhouette"]] for row in rows)
+
+
 @pytest.mark.usefixtures("plain_map")
-def test_organs_that_cannot_be_laid_out_are_refused_before_any_training(
+def test_what_cannot_be_asked_is_refused_before_any_training(
     store: PreparedStore, tmp_path: Path, trainings: Trainings
 ) -> None:
     one = small_study.store(tmp_path / "one", {f"c{number}": small_study.case(number) for number in range(2)})
     without = small_study.store(tmp_path / "none", {"c": (small_study.case(0)[0], None)})
-    for organs, code in ((one, "LABEL"), (without, "NOMASK")):
+    broken = tmp_path / "ct.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(small_study.case(0)[0], np.eye(4)), broken)
+    broken.write_bytes(broken.read_bytes()[:9000])
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"organs": ablation.Organs(store=one)}, "LABEL"),
+        ({"organs": ablation.Organs(store=without)}, "LABEL"),
+        ({"organs": ablation.Organs(store=one, names={})}, "NOMASK"),
+        ({"scan": Scan(case_id="ct", files=(broken,), kind="nifti")}, "GZIP"),
+    ]
+    for question, code in asked:
         with pytest.raises(DagmanError, match=f"^E-{code}"):
-            run(store, tmp_path / "family", organs=ablation.Organs(store=organs))
+            run(store, tmp_path / "family", **question)
+        with pytest.raises(DagmanError, match=f"^E-{code}"):
+            ablation.left("hiding", base(), store, tmp_path / "family", seeds=(0,), **question)
     assert not trainings.done
 
 
@@ -489,18 +542,34 @@ def test_organs_that_cannot_be_laid_out_are_refused_before_any_training(
 def test_a_ct_shows_where_each_variant_that_has_attention_looks(
     store: PreparedStore, tmp_path: Path, trainings: Trainings
 ) -> None:
-    path = tmp_path / "ct.nii.gz"
+    path, folder = tmp_path / "ct.nii.gz", tmp_path / "family"
     nibabel.save(nibabel.Nifti1Image(small_study.case(0)[0], np.diag([2.0, 2.0, 2.0, 1.0])), path)
     settings = {"optimisation.batch_size": "1"}
     start = config.override(recipes.with_length(recipes.get("dagman-tiny"), 2, None), settings)
     said: list[str] = []
     scan = Scan(case_id="ct", files=(path,), kind="nifti")
     more: dict[str, Any] = {"settings": settings, "listener": lambda _: Silent(), "say": said.append, "scan": scan}
-    ablation.ablate("encoder", start, store, tmp_path / "family", seeds=(1, 0), **more)
-    folder = tmp_path / "family" / "encoder-attention"
-    assert said[-1] == f"wrote {folder / 'ct_attention.png'}"
-    names = ["DAGMaN-Swin", "DAGMaN-ViT", "SMIT-ViT"]
-    assert sorted(path.name for path in folder.glob("*.nii.gz")) == [f"ct_{name}_attention.nii.gz" for name in names]
+    outputs = ablation.ablate("encoder", start, store, folder, seeds=(1, 0), **more)
+    assert outputs.failed == 0
+    maps = folder / "encoder-attention"
+    written = [maps / name for name in ("ct_attention.png", "attention.csv", "result.json")]
+    assert said[-1] == f"wrote {', '.join(map(str, written))}"
+    with (maps / "attention.csv").open() as stream:
+        assert {row["weights"] for row in csv.DictReader(stream)} == {
+            f"{name}, seed 0" for name in ("SMIT, ViT", "DAGMaN, ViT", "DAGMaN, Swin")
+        }
+    runs = {row["variant"]: row["run"] for row in read(outputs.table)[1] if row["seed"] == "0"}
+    volume = ct.read.read(scan)
+    for name in ("SMIT, ViT", "DAGMaN, ViT", "DAGMaN, Swin"):
+        expected = attention.attention_map(load_encoder(folder / "runs" / runs[name]), volume)
+        shown = nibabel.load(maps / f"ct_{name.replace(', ', '-')}-seed-0_attention.nii.gz").get_fdata()
+        np.testing.assert_allclose(shown, expected, atol=1e-5)
+    (folder / "runs" / runs["SMIT, ViT"] / MODEL_FILE).unlink()
+    said.clear()
+    assert ablation.ablate("encoder", start, store, folder, seeds=(0,), **more).failed == 0
+    assert any(line.startswith("E-WEIGHTS") for line in said)
+    with (maps / "attention.csv").open() as stream:
+        assert "SMIT, ViT, seed 1" in {row["weights"] for row in csv.DictReader(stream)}, "the next seed stands in"
 
 
 @pytest.mark.usefixtures("undrawn")

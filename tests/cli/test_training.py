@@ -50,11 +50,19 @@ def test_a_run_folder_is_no_store_and_lies_in_none(verb, organ_store, tmp_path, 
         assert (content(tmp_path), content(organ_store.folder)) == before
 
 
-def test_a_store_inside_a_run_is_not_moved_away_with_it(organ_store, tmp_path, capsys):
-    store = tmp_path / "run" / "store"
-    shutil.copytree(organ_store.folder, store)
-    before, output = content(tmp_path), str(tmp_path / "run")
-    assert run(["pretrain", "--fresh", "dagman-tiny", *SMALL, "--data", str(store), "-o", output]) == ExitCode.REFUSED
+@pytest.mark.parametrize("how", ["trained on", "labelled", "a link"])
+def test_a_store_inside_a_run_is_not_moved_away_with_it(how, organ_store, tmp_path, capsys):
+    store, output = tmp_path / "run" / "store", str(tmp_path / "run")
+    store.parent.mkdir()
+    if how == "a link":
+        store.symlink_to(organ_store.folder)
+    else:
+        shutil.copytree(organ_store.folder, store)
+    before = content(tmp_path)
+    given = (
+        ["--data", str(organ_store.folder), "--labelled", str(store)] if how == "labelled" else ["--data", str(store)]
+    )
+    assert run(["pretrain", "--fresh", "dagman-tiny", *SMALL, *given, "-o", output]) == ExitCode.REFUSED
     assert f"E-OUTPUT {output}: holds the store {store}, which --fresh would move away" in capsys.readouterr().err
     assert content(tmp_path) == before
 

@@ -21,6 +21,7 @@ from dagman.ct.prepare import PrepareConfig, prepare
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import EncoderClassifier, ResNet50, vector, width_of
+from dagman.nets.encoder import build
 from dagman.nets.weights import load_encoder
 from dagman.tasks import classifier, embed, leakage, predictions
 from dagman.tasks import classify as probing
@@ -174,9 +175,10 @@ def begun(store, config=AS_PROBE):
 
 def test_the_linear_layer_starts_as_a_probe_of_what_training_shows(store):
     study, part, lesson = begun(store)
-    shown = range(classify.ALTERED * len(part.train))
+    cases, learnt = len(part.train), AS_PROBE.finetune.steps * AS_PROBE.finetune.batch_size
+    shown = range(learnt + -learnt % cases, learnt + -learnt % cases + classify.ALTERED * cases)
     images = torch.stack([lesson.dataset[sample].image for sample in shown])
-    assert not torch.equal(images[0], images[len(part.train)])
+    assert not torch.equal(images[0], images[cases])
     rows = [part.train[lesson.dataset.case(sample)] for sample in shown]
     assert sorted(rows) == sorted(classify.ALTERED * part.train)
     assert [study.cohort.numbers[row] for row in rows] == [int(lesson.dataset[sample].number) for sample in shown]
@@ -190,14 +192,44 @@ def test_the_linear_layer_starts_as_a_probe_of_what_training_shows(store):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_the_probe_to_start_from_meets_drop_path(store, monkeypatch):
-    modes = []
-    fit_rows = classify.fit_rows
-    monkeypatch.setattr(classify, "fit_rows", lambda *given: modes.append(lesson.network.training) or fit_rows(*given))
-    _, _, lesson = begun(store)
-    lesson.network.eval()
-    assert lesson.begin()
-    assert modes == [True]
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_probe_to_start_from_meets_drop_path_where_training_does(store, monkeypatch, frozen):
+    dropping = build(dataclasses.replace(small_study.SMALL, drop_path=0.5)).eval()
+    dropping.preparation = small_study.PREPARATION
+    monkeypatch.setattr(small_study, "encoder", lambda: dropping)
+    seen, fit_rows = [], classify.fit_rows
+    monkeypatch.setattr(
+        classify, "fit_rows", lambda cohort, rows, features: seen.append(features) or fit_rows(cohort, rows, features)
+    )
+    config = dataclasses.replace(AS_PROBE, finetune=dataclasses.replace(AS_PROBE.finetune, frozen=frozen))
+    for _ in range(2):
+        _, part, lesson = begun(store, config)
+        state = torch.random.get_rng_state()
+        assert lesson.begin()
+        assert torch.equal(torch.random.get_rng_state(), state)
+    np.testing.assert_array_equal(seen[0], seen[1])
+    first = config.finetune.steps * config.finetune.batch_size
+    first += -first % len(part.train)
+    images = torch.stack([lesson.dataset[first + sample].image for sample in range(len(seen[0]))])
+    with torch.inference_mode():
+        tested = dropping.eval()(images).pooled.double().numpy()
+    assert np.allclose(seen[0], tested, atol=1e-5) == frozen
+
+
+def test_every_training_case_counts_alike_in_the_probe_to_start_from(store, monkeypatch):
+    asked = []
+
+    def noted(_, rows, __):
+        asked.append(sorted(rows))
+        raise InterruptedError
+
+    monkeypatch.setattr(classify, "fit_rows", noted)
+    monkeypatch.setattr(classify, "ENOUGH", 13)
+    _, part, lesson = begun(store)
+    with pytest.raises(InterruptedError):
+        lesson.begin()
+    assert 4 * len(part.train) > 13 > len(part.train)
+    assert asked == [sorted(13 // len(part.train) * part.train)]
 
 
 def test_a_start_as_the_probe_is_scored_and_resumes_to_the_same_bits(store, tmp_path):

@@ -131,3 +131,10 @@ def test_memory_is_what_control_groups_grant(
         (tmp_path / "groups" / name).write_text(text)
     assert list(cost.allowances(tmp_path / "self", tmp_path / "groups")) == granted
     assert not list(cost.allowances(tmp_path / "nothing", tmp_path / "groups"))
+
+
+def test_a_grant_below_what_is_installed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "allowances", lambda *_: [2**30, 2**31])
+    assert cost._machine_gib(torch.device("cpu")) == 1
+    monkeypatch.setattr(cost, "allowances", lambda *_: [2**60])
+    assert 1 < cost._machine_gib(torch.device("cpu")) < 2**30

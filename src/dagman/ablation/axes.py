@@ -49,6 +49,8 @@ class Axis:
     elsewhere: str
     """What the paper measures and no comparison here does, and the verb that does."""
     variants: tuple[Variant, ...]
+    pictures: tuple[Literal["clusters", "maps"], ...] = ()
+    """What the paper shows beside, and this comparison where it is asked for."""
 
 
 FINE_TUNED, PROBED = "AUC, malignancy, fine-tuned", "AUC, malignancy, linear probe"
@@ -81,6 +83,7 @@ AXES: dict[str, Axis] = {
         ),
     ),
     "hiding": Axis(
+        pictures=("clusters",),
         title="Attended hiding and the noisy teacher",
         source="Figure 4",
         note="Random hiding takes all of its share, attended hiding leaves out its hints: see hidden cells.",
@@ -93,6 +96,7 @@ AXES: dict[str, Axis] = {
         ),
     ),
     "stage": Axis(
+        pictures=("clusters", "maps"),
         title="Stage of semantic attention",
         source="Section 4.6, figures 6, 8 and 9",
         note="The cell size changes with the stage, to 4, 8, 16 and 32 voxels a side, and with it how many cells are "
@@ -107,6 +111,7 @@ AXES: dict[str, Axis] = {
         ),
     ),
     "encoder": Axis(
+        pictures=("clusters",),
         title="Encoder and hiding",
         source="Table 2",
         note="SMIT hides all of its random share and DAGMaN its attended share less hints: see hidden cells. SMIT has "

@@ -12,6 +12,7 @@ from dagman import files
 from dagman.ablation import scores
 from dagman.ablation.axes import AXES, facts, papers
 from dagman.ablation.scores import Organs
+from dagman.ct.read import read
 from dagman.ct.store import PreparedStore, refuse_inside
 from dagman.errors import DagmanError, ExitCode
 from dagman.figures import ablation as figure
@@ -19,7 +20,7 @@ from dagman.figures import clusters as clusters_figure
 from dagman.figures import image
 from dagman.nets.encoder import Encoder
 from dagman.nets.weights import load_encoder
-from dagman.tasks import attention, classify, cluster, family, leakage, watching
+from dagman.tasks import attention, classify, cluster, family, leakage, pointing, watching
 from dagman.tasks.embed import untrained
 from dagman.tasks.family import Row
 from dagman.train.job import split_rows
@@ -45,6 +46,7 @@ PAPER = (
 )
 ANOTHER = "The paper's AUC is of malignancy, mostly after fine-tuning: another quantity than this probe's."
 INTERVALS = "Intervals draw patients again, the same for all runs, and keep the fitted probes. One seed gives no range."
+_LAID_OUT = set(cluster.MEANINGS.values())
 _SCORES = "scores.json"
 _KEY = 12
 """Digits of a hash that name a folder."""
@@ -82,6 +84,11 @@ class Comparison:
         return self.folder / f"{self.axis}-clusters.png"
 
     @property
+    def maps(self) -> Path:
+        """Folder of attention maps on a CT."""
+        return self.folder / f"{self.axis}-attention"
+
+    @property
     def _settings(self) -> Path:
         return self.folder / f"{self.axis}.json"
 
@@ -105,17 +112,21 @@ class Comparison:
         sizes = configs.to_dict(member.encoder), configs.to_dict(member.data)
         return self.folder / "untrained" / _hash(*sizes, self.store.store_id)
 
-    def begin(self, labelled: PreparedStore | None, organs: Organs | None) -> None:
+    def begin(self, labelled: PreparedStore | None, organs: Organs | None, scan: Scan | None) -> None:
         """Note what is compared and with which cases, where `check` finds nothing against it."""
-        files.write_json(self._settings, self.check(labelled, organs))
+        before, now = scores.kept(self._settings), self.check(labelled, organs, scan)
+        files.write_json(self._settings, now)
+        if now["organs"] != before.get("organs"):
+            self.clusters.unlink(missing_ok=True)
 
-    def check(self, labelled: PreparedStore | None, organs: Organs | None) -> dict[str, object]:
-        """What is compared and with which cases; that this is what the folder compares, and can be probed.
+    def check(self, labelled: PreparedStore | None, organs: Organs | None, scan: Scan | None) -> dict[str, object]:
+        """What is compared and with which cases; that this is what the folder compares, and can be asked of its runs.
 
         Raises:
             DagmanError: `E-OUTPUT`, exit code 4, for a folder in a prepared store; `E-RESUME` (4) for another base,
                 store or number of devices; `E-GRID`, `E-LABEL`, `E-PATIENT`, `E-FOLDS` and `E-LEAK` for cases that
-                cannot be probed; `E-UMAP`, `E-NOMASK`, `E-GRID` and `E-PATIENT` for organs that cannot be laid out.
+                cannot be probed; `E-UMAP`, `E-NOMASK`, `E-LABEL` and `E-GRID` for organs that cannot be laid out;
+                as `ct.read.read` for the scan.
         """
         refuse_inside(self.folder)
         base = configs.to_dict(_seedless(self.base))
@@ -134,10 +145,10 @@ class Comparison:
             study = watching.check(labelled, look)
             nothing = leakage.Seen(known=True, how={}, learnt={})
             leakage.refuse(nothing, leakage.twins(labelled), study.together, classify.TASK)
-        if organs is not None:
-            organs.check(look)
+        if scan is not None:
+            read(scan)
         asked = before.get("labelled") if labelled is None else _identity(labelled)
-        return {"compared": now, "labelled": asked, "organs": organs.identity if organs else before.get("organs")}
+        return {"compared": now, "labelled": asked, "organs": organs.check(look) if organs else before.get("organs")}
 
     def scored(self, run: Path) -> bool:
         """Whether a run is finished and how it ended is known."""
@@ -189,7 +200,7 @@ class Comparison:
 
     def _organs(self, place: Path, asked: Mapping[str, Any]) -> tuple[dict[str, float], clusters_figure.Panel] | None:
         """Clusters of the organs that were last asked for, of a run or of an untrained encoder in its folder."""
-        return scores.clustered(place / "clusters" / asked["organs"]) if asked.get("organs") else None
+        return scores.clustered(place / "clusters" / asked["organs"]["identity"]) if asked.get("organs") else None
 
     def untrained(self) -> dict[tuple[str, ...], Row]:
         """Members that share an encoder to its row with new weights, where it was asked anything."""
@@ -208,11 +219,13 @@ class Comparison:
                 found[tuple(names)] = row
         return found
 
-    def maps(self, rows: Sequence[Row], new: Mapping[tuple[str, ...], Row]) -> list[clusters_figure.Panel]:
-        """Crops of organs as the first seed of each variant lays them out, then as untrained encoders do."""
+    def laid_out(self, rows: Sequence[Row], new: Mapping[tuple[str, ...], Row]) -> list[clusters_figure.Panel]:
+        """Crops of organs as the first seed of each variant that did lays them out, then as untrained encoders do."""
         asked, places = scores.kept(self._settings), dict[str, tuple[str, Path]]()
         for row in rows:
-            places.setdefault(row.variant, (f"{row.variant}, seed {row.seed}", self.folder / "runs" / row.run))
+            if _LAID_OUT & row.measures.keys():
+                places.setdefault(row.variant, (f"{row.variant}, seed {row.seed}", self.folder / "runs" / row.run))
+        places = {name: places[name] for name in self.members if name in places}
         places |= {row.variant: (row.variant, self._new(names[0])) for names, row in new.items()}
         known = [(title, self._organs(place, asked)) for title, place in places.values()]
         return [organs[1]._replace(title=title) for title, organs in known if organs]
@@ -240,7 +253,7 @@ class Comparison:
             for name in names
             if row.probed and row.probed.auc.value is not None
         }
-        laid_out = self.maps(rows, new)
+        laid_out = self.laid_out(rows, new)
         titles = TITLES | (CLUSTERS if laid_out else {})
         drawn = family.panels(rows, found, titles, full=self.full, baselines=baselines)
         heads = {label: family.by_place(rows, reading) for reading, label in HEADS.items()}
@@ -255,7 +268,7 @@ class Comparison:
             files.write_bytes(self.clusters, clusters_figure.png(laid_out))
 
     def look(self, scan: Scan, device: str, say: Callable[[str], None]) -> None:
-        """Show on one CT where the first seed of each variant that has semantic attention looks.
+        """Show on one CT where the first seed of each variant that has [CLS] looks; one without weights is told of.
 
         Raises:
             DagmanError: As `ct.read.read`.
@@ -264,12 +277,20 @@ class Comparison:
             Figure 6.
         """
         encoders = dict[str, Encoder]()
+        shown = set[str]()
         for row in self.rows():
-            if self.members[row.variant].encoder.has_cls and row.status == "scored":
-                encoders.setdefault(row.variant, load_encoder(self.folder / "runs" / row.run))
+            if row.variant in shown or row.status != "scored" or not self.members[row.variant].encoder.has_cls:
+                continue
+            try:
+                encoders[f"{row.variant}, seed {row.seed}"] = load_encoder(self.folder / "runs" / row.run)
+                shown.add(row.variant)
+            except DagmanError as error:
+                say(str(error))
         if encoders:
-            found = attention.explain(encoders, scan, self.folder / f"{self.axis}-attention", device=device)
-            say(f"wrote {found.picture}")
+            say(f"attention of {len(encoders)} variants on {scan.case_id}")
+            found = attention.explain(encoders, scan, self.maps, device=device)
+            points = pointing.write([look.pointing for look in found.looks.values()], self.maps)
+            say(f"wrote {', '.join(map(str, [found.picture, *points]))}")
 
     def heading(self, rows: Sequence[Row], planned: Sequence[tuple[str, int]]) -> tuple[str, list[str]]:
         """What was run, how far that is from what the paper ran, and how to read it: a title and sentences."""
@@ -280,16 +301,30 @@ class Comparison:
         recipes = dict.fromkeys(member.recipe for member in self.members.values())
         crop = "x".join(map(str, self.base.data.crop))
         here = f"{', '.join(recipes)}; {len(split_rows(self.store)[0])} volumes, {steps}, crops of {crop} voxels"
-        computed = scores.kept(self._settings).get("organs")
-        missing = axis.elsewhere if computed else f"{axis.elsewhere}, organ clusters (`--organs STORE`)"
+        asked = {
+            "clusters": ("organ clusters (`--organs STORE`)", any(_LAID_OUT & row.measures.keys() for row in rows)),
+            "maps": ("attention maps (`--scan CT`)", self.maps.exists()),
+        }
+        missing = [axis.elsewhere, *(asked[one][0] for one in axis.pictures if not asked[one][1])]
         notes = [
             f"Here: {here}. {PAPER}",
             self._probe_note(rows),
+            *self._organs_note(rows),
             f"Differences: variant less '{self.full}', mean and range over the seeds that both have. {INTERVALS}",
             axis.note,
-            f"Not computed here: {missing}.",
+            f"Not computed here: {', '.join(missing)}.",
         ]
         return f"{axis.title} ({axis.source}){part}.", notes
+
+    def _organs_note(self, rows: Sequence[Row]) -> list[str]:
+        asked = scores.kept(self._settings).get("organs")
+        if not asked or not any(_LAID_OUT & row.measures.keys() for row in rows):
+            return []
+        among = "" if asked["group_by"] == "patient" else ", which knows no patients: neighbours may be of one"
+        crops = f"{asked['crops']} crops of {asked['of']}, {asked['classes']} classes"
+        where = f"{asked['groups']} {asked['group_by']}s of the store '{asked['store']}'{among}"
+        how = "pooled features, one UMAP of seed 0; intervals over them are in each run's clusters.json"
+        return [f"Organs: {crops}, in {where}; {how}. The paper's are OrganMNIST3D."]
 
     def _probe_note(self, rows: Sequence[Row]) -> str:
         probed = [row.probed for row in rows if row.probed]

@@ -38,7 +38,7 @@ class Outputs:
     complete: bool
     """False where a stop was asked for; the same call continues."""
     failed: int
-    """Runs of this call that failed."""
+    """Runs of this call that failed, and the maps on the scan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ def left(
     devices: int = 1,
     labelled: PreparedStore | None = None,
     organs: Organs | None = None,
+    scan: Scan | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> list[Left]:
     """What `ablate` would train and how long that takes, measured on noise; nothing is written.
@@ -79,6 +80,7 @@ def left(
         devices: Processes that share a step.
         labelled: Cases for a linear probe.
         organs: To be laid out.
+        scan: To be looked at.
         settings: What the base was given beside its recipe.
 
     Raises:
@@ -86,7 +88,7 @@ def left(
     """
     members = members_of(axis, base, settings)
     comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
-    comparison.check(labelled, organs)
+    comparison.check(labelled, organs, scan)
     num_volumes, found = len(split_rows(store)[0]), []
     for name, member in members.items():
         finished, seconds = sum(comparison.scored(comparison.run(name, seed)) for seed in seeds), 0.0
@@ -128,22 +130,22 @@ def ablate(
         devices: Processes that share a step, as for `pretrain`.
         workers: Processes that read crops ahead for each device.
         labelled: Cases with labels of two classes for a linear probe; without, those of the last call that had some.
-        organs: What each run lays out beside; without, those of the last call likewise.
+        organs: What each run lays out beside; without, nothing is, and what is known of the last call's is shown.
         scan: A CT on which it is shown, at the end, where each variant looks.
         settings: What the base was given beside its recipe, as for `members_of`.
         listener: Makes the listener of a run from its name.
         say: Hears what is done.
 
     Raises:
-        DagmanError: Before anything is trained, as `members_of` and `Comparison.check`. Later those of
-            `CONCERNS_ALL`; any other error of a member becomes its row.
+        DagmanError: Before anything is trained, as `members_of`, `Comparison.check` and `ct.read.read`. Later those of
+            `CONCERNS_ALL`; any other error of a member becomes its row, and one of the maps on the scan is said.
 
     Reference:
         Tables 1 and 2, figures 4, 6, 8 and 9.
     """
     members = members_of(axis, base, settings)
     comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
-    comparison.begin(labelled, organs)
+    comparison.begin(labelled, organs, scan)
     planned = [(name, seed) for seed in seeds for name in members]
     where: dict[str, Any] = {"device": device, "devices": devices, "workers": workers}
     complete, failed = True, 0
@@ -171,7 +173,7 @@ def ablate(
         if not complete:
             break
     if scan and complete and _first_process():
-        comparison.look(scan, device or _default_device(), say)
+        failed += not _looked(comparison, scan, device or _default_device(), say)
     return Outputs(
         table=comparison.table,
         summary=comparison.summary,
@@ -180,6 +182,17 @@ def ablate(
         complete=complete,
         failed=failed,
     )
+
+
+def _looked(comparison: Comparison, scan: Scan, device: str, say: Callable[[str], None]) -> bool:
+    """Draw the maps on a scan; a failure is said, and takes nothing from what was compared."""
+    try:
+        with engine.memory_guard(MEMORY_ADVICE):
+            comparison.look(scan, device, say)
+    except DagmanError as error:
+        say(str(error))
+        return False
+    return True
 
 
 def _first_process() -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from dagman.ct.store import PreparedStore
 from dagman.figures import clusters as figure
 from dagman.nets.encoder import Encoder
 from dagman.run import Run
-from dagman.tasks import cluster, diversity, leakage, predictions, structures, watching
+from dagman.tasks import cluster, diversity, leakage, predictions, structures, study, watching
 from dagman.tasks.embed import suited
 from dagman.tasks.family import Probed
 from dagman.tasks.statistics import Estimate
@@ -104,36 +104,50 @@ def probed(place: Path) -> Probed | None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Organs:
-    """Crops of organs that every encoder lays out.
-
-    Raises:
-        DagmanError: As `structures.structures`.
-    """
+    """Crops that every encoder lays out: of the structures of label maps, or whole cases where none has a map."""
 
     store: PreparedStore
-    """Cases with label maps."""
     names: Mapping[int, str] | None = None
     """Of the maps' labels, as `structures.structures` takes them."""
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits that change with the store and the names."""
-        said = [self.store.store_id, sorted((self.names or {}).items())]
+        """16 hexadecimal digits that change with the cases, their voxels, maps, labels and patients, and with names."""
+        given = self.names or study.agreed(map(study.label_names, self.store.rows))
+        said = [watching.identity(self.store), sorted(given.items())]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
     @cached_property
-    def places(self) -> tuple[structures.Place, ...]:
-        """Where the crops have their middles."""
+    def places(self) -> tuple[structures.Place, ...] | None:
+        """Where the crops have their middles; None for whole cases."""
+        if not any(row["mask"] for row in self.store.rows):
+            return None
         return structures.structures(self.store, self.names).places
 
-    def check(self, look: Preparation) -> None:
-        """Fail early where an encoder that was shown `look` cannot lay them out.
+    @property
+    def group_by(self) -> Literal["patient", "case"]:
+        """What a neighbour must not share: the case where a patient is unknown, as in MedMNIST."""
+        return "patient" if all(row.get("patient") for row in self.store.rows) else "case"
+
+    def check(self, look: Preparation) -> dict[str, Any]:
+        """What is laid out, for the heading; fails early where an encoder that was shown `look` cannot do it.
 
         Raises:
-            DagmanError: As `cluster.cluster`; `E-GRID` for a store of another spacing.
+            DagmanError: `E-GRID` for a store of another spacing; `E-UMAP` and `E-LABEL` as `cluster.check`; `E-NOMASK`
+                as `structures.structures`.
         """
         suited(self.store, look)
-        cluster.check(structures.unseen(self.store, self.places))
+        counts = cluster.check(self.store, self.places)
+        groups = {row.get("patient") or row["case_id"] for row in self.store.rows}
+        return {
+            "identity": self.identity,
+            "store": self.store.folder.name,
+            "crops": counts.total(),
+            "of": "whole cases" if self.places is None else f"{len({one.structure for one in self.places})} structures",
+            "classes": len(counts),
+            "group_by": self.group_by,
+            "groups": len(groups),
+        }
 
 
 def clusters(encoder: Encoder, organs: Organs, place: Path, device: str) -> None:
@@ -148,9 +162,11 @@ def clusters(encoder: Encoder, organs: Organs, place: Path, device: str) -> None
     Raises:
         DagmanError: As `cluster.cluster`.
     """
-    table = structures.embed_places(encoder, organs.store, organs.places, device=device)
-    found = cluster.cluster(table, structures=[one.structure for one in organs.places])
-    figures = {meaning: found.estimate(name).value for name, meaning in cluster.MEANINGS.items()}
+    table, places = cluster.features(encoder, organs.store, organs.places, device=device), organs.places
+    cases = table.case_ids if places is None else [one.case_id for one in places]
+    structure = None if places is None else [one.structure for one in places]
+    found = cluster.cluster(table, groups=cases if organs.group_by == "case" else None, structures=structure)
+    figures = {meaning: vars(found.estimate(name)) for name, meaning in cluster.MEANINGS.items()}
     drawn = cluster.panel("", found)._asdict()
     drawn["map"] = [[round(x, 3), round(y, 3)] if np.isfinite(x + y) else [None, None] for x, y in found.map.tolist()]
     files.write_json(place / _CLUSTERS, {"measures": figures, "panel": drawn})
@@ -161,7 +177,7 @@ def clustered(place: Path) -> tuple[dict[str, float], figure.Panel] | None:
     told = kept(place / _CLUSTERS)
     if not told:
         return None
-    figures = {name: value for name, value in told["measures"].items() if value is not None}
+    figures = {name: one["value"] for name, one in told["measures"].items() if one["value"] is not None}
     return figures, figure.Panel(**told["panel"] | {"map": np.array(told["panel"]["map"], dtype=float)})
 
 

@@ -65,14 +65,13 @@ def pretrain(
 
     seeded = [] if seed is None else ["--optimisation.seed", str(seed)]
     chosen, _ = _chosen(pretrain, recipe, [*settings, *seeded], steps=steps, epochs=epochs, config=config)
-    store = PreparedStore(data)
+    store, watch = PreparedStore(data), PreparedStore(labelled) if labelled else None
     refuse_inside(output)
     if dry_run:
         _forecast(chosen, store, devices, device)
         return ExitCode.OK
     if fresh and output.exists():
-        _move_aside(output, store)
-    watch = PreparedStore(labelled) if labelled else None
+        _move_aside(output, [data, *([labelled] if labelled else [])])
     where: dict[str, Any] = {"devices": devices, "device": device, "workers": workers, "compiled": compiled}
     with progress("Pretraining") as tell:
         shown = [Watcher(tell)]
@@ -151,13 +150,14 @@ def _refuse_unknown(chosen: "PretrainConfig", values: dict[str, Any]) -> None:
             raise
 
 
-def _move_aside(output: Path, store: "PreparedStore") -> None:
+def _move_aside(output: Path, stores: Sequence[Path]) -> None:
     """Give an earlier run a name of its own."""
     from dagman.files import folder_lock
 
-    if store.folder.resolve().is_relative_to(output.resolve()):
-        problem = f"holds the store {store.folder}, which --fresh would move away with the run"
-        raise DagmanError("OUTPUT", output, problem, "choose another output folder", exit_code=ExitCode.REFUSED)
+    for store in stores:
+        if store.resolve().is_relative_to(output.resolve()) or store.absolute().is_relative_to(output.absolute()):
+            problem = f"holds the store {store}, which --fresh would move away with the run"
+            raise DagmanError("OUTPUT", output, problem, "choose another output folder", exit_code=ExitCode.REFUSED)
     aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     with folder_lock(output):
         output.rename(aside)
@@ -213,8 +213,8 @@ def ablate(
         epochs: Length of each run in epochs.
         seeds: Runs of each member.
         labelled: A prepared store with labels of two classes, best not the one to train on: each run is probed on it.
-        organs: A prepared store with label maps: how each run's features of their structures cluster (Table 2; Figures
-            4c and 9), in the tables and in AXIS-clusters.png.
+        organs: A prepared store with label maps, or with a label for each case (OrganMNIST3D, the paper's): how each
+            run's features of them cluster (Table 2; Figures 4c and 9), in the tables and in AXIS-clusters.png.
         names: Names of the label maps' numbers, as for `dagman cluster`.
         scan: A CT: where each variant looks (Figure 6), in AXIS-attention.
         device: Where to compute; by default the GPU where there is one.
@@ -236,6 +236,7 @@ def ablate(
         "devices": devices,
         "labelled": PreparedStore(labelled) if labelled else None,
         "organs": ablation.Organs(store=PreparedStore(organs), names=named) if organs else None,
+        "scan": _one_scan(scan) if scan else None,
         "settings": values,
     }
     if dry_run:
@@ -248,7 +249,6 @@ def ablate(
             store,
             output,
             **asked,
-            scan=_one_scan(scan) if scan else None,
             workers=workers,
             listener=lambda _: Watcher(tell),
             say=say,

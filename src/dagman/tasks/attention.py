@@ -94,7 +94,7 @@ def explain(
     for number, (name, encoder) in enumerate(encoders.items()):
         tell = progress and partial(in_turn, progress, number, len(encoders))
         maps[name] = values = attention_map(encoder, volume, device=device, progress=tell)
-        whose = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}_" if len(encoders) > 1 else ""
+        whose = re.sub(r"[^\w.-]+", "-", name) + "_" if len(encoders) > 1 else ""
         nifti = folder / f"{scan.case_id}_{whose}attention.nii.gz"
         write_nifti(values, volume.affine, own, nifti)
         seen, (found, why) = values[body & (values > 0)], shares(values, mask, body)

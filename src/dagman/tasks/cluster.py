@@ -136,26 +136,32 @@ def compare(
     plan = {**encoders, "untrained": embedding.untrained(first), "raw voxels": None}
     runs = {}
     for number, (name, encoder) in enumerate(plan.items(), 1):
-        if places is None:
-            whole = (
-                embedding.embed(encoder, store, which=which, device=device)
-                if encoder
-                else embedding.voxels(store, first.preparation)
-            )
-            table, _ = label_rules.labelled(whole, "leave_out")
-            cases: Sequence[str] = table.case_ids
+        if encoder:
+            table = features(encoder, store, places, which=which, device=device)
+        elif places is None:
+            table, _ = label_rules.labelled(embedding.voxels(store, first.preparation), "leave_out")
         else:
-            table = (
-                embed_places(encoder, store, places, which=which, device=device)
-                if encoder
-                else voxels_of_places(store, places, first.preparation)
-            )
-            cases = [place.case_id for place in places]
+            table = voxels_of_places(store, places, first.preparation)
+        cases = table.case_ids if places is None else [place.case_id for place in places]
         structures = None if places is None else [place.structure for place in places]
         runs[name] = cluster(table, groups=cases if group_by == "case" else None, structures=structures, seed=seed)
         if progress:
             progress(number, len(plan))
     return runs
+
+
+def features(
+    encoder: Encoder,
+    store: PreparedStore,
+    places: Sequence[Place] | None,
+    *,
+    which: Which = "pooled",
+    device: torch.device | str = "cpu",
+) -> Table:
+    """Features of the crops around places, or of the whole cases that have a label where there are none."""
+    if places is not None:
+        return embed_places(encoder, store, places, which=which, device=device)
+    return label_rules.labelled(embedding.embed(encoder, store, which=which, device=device), "leave_out")[0]
 
 
 def require_umap() -> None:
@@ -214,18 +220,23 @@ def cluster(
     return Clusters(table=table, groups=people, map=drawn, values=values, left_out=left_out, seed=seed, why=why)
 
 
-def check(table: Table) -> None:
-    """Fail early where crops cannot be laid out.
-
-    Args:
-        table: Their classes and patients, with features or none.
+def check(store: PreparedStore, places: Sequence[Place] | None) -> Counter[str]:
+    """How many crops of each class can be laid out; fails early where they cannot.
 
     Raises:
-        DagmanError: As `cluster`.
+        DagmanError: `E-UMAP`; `E-LABEL` for a class without name, or fewer than two classes with two crops.
     """
     require_umap()
-    _patients(table)
-    _clustered(table)
+    labels = [place.label for place in places] if places is not None else [row.get("label") for row in store.rows]
+    table = Table(
+        case_ids=tuple(map(str, range(len(labels)))),
+        patients=(None,) * len(labels),
+        labels=tuple(labels),
+        features=np.zeros((len(labels), 0), np.float32),
+    )
+    if places is None:
+        table, _ = label_rules.labelled(table, "leave_out")
+    return Counter(map(str, _clustered(table)[0].labels))
 
 
 def _clustered(table: Table) -> tuple[Table, list[int], dict[str, int]]:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -186,16 +186,6 @@ def read_names(path: Path) -> dict[int, str]:
     return named
 
 
-def unseen(store: PreparedStore, places: Sequence[Place]) -> Table:
-    """The crops around places with their classes and patients, without features: to be checked before any is made."""
-    return Table(
-        case_ids=tuple(place.name for place in places),
-        patients=tuple(store.rows[place.row].get("patient") for place in places),
-        labels=tuple(place.label for place in places),
-        features=np.zeros((len(places), 0), np.float32),
-    )
-
-
 def embed_places(
     encoder: Encoder,
     store: PreparedStore,
@@ -242,7 +232,12 @@ def _each(
         found.append(features(torch.from_numpy(crops.window(hu, preparation.window_hu))[:, None]).float().numpy())
         if progress:
             progress(start + len(part), len(places))
-    return replace(unseen(store, places), features=np.concatenate(found))
+    return Table(
+        case_ids=tuple(place.name for place in places),
+        patients=tuple(store.rows[place.row].get("patient") for place in places),
+        labels=tuple(place.label for place in places),
+        features=np.concatenate(found),
+    )
 
 
 def _around(store: PreparedStore, place: Place, crop: Triple) -> np.ndarray:

@@ -38,14 +38,14 @@ from dagman.tasks.embed import suited
 from dagman.tasks.labels import Unlabelled
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
-from dagman.train.finetune import FinetuneConfig, Fitted, weights_digest
+from dagman.train.finetune import FinetuneConfig, Fitted, to_training, weights_digest
 from dagman.train.parts import learn, place, refuse_mirrored_sides
 
 LEAST_TO_CUT = 10
 """Held-out cases of each class from which a threshold is chosen: of fewer it is chance."""
 ALTERED, ENOUGH = 4, 512
-"""Crops of every training case, altered as training alters them, that the probe to start from is fitted on; one of each
-where more would be more than enough."""
+"""Crops of every training case, altered as training alters them, that the probe to start from is fitted on; fewer, and
+one at least, where as many are enough."""
 Tell = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 
@@ -284,18 +284,18 @@ class _Study:
         """Of a part's training cases as training will show them: altered, and by an encoder in training mode.
 
         One that knows only crops as they are tested, without drop path, is too sure of them, and the first steps undo
-        it.
+        it. The crops are others than the steps learn from.
         """
-        device, cases = next(network.parameters()).device, len(part.train)
-        samples = range(max(cases, min(ALTERED * cases, ENOUGH)))
+        settings, cases, device = self.config.finetune, len(part.train), next(network.parameters()).device
+        first = -(-settings.steps * settings.batch_size // cases) * cases
+        samples = range(first, first + cases * max(1, min(ALTERED, ENOUGH // cases)))
         found = []
-        network.train()
+        to_training(network, settings)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(torch_seed(self.config.finetune.seed, "classifier.probe", part.number))
-            for first in samples[:: self.config.finetune.batch_size]:
-                chosen = samples[first : first + self.config.finetune.batch_size]
-                images = torch.stack([dataset[sample].image for sample in chosen]).to(device)
-                found.append(vector(network.encoder(images), network.which).double().cpu().numpy())
+            torch.manual_seed(torch_seed(settings.seed, "classifier.probe", part.number))
+            for start in range(0, len(samples), settings.batch_size):
+                images = torch.stack([dataset[sample].image for sample in samples[start : start + settings.batch_size]])
+                found.append(vector(network.encoder(images.to(device)), network.which).double().cpu().numpy())
         rows = [part.train[dataset.case(sample)] for sample in samples]
         return fit_rows(self.cohort, rows, np.concatenate(found))
 

@@ -236,9 +236,7 @@ class _Course:
         batch = next(samples)
         waited = time.perf_counter() - began
         torch.manual_seed(torch_seed(config.seed, "finetune", step))
-        network.train()
-        if config.frozen and isinstance(network.encoder, nn.Module):
-            network.encoder.eval()
+        to_training(network, config)
         with self.fabric.autocast():
             loss = self.lesson.loss(batch)
         self.fabric.backward(loss)
@@ -276,6 +274,13 @@ class _Course:
                 _best_file(self.run.folder, step), lambda path: safetensors.torch.save_file(tensors, path)
             )
         return score
+
+
+def to_training(network: nn.Module, config: FinetuneConfig) -> None:
+    """Put a network in the mode in which it learns: a frozen encoder stays as it is tested, without drop path."""
+    network.train()
+    if config.frozen and isinstance(network.encoder, nn.Module):
+        network.encoder.eval()
 
 
 def _best(run: Run) -> tuple[int, float | None]:
