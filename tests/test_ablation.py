@@ -163,6 +163,12 @@ def test_members_are_what_their_names_say() -> None:
         ("dagman-tiny", "swin", 0.3),
     ]
     assert {one.optimisation.batch_size for one in encoders} == {2}
+    for size in ("", "-tiny"):
+        start = config.override(recipes.get(f"dagman-vit{size}"), settings)
+        methods = ablation.members_of("methods", start, settings)
+        assert list(methods) == list(recipes.METHODS)
+        for name, member in methods.items():
+            assert member == config.override(recipes.get(name + size), settings)
     members = ablation.members_of("hiding", base()).values()
     assert [(one.method.hidden.kind, one.method.dropped_ratio) for one in members] == [
         ("random", 0.0),
@@ -658,6 +664,14 @@ def test_the_figure_names_its_axes_and_keeps_legends_outside_the_data() -> None:
         *("seed 0", "seed 1", "mean over seeds", "95 % interval over patients", "the same encoder untrained"),
         *(f"paper: {name}" for name in papers),
     ]
+
+
+def test_twelve_methods_have_twelve_marks() -> None:
+    names = list(recipes.METHODS)
+    points = {name: {0: 0.5 + number / 100} for number, name in enumerate(names)}
+    drawn = figure.draw(names, [figure.Panel("AUC", points)], {}, {"heads": {"stage 1": points}}, title="", notes=[])
+    marks = [line for line in drawn.axes[1].lines if line.get_markersize() == 8]
+    assert len({(line.get_color(), line.get_marker()) for line in marks}) == len(names) == 12
 
 
 @pytest.mark.parametrize(

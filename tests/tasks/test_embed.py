@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+import small_study
+from dagman import cli
 from dagman.ct import crops
 from dagman.ct.prepare import PrepareConfig, prepare
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
+from dagman.nets.weights import save_encoder
 from dagman.tasks import embed
+from dagman.tasks.table import read_csv
 from dagman.types import Preparation
 
 CROP = (32, 32, 64)
@@ -148,3 +152,20 @@ def test_cls_of_a_plain_swin_is_refused(encoder, store):
     assert embed.embed(plain, store).features.shape == (4, NETWORK.final_width)
     with pytest.raises(DagmanError, match="E-NOCLS"):
         embed.embed(plain, store, which="all")
+
+
+def test_a_case_with_an_empty_mask_is_named_and_the_rest_goes_on(encoder, tmp_path, capsys):
+    cases = {f"c{number}": small_study.case(number) for number in range(4)}
+    cases["c2"] = (cases["c2"][0], np.zeros_like(cases["c2"][1]))
+    drawn = small_study.store(tmp_path, cases)
+    for call in (lambda: embed.embed(encoder, drawn), lambda: embed.voxels(drawn, encoder.preparation)):
+        with pytest.raises(
+            DagmanError, match=r"^E-NOMASK .*: holds 1 case with an empty mask \(c2\); draw it, or name"
+        ):
+            call()
+    assert embed.embed(encoder, drawn, rows=[0, 1, 3]).case_ids == ("c0", "c1", "c3")
+    save_encoder(encoder, tmp_path / "weights.safetensors", {})
+    command = ["embed", "--weights", str(tmp_path / "weights.safetensors"), "-i", str(drawn.folder)]
+    assert cli.run([*command, "-o", str(tmp_path / "features.csv")]) == ExitCode.REJECTED
+    assert "E-NOMASK c2: its mask is empty; draw it" in capsys.readouterr().err
+    assert read_csv(tmp_path / "features.csv").case_ids == ("c0", "c1", "c3")

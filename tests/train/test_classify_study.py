@@ -23,7 +23,7 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import EncoderClassifier, ResNet50, vector, width_of
 from dagman.nets.encoder import build
 from dagman.nets.weights import load_encoder
-from dagman.tasks import classifier, embed, leakage, predictions
+from dagman.tasks import classifier, embed, leakage, predictions, watching
 from dagman.tasks import classify as probing
 from dagman.tasks import cohort as cohorts
 from dagman.tasks.case_crops import CaseCrops
@@ -540,6 +540,18 @@ def test_a_crop_has_three_sides(store, tmp_path, capfd, sides):
     given = ["--weights", "none", "-i", str(store.folder), "-o", str(tmp_path), "--crop", sides]
     assert cli.run(["classify", "finetune", *given]) == ExitCode.USAGE
     assert "give three sides, such as 64,64,64" in capfd.readouterr().err
+
+
+def test_empty_masks_are_refused_before_anything_is_learnt(store, tmp_path):
+    drawn = PreparedStore(store.folder)
+    drawn.rows = [
+        row | {"mask": row["mask"] | {"voxels": {}}} if number == 3 else row for number, row in enumerate(store.rows)
+    ]
+    with pytest.raises(DagmanError, match=r"^E-NOMASK .*: holds 1 case with an empty mask \(c03\)"):
+        finetune(small_study.encoder(), drawn, tmp_path, STUDY)
+    with pytest.raises(DagmanError, match="E-NOMASK"):
+        watching.check(drawn, small_study.PREPARATION)
+    assert not list(tmp_path.iterdir())
 
 
 def test_scans_that_a_classifier_did_not_learn_from_are_said(study, store, tmp_path, capfd):

@@ -127,8 +127,18 @@ AXES: dict[str, Axis] = {
             ),
         ),
     ),
+    "methods": Axis(
+        title="Methods",
+        source="Section 4.2",
+        note="Each is its recipe, at the base's size, length and settings. They hide different shares, at random, in "
+        "blocks or by attention: see hidden cells. Losses that a method does not have have no column; SMIT's Swin has "
+        "no [CLS]. Swin and ViT differ in size and in the features that are probed.",
+        elsewhere=_FINE_TUNE,
+        pictures=("clusters", "maps"),
+        variants=tuple(Variant(name=name, recipe=name) for name in recipes.METHODS),
+    ),
 }
-"""The paper's numbers are of its Swin, but for the ViTs of Table 2."""
+"""The paper's numbers are of its Swin, but for the ViTs of Table 2; of the methods it gives figures only."""
 
 
 def members_of(axis: str, base: PretrainConfig, settings: Mapping[str, str] | None = None) -> dict[str, PretrainConfig]:

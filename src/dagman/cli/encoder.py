@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -35,6 +35,7 @@ def embed(
         device: `cpu` or `cuda`.
         batch_size: Crops at a time, by their size if not given; no influence on the result.
     """
+    from dagman.ct import crops
     from dagman.ct.store import PreparedStore
     from dagman.files import sha256_file
     from dagman.nets.weights import load_encoder
@@ -58,8 +59,14 @@ def embed(
     )
     if untrained:
         encoder = embedding.untrained(encoder, seed)
+    rows = [row for row in range(len(store)) if not crops.has_empty_mask(store, row)]
+    for row in sorted(set(range(len(store))) - set(rows)):
+        say(f"E-NOMASK {store.rows[row]['case_id']}: its mask is empty; {crops.EMPTY_MASK_ADVICE}")
+    if not rows:
+        return ExitCode.NOTHING_USABLE
+    asked: dict[str, Any] = {"which": which, "rows": rows, "device": device, "batch_size": batch_size}
     with progress("Embedding") as tell:
-        table = embedding.embed(encoder, store, which=which, device=device, batch_size=batch_size, progress=tell)
+        table = embedding.embed(encoder, store, **asked, progress=tell)
     write_csv(table, output)
     embedding.write_origin(origin, output)
     say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
@@ -67,7 +74,7 @@ def embed(
         words = len(classes) == 2 and not all(label.replace(".", "", 1).isdigit() for label in classes)
         positive = f" --positive {max(classes)}" if words else ""
         next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe{positive}")
-    return ExitCode.OK
+    return ExitCode.OK if len(rows) == len(store) else ExitCode.REJECTED
 
 
 def export(*, weights: Path, output: Output, to: Literal["monai"] = "monai") -> int:

@@ -184,7 +184,7 @@ def ablate(
     recipe: str,
     /,
     *settings: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    axis: Literal["losses", "hiding", "stage", "encoder"],
+    axis: Literal["losses", "hiding", "stage", "encoder", "methods"],
     data: Path,
     output: Output,
     steps: int | None = None,
@@ -205,8 +205,8 @@ def ablate(
         recipe: What is taken apart: `dagman-tiny`, `dagman-swin`, `dagman-vit-tiny` or `dagman-vit`.
         settings: Settings of all members, such as `--data.pairs-per-volume 1`.
         axis: `losses` (Table 1 of the paper), `hiding` (attended or random, clean or noisy teacher: Figure 4), `stage`
-            (of semantic attention: Figures 6, 8, 9; tiny recipes need `--data.crop 64,64,64` for it) or `encoder` (Swin
-            or ViT, DAGMaN or SMIT: Table 2).
+            (of semantic attention: Figures 6, 8, 9; tiny recipes need `--data.crop 64,64,64` for it), `encoder` (Swin
+            or ViT, DAGMaN or SMIT: Table 2) or `methods` (all twelve recipes: DAGMaN, SMIT, iBOT, AttMask, MST).
         data: A prepared store to train on.
         output: Folder of the runs, which the axes share, and of AXIS.csv, AXIS-summary.csv and AXIS.png.
         steps: Length of each run in optimizer steps.

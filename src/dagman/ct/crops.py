@@ -1,6 +1,7 @@
 """Where to cut a prepared volume, and how a crop becomes what a network sees."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from dagman.errors import DagmanError
 
 LUNG_HU = -950
 """Lung and everything denser is body, the air around the patient is not."""
+EMPTY_MASK_ADVICE = "draw it, or name no mask for the case in the CSV, then prepare again"
 TRIES = 20
 """Draws of a pair of views before the best one so far is taken."""
 
@@ -100,6 +102,24 @@ def two_views(
     return best
 
 
+def has_empty_mask(store: PreparedStore, row: int) -> bool:
+    """Whether a case has a mask, and nothing in it."""
+    mask = store.rows[row]["mask"]
+    return mask is not None and not mask["voxels"]
+
+
+def refuse_empty_masks(store: PreparedStore, rows: Iterable[int]) -> None:
+    """Find all cases at once around whose mask no crop can be cut, before the work begins.
+
+    Raises:
+        DagmanError: `E-NOMASK`, which names them.
+    """
+    if empty := [str(store.rows[row]["case_id"]) for row in rows if has_empty_mask(store, row)]:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        which = f"{len(empty)} case{'s'[: len(empty) - 1]} with an empty mask ({', '.join(empty[:5])}{more})"
+        raise DagmanError("NOMASK", store.folder, f"holds {which}", EMPTY_MASK_ADVICE)
+
+
 def centred(store: PreparedStore, row: int, crop: Triple, on: Literal["mask", "centre"]) -> Int16[np.ndarray, "x y z"]:
     """The crop in the middle of the box around a case's mask, or in the middle of the volume.
 
@@ -120,9 +140,8 @@ def centred_corner(store: PreparedStore, row: int, crop: Triple, on: Literal["ma
         mask = store.mask(row)
         if mask is None or not mask.any():
             case_id = store.rows[row]["case_id"]
-            raise DagmanError(
-                "NOMASK", case_id, "has no mask to centre a crop on", "name a mask in the CSV, or use centre"
-            )
+            what = "no mask" if mask is None else "an empty mask"
+            raise DagmanError("NOMASK", case_id, f"has {what} to centre a crop on", EMPTY_MASK_ADVICE)
         lines = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         low, high = np.array([line[0] for line in lines]), np.array([line[-1] + 1 for line in lines])
     x, y, z = ((low + high - np.array(crop)) // 2).tolist()

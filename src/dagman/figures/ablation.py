@@ -53,7 +53,7 @@ def draw(
     """
     units = list(dict.fromkeys(name.partition(",")[0] for name in papers))
     columns = len(panels) + len(units)
-    width = max(19.0, 2.9 * columns)
+    width = max(19.0, max(2.9, 0.32 * len(names)) * columns)
     lines = [line for note in notes for line in _wrapped(note, int(11 * width)).split("\n")]
     below = 0.2 * len(lines) + 0.2
     height = below + 11.3
@@ -74,7 +74,7 @@ def draw(
     )
     for number, (label, places) in enumerate(heads.items()):
         _heads(figure.add_subplot(lower[number]), label, places, names)
-    _legend(figure, [_mark(name, _colour(number), MARKERS[number]) for number, name in enumerate(names)], tops[1])
+    _legend(figure, [_mark(name, _colour(number), _shape(number)) for number, name in enumerate(names)], tops[1])
     return figure
 
 
@@ -136,7 +136,7 @@ def _heads(axes: Axes, title: str, places: Mapping[str, Points], names: Sequence
             x = place + _SPREAD * ((number + 0.5) / len(names) - 0.5)
             axes.plot([x] * len(values), values, ".", color=_colour(number), markersize=4, alpha=0.7)
             if values:
-                axes.plot(x, np.mean(values), color=_colour(number), marker=MARKERS[number], markersize=8, alpha=0.8)
+                axes.plot(x, np.mean(values), color=_colour(number), marker=_shape(number), markersize=8, alpha=0.8)
     for edge in range(len(places) - 1):
         axes.axvline(edge + 0.5, color="0.85", linewidth=1)
     axes.set_xticks(range(len(places)), [name.replace(" ", "\n") for name in places], fontsize=10)
@@ -163,6 +163,11 @@ def _mark(label: str, colour: str, marker: str, *, line: str = "none") -> Line2D
 
 def _legend(figure: Figure, handles: Sequence[Line2D], top: float) -> None:
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(_RIGHT + 0.005, top), fontsize=10, frameon=False)
+
+
+def _shape(number: int) -> str:
+    """Another than that of the variant of the same colour."""
+    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
 def _colour(number: int) -> str:

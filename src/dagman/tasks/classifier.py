@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dagman import config, files
+from dagman.ct import crops
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import EncoderClassifier, Network, ResNet50
@@ -190,8 +191,8 @@ def usable(classifiers: Sequence[Classifier], store: PreparedStore) -> tuple[lis
     """Rows of a store that can be classified, and what a person should know about it and the others."""
     rows, said = [], []
     for row, told in enumerate(store.rows):
-        if told["mask"] is not None and not told["mask"]["voxels"]:
-            said.append(f"E-NOMASK {told['case_id']}: its mask is empty; draw it, or name none")
+        if crops.has_empty_mask(store, row):
+            said.append(f"E-NOMASK {told['case_id']}: its mask is empty; {crops.EMPTY_MASK_ADVICE}")
         else:
             rows.append(row)
     bare = sum(store.rows[row]["mask"] is None for row in rows)

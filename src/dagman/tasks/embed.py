@@ -87,7 +87,8 @@ def embed(
         progress: Hears of each finished case.
 
     Raises:
-        DagmanError: `E-GRID`, exit code 4, for a store of another spacing; `E-NOCLS` for `cls` of an encoder without.
+        DagmanError: `E-GRID`, exit code 4, for a store of another spacing; `E-NOCLS` for `cls` of an encoder without;
+            `E-NOMASK` for cases with an empty mask.
     """
     width_of(encoder.config, which)
     preparation = suited(store, encoder.preparation)
@@ -206,8 +207,12 @@ def mean_per_case(
         batch_size: Crops of a batch, by their size where None.
         progress: Hears of each finished case.
         rows: Of the store; all where None.
+
+    Raises:
+        DagmanError: `E-NOMASK` for cases with an empty mask.
     """
     chosen = range(len(store)) if rows is None else rows
+    crops.refuse_empty_masks(store, chosen)
     queue = itertools.chain.from_iterable(_crops_of(store, row, place, preparation) for place, row in enumerate(chosen))
     sums: list[np.ndarray] = []
     counts = np.zeros(len(chosen), dtype=np.int64)

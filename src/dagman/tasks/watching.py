@@ -5,6 +5,7 @@ import json
 
 import torch
 
+from dagman.ct import crops
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.nets.classifier import Which
@@ -25,9 +26,11 @@ def check(store: PreparedStore, preparation: Preparation) -> Cohort:
     """Refuse cases that `probe` could not use; returns those that it would.
 
     Raises:
-        DagmanError: `E-GRID` for another spacing; `E-LABEL`, `E-PATIENT` and `E-FOLDS` as `classify.probe`.
+        DagmanError: `E-GRID` for another spacing; `E-LABEL`, `E-PATIENT` and `E-FOLDS` as `classify.probe`;
+            `E-NOMASK` for cases with an empty mask.
     """
     suited(store, preparation)
+    crops.refuse_empty_masks(store, range(len(store)))
     return cohorts.cohort(cohorts.stored(store), Protocol(), positive=positive_of(store), unlabelled="leave_out")
 
 

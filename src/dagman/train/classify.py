@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from dagman import config as configs
 from dagman import files
+from dagman.ct import crops
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.figures import roc
@@ -180,8 +181,8 @@ def finetune(
         The study's `result.json`; None when a signal stopped it.
 
     Raises:
-        DagmanError: `E-GRID`, `E-LABEL`, `E-PATIENT`, `E-LEAK`, `E-FOLDS`; `E-RESUME` (exit code 4) for a part that was
-            learnt with other settings; and as `finetune.fit`.
+        DagmanError: `E-GRID`, `E-NOMASK` (cases with an empty mask), `E-LABEL`, `E-PATIENT`, `E-LEAK`, `E-FOLDS`;
+            `E-RESUME` (exit code 4) for a part that was learnt with other settings; and as `finetune.fit`.
 
     Reference:
         Section 4.3: fine-tuning of all layers.
@@ -189,6 +190,7 @@ def finetune(
     config = config or ClassifyConfig()
     encoder = copy.deepcopy(encoder)
     encoder.preparation = suited(store, encoder.preparation)
+    crops.refuse_empty_masks(store, range(len(store)))
     table = cohorts.stored(store)
     options: dict[str, Any] = {"positive": config.positive, "unlabelled": config.unlabelled, "hold_out": True}
     study = _Study(
