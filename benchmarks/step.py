@@ -275,9 +275,11 @@ def main() -> None:
     variants = [*options.variants, *(["smit"] if options.smit else [])]
     variants += [*(f"fast without {name}" for name in RUNGS), "fast with checkpointing"] if options.ladder else []
     cases = [(crop, batch, kind) for crop in options.crops for batch in options.batches for kind in options.precisions]
+    here = describe_environment()["versions"]
+    stamp = {"date": time.strftime("%Y-%m-%d"), "machine": f"{here['processor']}, {here['threads']} threads"}
     for case in cases:
         for allocator in options.allocators:
-            rows = measure(variants, allocator, case, options)
+            rows = [row | stamp for row in measure(variants, allocator, case, options)]
             show(rows)
             if options.json:
                 key = ("crop", "batch", "precision", "variant", "allocator")

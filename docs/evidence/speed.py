@@ -35,9 +35,16 @@ def step() -> str:
         body.append([*places, *figures, *ratios])
     header = [*("crop", "pairs", "precision", "allocator", "variant", "s a step", "CPU s", "peak MiB")]
     header += ["monai / this: time", "CPU", "memory"]
-    fewest = min(row["steps"] for row in result["rows"])
-    note = f"Medians of at least {fewest} steps taken in turns; load of the machine {result['machine']['load']}"
-    return rows(header, body) + f"\n\n{note}. {machine(result)}."
+    counts = [row["steps"] for row in result["rows"]]
+    note = f"Medians of {min(counts)} to {max(counts)} steps"
+    return rows(header, body) + f"\n\n{note}. {sittings(result)}"
+
+
+def sittings(result: dict[str, Any]) -> str:
+    """When and where the rows of `step.json` were measured: each sitting keeps the rows of others."""
+    known = {(row["date"], row["machine"]) for row in result["rows"] if "date" in row}
+    told = [f"{sum('date' not in row for row in result['rows'])} rows in sittings until {machine(result)}"]
+    return "; ".join([*told, *(f"others on {date}, {where}" for date, where in sorted(known))]) + "."
 
 
 def step_targets() -> str:
@@ -62,7 +69,7 @@ def step_targets() -> str:
                 ]
             )
     header = ["crop", "MONAI", "aim: time", "reached", "our memory / theirs (aim .5)"]
-    return rows(header, body)
+    return rows(header, body) + f"\n\n{sittings(load('step'))}"
 
 
 def step_parts() -> str:
@@ -78,6 +85,9 @@ def step_parts() -> str:
     return rows(["crop, pairs, precision, allocator", "variant", *found[0]["parts"]], body)
 
 
+PREPARING = {"antialiased": "anti-aliased", "linear": "linear", "monai": "by MONAI"}
+
+
 def input_rates() -> str:
     """Crops a second, preparing beside MONAI, and waiting."""
     result = measured("input")
@@ -87,19 +97,24 @@ def input_rates() -> str:
         [
             f"{row.get('storage', 'blosc2')}, {row['processes']} loader processes",
             f"{row['crops_a_second']:.0f} crops a second",
+            "500 a second" if row["processes"] == 4 else "",
         ]
         for row in result["crops"]
     ]
     prepared = [
         [
             f"{row['scan']}, {row['slices']} slices to 2 mm",
-            f"{row['antialiased']:.2f} s anti-aliased, {row['linear']:.2f} s linear, {row['monai']:.2f} s by MONAI",
+            ", ".join(f"{row[name]:.2f} s {how}" for name, how in PREPARING.items())
+            + f": {row['monai'] / row['antialiased']:.1f} times",
+            "3 times MONAI",
         ]
         for row in result.get("preparing", [])
     ]
-    waited = [[f"`dagman-tiny` without a batch, {name}", f"{share:.2%}"] for name, share in result["waiting"].items()]
+    waited = [
+        [f"`dagman-tiny` without a batch, {name}", f"{share:.2%}", "2 %"] for name, share in result["waiting"].items()
+    ]
     note = f"Views of 128^3 of volumes of 300^3 for the crops; load of the machine {result['machine']['load']}"
-    return rows(["what", "measured"], [*taken, *prepared, *waited]) + f"\n\n{note}. {machine(result)}."
+    return rows(["what", "measured", "aim"], [*taken, *prepared, *waited]) + f"\n\n{note}. {machine(result)}."
 
 
 def scaling() -> str:

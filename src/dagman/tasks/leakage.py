@@ -20,7 +20,6 @@ CASES = "cases.jsonl"
 VOXELS, PATIENT = "voxels", "patient"
 _HASH = re.compile(r"[0-9a-f]{12}")
 """Of a DICOM PatientID, as `ct.index` gives it."""
-LISTED = 20
 
 
 class Seen(NamedTuple):
@@ -185,7 +184,7 @@ def report(what: Seen, tested: Iterable[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"known": what.known, "patients_known": what.patients_known, "tested": len(tested)}
     by_word = {word: [case for case in tested if what.how.get(case) == word] for word in (VOXELS, PATIENT)}
     for name, cases in {**by_word, "labels": [case for case in tested if case in what.learnt]}.items():
-        found[f"same_{name}"] = {"count": len(cases), "cases": sorted(cases)[:LISTED]}
+        found[f"same_{name}"] = {"count": len(cases), "cases": sorted(cases)}
     return found
 
 
