@@ -16,8 +16,8 @@ WHY = {
     "encoder.embed_dim": SIZE,
     "encoder.depths": SIZE,
     "encoder.num_heads": "heads as wide as the paper's",
-    "encoder.hidden_token": "losses come down faster in all seeds (`zero-hidden-token`); a lead: at 1,000 steps a learned "
-    "one ends with losses of .82 to .85 of ln K, even attention and no gain on tumours (one seed)",
+    "encoder.hidden_token": "losses come down faster in all seeds (`zero-hidden-token`); a lead: at 1,000 steps a "
+    "learned one ends with losses of .82 to .85 of ln K, even attention and no gain on tumours (one seed)",
     "encoder.attention.stage": "cells of 8 voxels: a crop of 32 has 64 of them, not 8",
     "encoder.attention.position": "a lead: in the residual, patch targets told the place (`position-in-residual`, one "
     "seed, 150 steps); no difference seen at 300 (`residual-position`, three seeds)",
