@@ -51,6 +51,7 @@ def organ_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
             path = array_path(folder, kind, f"case{case}", "npy")  # type: ignore[arg-type]
             write_array(path, array)
             recorded[kind] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+        counts = {str(label): int((organs == label).sum()) for label in np.unique(organs) if label}
         rows.append(
             {
                 "case_id": f"case{case}",
@@ -59,7 +60,7 @@ def organ_store(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
                 "shape": list(hu.shape),
                 "affine": np.diag([2.0, 2.0, 2.0, 1.0]).tolist(),
                 **recorded["volumes"],
-                "mask": recorded["masks"],
+                "mask": recorded["masks"] | {"voxels": counts},
             }
         )
     settings = {"format": FORMAT, "storage": "npy", "spacing_mm": 2.0, "resampling": "antialiased"}

@@ -105,7 +105,7 @@ def two_views(
 def has_empty_mask(store: PreparedStore, row: int) -> bool:
     """Whether a case has a mask, and nothing in it."""
     mask = store.rows[row]["mask"]
-    return mask is not None and not mask.get("voxels", True)
+    return mask is not None and not mask["voxels"]
 
 
 def refuse_empty_masks(store: PreparedStore, rows: Iterable[int]) -> None:
