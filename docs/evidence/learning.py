@@ -12,6 +12,18 @@ from common import NOT_YET, RESULTS, interval, machine, number, rows
 LOOKED_AT = (1, 100, 300, 600, 1000)
 LAST_ROWS = 2
 """Points of a thinned curve that stand for its end: about the last fifth of the steps."""
+CURVES = {
+    "image_error_ratio": 2,
+    "aitd_loss_ratio": 2,
+    "ampd_loss_ratio": 2,
+    "gitd_loss_ratio": 2,
+    "pooled_spread": 2,
+    "tokens_spread": 2,
+    **{f"level{level}_spread": 2 for level in range(5)},
+    "attention_entropy": 3,
+    "hidden_dropped_excess": 2,
+}
+"""Columns of `metrics.jsonl` that a user may lay theirs beside, and digits."""
 STOPS = (0, 100, 200, 300, 600, 1000)
 """Steps at which the recorded runs were asked."""
 
@@ -285,33 +297,45 @@ def learning_heads() -> str:
 @of_runs
 def learning_look() -> str:
     """What is logged on the way, means over the seeds and their range where they differ."""
-    columns = {
-        "image_error_ratio": 2,
-        "aitd_loss_ratio": 2,
-        "ampd_loss_ratio": 2,
-        "gitd_loss_ratio": 2,
-        "pooled_spread": 2,
-        "tokens_spread": 2,
-        **{f"level{level}_spread": 2 for level in range(5)},
-        "attention_entropy": 3,
-        "hidden_dropped_excess": 2,
-    }
     body = []
     for corpus, results in corpora().items():
-        for column, digits in columns.items():
+        for column, digits in CURVES.items():
             cells = []
             for step in LOOKED_AT:
                 if step > min(result["steps"] for result in results):
                     cells.append("")
                     continue
-                points = [min(result["curve"], key=lambda point: abs(point["step"] - step)) for result in results]
-                values = [with_ratios(result, point).get(column) for result, point in zip(results, points, strict=True)]
+                values = [logged(result, column, step) for result in results]
                 there = [value for value in values if value is not None]
                 cells.append(range_of(there, digits) if there else "")
             body.append([corpus, f"`{column}`", *cells])
     lengths = {corpus: results[0]["steps"] for corpus, results in corpora().items()}
     trained = [[f"{row[0]}, {lengths[row[0]]} steps", *row[1:]] for row in body]
     return rows(["trained on", "", *(f"step {step}" for step in LOOKED_AT)], trained)
+
+
+def learning_far() -> str:
+    """A run ten times as long: what is logged at the steps that it was asked at, and what its features gained."""
+    runs = learning("real-long-10k-seed*.json", name="long-10k")
+    if not runs:
+        return NOT_YET
+    result, body = runs[0], []
+    steps = [probe["step"] for probe in result["probes"]]
+    for column, digits in CURVES.items():
+        body.append([f"`{column}`", *(number(logged(result, column, step), digits) for step in steps)])
+    for question, meaning in QUESTIONS.items():
+        found = [asked(probe["rows"], question, "all", 32) for probe in result["probes"]]
+        cells = [interval(row["above untrained"]) if row else "" for row in found]
+        body.append([f"{meaning}: above untrained, 32 labels", *cells])
+    told = f"One seed, {minutes(result) / 60:.1f} hours of training"
+    return rows(["", *(f"step {step:,}" for step in steps)], body) + f"\n\n{told}. {machine(result)}."
+
+
+def logged(result: dict[str, Any], column: str, step: int) -> float | None:
+    """What a run logged nearest to a step; steps between examinations do not log all."""
+    points = [with_ratios(result, point) for point in result["curve"]]
+    there = [point for point in points if point.get(column) is not None]
+    return min(there, key=lambda point: abs(point["step"] - step))[column] if there else None
 
 
 def with_ratios(result: dict[str, Any], point: dict[str, float]) -> dict[str, float]:
