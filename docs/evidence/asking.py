@@ -92,3 +92,27 @@ def learning_half() -> str:
     header = ["half of the scans that", "patients", "labels", "untrained", *BASELINES.values()]
     header += ["saw all: above untrained", "left half out: above untrained", "saw all less left half out"]
     return rows(header, body) + f"\n\n1000 steps, three seeds of each kind. {machine(result)}."
+
+
+def learning_levels() -> str:
+    """A nodule or none, told from each level by itself, over the whole crop and in its middle."""
+    result, body = measured("learning-levels"), []
+    if not result:
+        return NOT_YET
+    found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["features"], row["labels"]), []).append(row)
+    corpora = list(dict.fromkeys(row["corpus"] for row in result["rows"]))
+    for features in dict.fromkeys(row["features"] for row in result["rows"]):
+        cells = []
+        for labels in (32, None):
+            rows_of = found[features, labels]
+            cells.append(number(rows_of[0]["untrained"], 3))
+            cells += [apart([row["above untrained"] for row in rows_of if row["corpus"] == name]) for name in corpora]
+        body.append([features, *cells])
+    header = [
+        f"{labels} labels: {what}"
+        for labels in (32, "all")
+        for what in ("untrained", *(f"{name}, above it" for name in corpora))
+    ]
+    return rows(["features", *header], body) + f"\n\nThree seeds. {machine(result)}."

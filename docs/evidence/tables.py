@@ -93,6 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-look": learning.learning_look,
     "learning-methods": factors.learning_methods,
     "learning-methods-auc": factors.learning_methods_auc,
+    "learning-levels": asking.learning_levels,
     "learning-pairs": asking.learning_pairs,
     "learning-parts": learning.learning_parts,
     "learning-probes": learning.learning_probes,
