@@ -2,14 +2,15 @@
 
 python benchmarks/uses_look.py --work WORK --data DATA --weights RUN [RUN ...] [--only cluster attention diversity]
 
-Each part writes one file to `benchmarks/results/uses/`; a part that is there for the same weights is not done again,
-and the attention of a case is kept in WORK. Pictures, maps and tables of every case go to WORK.
+Each part writes one file to `benchmarks/results/uses/` and its pictures to `docs/`; a part that is there for the same
+weights is not done again, and the attention of a case is kept in WORK. Maps and tables of every case go to WORK.
 """
 
 import argparse
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from dagman.cli.watching import short_names
 from dagman.ct import phantom
 from dagman.ct.index import index
 from dagman.ct.prepare import prepare
+from dagman.ct.read import Limits
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.nets.encoder import Encoder
@@ -35,6 +37,11 @@ from dagman.types import Scan
 from learning_cases import PROBE_SEED, real_store
 
 RESULTS = Path(__file__).parent / "results" / "uses"
+DOCS = Path(__file__).parents[1] / "docs"
+SHOWN = "LIDC-IDRI-0314"
+"""The whole CT among the four with a nodule: the picture of the docs."""
+THIN = Limits(min_extent_mm=10.0)
+"""Two of these four are parts of scans, 15 and 27.5 mm thick."""
 NUM_PHANTOMS = 12
 JOINED = re.compile(r"_(left|right)(_\d+)?$|_(L|T|S)?\d+$")
 """Sides, ribs and vertebrae are one class each."""
@@ -77,6 +84,7 @@ def clusters(encoders: dict[str, Encoder], data: Path, work: Path) -> dict[str, 
         print(f"{corpus}: {crops}")
         runs = cluster.compare(encoders, store, crops.places)
         cluster.write(runs, work / "clusters" / corpus)
+        shutil.copy(work / "clusters" / corpus / "clusters.png", DOCS / f"uses-clusters-{corpus}.png")
         too_small = dict(crops.too_small)
         found[corpus] = cluster.summary(runs, group_by="patient") | {
             "structures": crops.structures,
@@ -153,7 +161,7 @@ def _points(encoders: dict[str, Encoder], scans: list[Scan], folder: Path) -> di
         kept = folder / f"{scan.case_id}.json"
         if not kept.exists():
             try:
-                looks = explain(encoders, scan, folder).looks.values()
+                looks = explain(encoders, scan, folder, limits=THIN).looks.values()
             except DagmanError as error:
                 print(error)
                 refused[scan.case_id] = str(error).partition(" ")[0]
@@ -162,6 +170,8 @@ def _points(encoders: dict[str, Encoder], scans: list[Scan], folder: Path) -> di
         stored = json.loads(kept.read_text())
         rows += [pointing.Pointing(*row[:5], row[5] and pointing.Shares(*row[5]), row[6]) for row in stored]
     pointing.write(rows, folder)
+    if (picture := folder / f"{SHOWN}_attention.png").exists():
+        shutil.copy(picture, DOCS / "uses-attention.png")
     return pointing.summary(rows) | {"refused": refused}
 
 
@@ -171,6 +181,7 @@ def heads(encoders: dict[str, Encoder], data: Path, work: Path) -> dict[str, Any
     looked = {**encoders, "untrained": untrained(next(iter(encoders.values())))}
     runs = {name: diversity.head_diversity(encoder, store, num_crops=len(store)) for name, encoder in looked.items()}
     diversity.write(runs, work / "diversity")
+    shutil.copy(work / "diversity" / "diversity.png", DOCS / "uses-diversity.png")
     return {"crops": len(store), "rows": diversity.summary(runs)}
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dagman.ct.index import index
 from dagman.ct.phantom import make as make_phantom
-from dagman.ct.read import read
+from dagman.ct.read import Limits, read
 from dagman.errors import DagmanError
 from dagman.figures import attention as figure
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
@@ -261,6 +261,17 @@ def test_a_metaimage_gets_its_map_on_its_own_grid(tmp_path):
     written = SimpleITK.ReadImage(str(found.nifti))
     for what in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
         np.testing.assert_allclose(getattr(written, what)(), getattr(image, what)(), atol=1e-3)
+
+
+def test_a_part_of_a_scan_is_shown_with_air_around_it_where_limits_allow_that(tmp_path, real_data):
+    image = real_data / "lidc" / "LIDC-IDRI-0002_substack_native.nii.gz"
+    (scan,), _ = index([image])
+    with pytest.raises(DagmanError, match="E-SMALL"):
+        attention.explain({"made": make()}, scan, tmp_path)
+    (found,) = attention.explain({"made": make()}, scan, tmp_path, limits=Limits(min_extent_mm=10.0)).looks.values()
+    written = nibabel.load(found.nifti)
+    assert written.shape == nibabel.load(image).shape
+    assert (written.get_fdata() > 0).any(axis=(0, 1)).all()
 
 
 def test_the_body_is_the_patient_with_lungs_and_without_the_table():

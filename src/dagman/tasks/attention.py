@@ -22,7 +22,7 @@ from torch.nn import functional
 from dagman import files
 from dagman.ct import crops
 from dagman.ct.prepare import PrepareConfig, prepare_volume
-from dagman.ct.read import read, read_mask_of
+from dagman.ct.read import Limits, read, read_mask_of
 from dagman.ct.resample import BODY_HU
 from dagman.ct.store import AIR_HU, padded_crop
 from dagman.errors import DagmanError
@@ -66,6 +66,7 @@ def explain(
     heads: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    limits: Limits | None = None,
 ) -> Outputs:
     """Show where encoders look at one scan.
 
@@ -79,6 +80,7 @@ def explain(
         heads: Also draw every head by itself.
         device: Where to compute.
         progress: Hears of each finished crop of an encoder.
+        limits: As for `ct.read.read`; a scan thinner than a crop is shown with air around it.
 
     Raises:
         DagmanError: As `ct.read.read`; `E-NOATTENTION` for an encoder without semantic attention.
@@ -86,7 +88,7 @@ def explain(
     Reference:
         Figure 5.
     """
-    volume = read(scan)
+    volume = read(scan, limits)
     labels = read_mask_of(scan, volume)
     mask = labels.hu > 0 if labels else None
     body, own = body_of(volume), volume.own_grid or Grid(_triple(volume.hu.shape), volume.affine)
