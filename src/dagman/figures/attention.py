@@ -22,6 +22,7 @@ _WIDTH_INCHES, _TALLEST_INCHES, _ROW_INCHES, _GAP_INCHES = 13.0, 8.5, 2.6, 0.12
 _TOP_INCHES, _BOTTOM_INCHES, _LEFT_INCHES, _BAR_INCHES = 0.5, 0.45, 0.4, 1.35
 _NARROWEST_INCHES = 7.0
 _DOTS_PER_INCH = 110
+_FLAT_INCHES = 1.0
 
 
 class Plane(NamedTuple):
@@ -179,24 +180,30 @@ def _draw(axes: "Axes", plane: Plane, scene: Scene, cut: np.ndarray | None) -> N
 
 
 def _mark(axes: "Axes", plane: Plane, scene: Scene) -> None:
-    """Edge letters, the other planes as thin lines, and a scale bar."""
+    """Edge letters, the other planes as thin lines, and a scale bar where there is room: all planes share a scale."""
     across, down = scene.sides_mm(plane)
     x, y = ((scene.centre[axis] + 0.5) * scene.spacing_mm[axis] for axis in plane.axes)
     axes.axvline(across - x, color="white", linewidth=0.5, alpha=0.35)
     axes.axhline(y, color="white", linewidth=0.5, alpha=0.35)
+    flat = axes.bbox.height < _FLAT_INCHES * _DOTS_PER_INCH
+    top, bottom = ("bottom", "top") if flat else ("top", "bottom")  # beside a flat picture, inside another
     places = ((0.015, 0.5, "left"), (0.985, 0.5, "right"), (0.5, 0.985, "center"), (0.5, 0.015, "center"))
-    anchors = ("center", "center", "top", "bottom")
+    anchors = ("center", "center", top, bottom)
     for letter, (right, up, horizontal), vertical in zip(plane.edges, places, anchors, strict=True):
         _write(axes, right, up, letter, ha=horizontal, va=vertical, fontsize=11)
-    _write(axes, 0.015, 0.985, plane.name, ha="left", va="top", fontsize=9)
-    bar = next((length for length in (100, 50, 20, 10) if length < 0.45 * across), 5)
-    axes.plot([0.04 * across, 0.04 * across + bar], [0.04 * down] * 2, color="white", linewidth=2.5)
-    _write(axes, 0.04 + bar / across / 2, 0.055, f"{bar} mm", ha="center", va="bottom", fontsize=8)
+    _write(axes, 0.015, 0.985, plane.name, ha="left", va=top, fontsize=9)
+    if not flat:
+        bar = next((length for length in (100, 50, 20, 10) if length < 0.45 * across), 5)
+        axes.plot([0.04 * across, 0.04 * across + bar], [0.04 * down] * 2, color="white", linewidth=2.5)
+        _write(axes, 0.04 + bar / across / 2, 0.055, f"{bar} mm", ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(0, across), ylim=(0, down), xticks=[], yticks=[])
 
 
 def _write(axes: "Axes", right: float, up: float, text: str, **style: Any) -> None:
-    axes.text(right, up, text, color="white", transform=axes.transAxes, **style)
+    from matplotlib import patheffects
+
+    edge = [patheffects.withStroke(linewidth=2, foreground="black")]  # bone and table are as white as the text
+    axes.text(right, up, text, color="white", transform=axes.transAxes, path_effects=edge, **style)
 
 
 def colours() -> "ListedColormap":
