@@ -38,9 +38,17 @@ STARTS = ("probe", "random probe", "fine-tuned", "fine-tuned random head", "scra
 TUNED = ("fine-tuned", "fine-tuned random head")
 PRETRAINED = ("probe", *TUNED)
 STUDIES: dict[str, dict[str, Any]] = {
-    "sts": {"protocol": Protocol(), "seeds": (0,), "steps": 150, "rate": 2e-4},
-    "adrenal": {"protocol": Protocol(split=True, group_by="case"), "seeds": (0, 1, 2), "steps": 400, "rate": 1e-3},
+    "sts": {"protocol": Protocol(), "seeds": (0,), "steps": 150, "rate": 2e-4, "keep_sides": False},
+    "adrenal": {
+        "protocol": Protocol(split=True, group_by="case"),
+        "seeds": (0, 1, 2),
+        "steps": 400,
+        "rate": 1e-3,
+        "keep_sides": True,
+    },
 }
+"""Adrenal's shapes stand in one pose, and are not mirrored: the networks of its published table scaled their intensity at
+random and nothing more (MedMNIST's `Transform3D(mul="random")`)."""
 
 
 def store_of(study: str, data: Path, work: Path) -> PreparedStore:
@@ -92,7 +100,14 @@ def tuned(
     )
     network = "resnet50" if start == "resnet50" else "encoder"
     head: Literal["probe", "random"] = "probe" if start == "fine-tuned" else "random"
-    config = ClassifyConfig(finetune=learning, protocol=about["protocol"], network=network, which="all", head=head)
+    config = ClassifyConfig(
+        finetune=learning,
+        protocol=about["protocol"],
+        network=network,
+        which="all",
+        head=head,
+        keep_sides=about["keep_sides"],
+    )
     folder = given.work / f"{study}-{start.replace(' ', '-')}-steps{steps}-seed{seed}"
     began = time.monotonic()
 
