@@ -47,8 +47,8 @@ STUDIES: dict[str, dict[str, Any]] = {
         "keep_sides": True,
     },
 }
-"""Adrenal's shapes stand in one pose, and are not mirrored: the networks of its published table scaled their intensity at
-random and nothing more (MedMNIST's `Transform3D(mul="random")`)."""
+"""Adrenal's shapes stand in one pose and are not mirrored, as those that the networks of its published table
+learnt from: their brightness alone was altered (MedMNIST/experiments, `MedMNIST3D`)."""
 
 
 def store_of(study: str, data: Path, work: Path) -> PreparedStore:
