@@ -6,6 +6,8 @@ from pathlib import Path
 from common import NOT_YET, RESULTS, number, rows
 
 FOLDER = RESULTS / "ablation"
+ORGANS = FOLDER / "organs"
+"""Another family of one seed, with organs and a scan."""
 MEASURES = {
     "hidden": ("hidden_ratio", 2),
     "image error": ("image_error_ratio", 2),
@@ -90,6 +92,32 @@ def diversity() -> str:
     for name in EFFECTS:
         header += [f"{name}, by seed", ""]
     return rows(header, body)
+
+
+CLUSTERS = {
+    "map: intra": ("map: distance within a class", 2),
+    "map: inter": ("map: distance between classes", 2),
+    "map: intra / inter": ("map: within / between", 3),
+    "features: intra / inter": ("features: within / between", 3),
+    "5-NN accuracy": ("5-NN accuracy among other patients", 3),
+}
+PAPERS = ("paper: cluster distance, intra-cluster", "paper: cluster distance, inter-cluster")
+
+
+def clusters() -> str:
+    """Figures 4c and 9, the distances of Table 2: crops of organs laid out by one seed of each member."""
+    body = []
+    for axis in ("hiding", "encoder", "stage"):
+        if not (ORGANS / f"{axis}-summary.csv").exists():
+            continue
+        found = {(row["measure"], row["variant"]): row for row in read(ORGANS / f"{axis}-summary.csv")}
+        reported = {row["variant"]: row for row in read(ORGANS / f"{axis}.csv")}
+        for variant in [name for measure, name in found if measure == CLUSTERS["map: intra"][0]]:
+            shown = [span(found.get((measure, variant)), digits) for measure, digits in CLUSTERS.values()]
+            said = [reported.get(variant, {}).get(name) or "" for name in PAPERS]
+            body.append([axis, variant, *shown, *said])
+    header = ["axis", "variant", *CLUSTERS, "paper, map: intra", "paper, map: inter"]
+    return rows(header, body) if body else NOT_YET
 
 
 def hiding() -> str:

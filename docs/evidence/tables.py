@@ -72,6 +72,7 @@ def tour() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "ablation-clusters": ablation.clusters,
     "ablation-hiding": ablation.hiding,
     "ablation-losses": ablation.losses,
     "ablation-encoder": ablation.encoder,
