@@ -15,9 +15,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import rungs
+from rungs import PLAIN, RUNGS
 
 ALLOCATORS = ("default", "tuned")
 PARTS = {
@@ -30,74 +32,14 @@ PARTS = {
 }
 
 
-def without_kernel() -> None:
-    """PyTorch's attention."""
-    from dagman.nets import kernel
-
-    kernel.library = lambda: None
-
-
-def without_dedup() -> None:
-    """Windows that look alike are computed one by one."""
-    from dagman.nets import stage
-
-    stage.blank_windows = lambda *_, **__: None
-
-
-def without_fused_teacher() -> None:
-    """The teacher's attention written out."""
-    from dagman.nets import window
-
-    window.fused_attention = window.explicit_attention
-
-
-def without_fused_optimizer() -> None:
-    """AdamW tensor by tensor, and the teacher's average too."""
-    import torch
-
-    from dagman.train import engine
-
-    made = engine.adamw
-
-    def plain(module: Any) -> Any:
-        return torch.optim.AdamW(made(module).param_groups, foreach=False)
-
-    def lerp(mine: list[Any], others: list[Any], weight: float) -> None:
-        for one, other in zip(mine, others, strict=True):
-            one.mul_(1 - weight).add_(weight * other)
-
-    engine.adamw, torch._foreach_lerp_ = plain, lerp
-
-
-def with_denormals() -> None:
-    """Numbers below full precision are kept."""
-    import contextlib
-
-    from dagman.train import engine
-
-    engine.flushed_denormals = contextlib.nullcontext
-
-
-RUNGS: dict[str, Callable[[], None]] = {
-    "kernel": without_kernel,
-    "dedup": without_dedup,
-    "fused teacher": without_fused_teacher,
-    "fused optimizer": without_fused_optimizer,
-    "flushed denormals": with_denormals,
-}
-"""What the fast path has; a variant `fast without X` takes one away, `plain` all."""
-
-
 class Ours:
-    """A step of `dagman-swin` as `train.pretrain` takes it."""
+    """A step of a recipe as `train.pretrain` takes it."""
 
-    def __init__(self, crop: int, *, checkpointing: bool) -> None:
-        from dagman import recipes
+    def __init__(self, recipe: Any, crop: int, *, checkpointing: bool) -> None:
         from dagman.nets.encoder import checkpoint_blocks
         from dagman.pretext.codistill import CoDistillation, Knobs
         from dagman.train import engine
 
-        recipe = recipes.get("dagman-swin")
         self.module = CoDistillation(recipe.encoder, recipe.method, mean_intensity=0.4, crop=(crop,) * 3).train()
         if checkpointing:
             checkpoint_blocks(self.module.student.encoder)
@@ -121,20 +63,21 @@ class Ours:
 
 def stepper(variant: str, crop: int, smit: str | None) -> Any:
     """What takes the steps of a variant."""
+    from dagman import recipes
+
+    recipe = recipes.get("dagman-swin")
     if variant == "monai":
-        from dagman import recipes
         from plain import PlainStep
 
-        recipe = recipes.get("dagman-swin")
         return PlainStep(recipe.encoder, recipe.method, crop)
     if variant == "smit":
         from published import PublishedStep
 
         return PublishedStep(Path(str(smit)), crop)
-    removed = list(RUNGS) if variant == "plain" else [name for name in RUNGS if variant == f"fast without {name}"]
+    removed = list(PLAIN) if variant == "plain" else [name for name in RUNGS if variant == f"fast without {name}"]
     for name in removed:
-        RUNGS[name]()
-    return Ours(crop, checkpointing=variant == "fast with checkpointing")
+        RUNGS[name](rungs.replace)
+    return Ours(recipe, crop, checkpointing=variant == "fast with checkpointing")
 
 
 def serve(variant: str, crop: int, batch: int, precision: str, smit: str | None) -> None:
