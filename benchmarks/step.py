@@ -22,6 +22,8 @@ import rungs
 from rungs import PLAIN, RUNGS
 
 ALLOCATORS = ("default", "tuned")
+AT_ONCE = 5
+"""Rungs of the ladder whose processes live side by side."""
 PARTS = {
     "window attention": ("WindowKernel", "bmm", "softmax", "scaled_dot", "flash"),
     "matrix products": ("aten::mm", "addmm", "mkldnn_linear"),
@@ -130,7 +132,6 @@ class Child:
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.steps: list[dict[str, float]] = []
 
     def ask(self, word: str = "step") -> dict[str, Any]:
         """Have one step taken."""
@@ -156,31 +157,41 @@ class Child:
 
 
 def measure(variants: list[str], allocator: str, case: tuple[int, int, str], options: Any) -> list[dict[str, Any]]:
-    """Rows of some variants that take turns; the first step of each warms up."""
-    children = {variant: Child(variant, allocator, case, options.smit) for variant in variants}
-    try:
-        for number in range(options.rounds + 1):
+    """Rows of some variants; a few at a time, and `fast` beside all, as each holds its memory."""
+    ladder = [variant for variant in variants if variant.startswith("fast ")]
+    others = [variant for variant in variants if variant not in ladder]
+    groups = [others, *(["fast", *ladder[start : start + AT_ONCE]] for start in range(0, len(ladder), AT_ONCE))]
+    steps: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, dict[str, float]] = {}
+    for group in filter(None, groups):
+        children = {variant: Child(variant, allocator, case, options.smit) for variant in group}
+        try:
+            take_turns(children, steps, options.rounds)
+            if options.parts and group is others:
+                parts = {variant: child.ask("profile")["parts"] for variant, child in children.items()}
+        finally:
             for child in children.values():
-                taken = child.ask()
-                if number:
-                    child.steps.append(taken)
-        parts = {
-            variant: child.ask("profile")["parts"] if options.parts else None for variant, child in children.items()
-        }
-    finally:
-        for child in children.values():
-            child.close()
+                child.close()
     crop, batch, precision = case
     rows = []
-    for variant, child in children.items():
+    for variant, taken in steps.items():
         row: dict[str, Any] = {"crop": crop, "batch": batch, "precision": precision, "variant": variant}
-        row |= {"allocator": allocator, "steps": len(child.steps)}
-        row["seconds_median"] = statistics.median(step["seconds"] for step in child.steps)
-        row["seconds_least"] = min(step["seconds"] for step in child.steps)
-        row["cpu_seconds"] = statistics.median(step["cpu_seconds"] for step in child.steps)
-        row["peak_mib"] = max(step["peak_mib"] for step in child.steps)
-        rows.append(row | ({"parts": parts[variant]} if options.parts else {}))
+        row |= {"allocator": allocator, "steps": len(taken)}
+        row["seconds_median"] = statistics.median(step["seconds"] for step in taken)
+        row["seconds_least"] = min(step["seconds"] for step in taken)
+        row["cpu_seconds"] = statistics.median(step["cpu_seconds"] for step in taken)
+        row["peak_mib"] = max(step["peak_mib"] for step in taken)
+        rows.append(row | ({"parts": parts[variant]} if variant in parts else {}))
     return rows
+
+
+def take_turns(children: dict[str, Child], steps: dict[str, list[dict[str, Any]]], rounds: int) -> None:
+    """Add a step of each child to `steps`, round by round; the first warms up."""
+    for number in range(rounds + 1):
+        for variant, child in children.items():
+            taken = child.ask()
+            if number:
+                steps.setdefault(variant, []).append(taken)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
