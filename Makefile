@@ -4,7 +4,9 @@
 # TORCH_INDEX_URL   package index to take torch from (unset: the configured index); point it at PyTorch's CPU builds
 #                   on machines without a GPU, or at the build for your CUDA version
 # DATA              folder of your own CTs for `make demo`
-# STEPS             of its pretraining, in place of what suits six minutes on two cores
+# STEPS             of its pretraining, in place of what suits two cores
+# BENCH_DATA        folder of CTs on which `make bench` compares storages (unset: noise)
+# BENCH_SERIES      folder of DICOM series that `make bench` prepares beside MONAI (unset: none)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,13 +41,9 @@ demo: setup
 	$(BIN)/dagman demo --output $(DEMO) $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))
 
 bench: setup
-	$(BIN)/python benchmarks/store.py $(if $(BENCH_DATA),--data $(BENCH_DATA)) --json benchmarks/results/store.json
-	$(BIN)/python benchmarks/step.py --crops 64 --ladder --parts --json benchmarks/results/step.json
-	$(BIN)/python benchmarks/input.py $(if $(BENCH_SERIES),--series $(BENCH_SERIES)) --json benchmarks/results/input.json
-	rm -f benchmarks/results/scaling.json
-	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
-	$(BIN)/dagman demo --output $(DEMO)
-	cp $(DEMO)/summary.json benchmarks/results/demo.json
+	$(BIN)/python benchmarks/bench.py $(if $(BENCH_DATA),--data $(BENCH_DATA)) $(if $(BENCH_SERIES),--series $(BENCH_SERIES))
+	if [ -f $(DEMO)/summary.json ]; then cp $(DEMO)/summary.json benchmarks/results/demo.json; fi
+	$(MAKE) docs
 
 docs: setup
 	$(BIN)/python docs/evidence/tables.py

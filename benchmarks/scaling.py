@@ -8,6 +8,7 @@ per voxel for the crop, per pair of views for batch, processes and ranks, per cr
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -23,16 +24,15 @@ import numpy as np
 from input import write_store
 from store import machine
 
-STEPS = 8
 WARM_UP = 3
 CROPS, BATCHES, WORKERS, RANKS = (32, 64, 96), (1, 2, 4, 8, 16), (0, 1, 2), (1, 2)
 VOLUMES = (10, 100, 1000, 10_000)
 
 
-def step(folder: Path, store: Path, *flags: object) -> dict[str, float]:
+def step(folder: Path, store: Path, steps: int, *flags: object) -> dict[str, float]:
     """Seconds a step, and pairs of views a second, of a short run."""
     folder = folder / str(len(list(folder.iterdir())))
-    length = ["--steps", str(STEPS), "--checkpoint-every", "1000", "--device", "cpu"]
+    length = ["--steps", str(steps), "--checkpoint-every", "1000", "--device", "cpu"]
     command = [sys.executable, "-m", "dagman", "pretrain", "dagman-tiny", "--data", str(store), "-o", str(folder)]
     subprocess.run([*command, *length, *map(str, flags)], check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
@@ -79,26 +79,24 @@ def stores(folder: Path, volumes: int) -> dict[str, float]:
     }
 
 
-def points(folder: Path) -> dict[tuple[str, int], Any]:
+def points(folder: Path, steps: int) -> dict[tuple[str, int], Any]:
     """How each point is measured."""
     store = folder / "store"
     runs = folder / "runs"
     runs.mkdir()
     write_store(store, 160, 4)
-    one = ("--optimisation.batch_size", 2)
+    run, batch_of = functools.partial(step, runs, store, steps), "--optimisation.batch_size"
     found: dict[tuple[str, int], Any] = {}
     for side in CROPS:
-        found["crop", side] = lambda side=side: step(runs, store, "--data.crop", f"{side},{side},{side}", *one)
+        found["crop", side] = functools.partial(run, "--data.crop", f"{side},{side},{side}", batch_of, 2)
     for batch in BATCHES:
-        found["batch", batch] = lambda batch=batch: step(runs, store, "--optimisation.batch_size", batch)
+        found["batch", batch] = functools.partial(run, batch_of, batch)
     for workers in WORKERS:
-        found["workers", workers] = lambda workers=workers: step(runs, store, "--workers", workers)
+        found["workers", workers] = functools.partial(run, "--workers", workers)
     for ranks in RANKS:
-        found["ranks", ranks] = lambda ranks=ranks: step(
-            runs, store, "--devices", ranks, "--optimisation.batch_size", 8
-        )
+        found["ranks", ranks] = functools.partial(run, "--devices", ranks, batch_of, 8)
     for volumes in VOLUMES:
-        found["volumes", volumes] = lambda volumes=volumes: stores(folder / f"volumes-{volumes}", volumes)
+        found["volumes", volumes] = functools.partial(stores, folder / f"volumes-{volumes}", volumes)
     return found
 
 
@@ -107,13 +105,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the figures; what it holds is not measured again")
     parser.add_argument("--only", nargs="*", help="quantities to measure, such as crop batch")
+    parser.add_argument("--steps", type=int, default=8, help=f"of each run; the first {WARM_UP} are not counted")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "points": []}
     if arguments.json and arguments.json.exists():
         result["points"] = json.loads(arguments.json.read_text())["points"]
     done = {(point["quantity"], point["value"]) for point in result["points"]}
     with tempfile.TemporaryDirectory() as folder:
-        for (quantity, value), measure in points(Path(folder)).items():
+        for (quantity, value), measure in points(Path(folder), arguments.steps).items():
             if (quantity, value) in done or (arguments.only and quantity not in arguments.only):
                 continue
             result["points"].append({"quantity": quantity, "value": value, **measure()})

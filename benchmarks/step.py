@@ -15,11 +15,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import rungs
+from rungs import PLAIN, RUNGS
+
 ALLOCATORS = ("default", "tuned")
+AT_ONCE = 5
+"""Rungs of the ladder whose processes live side by side."""
 PARTS = {
     "window attention": ("WindowKernel", "bmm", "softmax", "scaled_dot", "flash"),
     "matrix products": ("aten::mm", "addmm", "mkldnn_linear"),
@@ -30,74 +34,14 @@ PARTS = {
 }
 
 
-def without_kernel() -> None:
-    """PyTorch's attention."""
-    from dagman.nets import kernel
-
-    kernel.library = lambda: None
-
-
-def without_dedup() -> None:
-    """Windows that look alike are computed one by one."""
-    from dagman.nets import stage
-
-    stage.blank_windows = lambda *_, **__: None
-
-
-def without_fused_teacher() -> None:
-    """The teacher's attention written out."""
-    from dagman.nets import window
-
-    window.fused_attention = window.explicit_attention
-
-
-def without_fused_optimizer() -> None:
-    """AdamW tensor by tensor, and the teacher's average too."""
-    import torch
-
-    from dagman.train import engine
-
-    made = engine.adamw
-
-    def plain(module: Any) -> Any:
-        return torch.optim.AdamW(made(module).param_groups, foreach=False)
-
-    def lerp(mine: list[Any], others: list[Any], weight: float) -> None:
-        for one, other in zip(mine, others, strict=True):
-            one.mul_(1 - weight).add_(weight * other)
-
-    engine.adamw, torch._foreach_lerp_ = plain, lerp
-
-
-def with_denormals() -> None:
-    """Numbers below full precision are kept."""
-    import contextlib
-
-    from dagman.train import engine
-
-    engine.flushed_denormals = contextlib.nullcontext
-
-
-RUNGS: dict[str, Callable[[], None]] = {
-    "kernel": without_kernel,
-    "dedup": without_dedup,
-    "fused teacher": without_fused_teacher,
-    "fused optimizer": without_fused_optimizer,
-    "flushed denormals": with_denormals,
-}
-"""What the fast path has; a variant `fast without X` takes one away, `plain` all."""
-
-
 class Ours:
-    """A step of `dagman-swin` as `train.pretrain` takes it."""
+    """A step of a recipe as `train.pretrain` takes it."""
 
-    def __init__(self, crop: int, *, checkpointing: bool) -> None:
-        from dagman import recipes
+    def __init__(self, recipe: Any, crop: int, *, checkpointing: bool) -> None:
         from dagman.nets.encoder import checkpoint_blocks
         from dagman.pretext.codistill import CoDistillation, Knobs
         from dagman.train import engine
 
-        recipe = recipes.get("dagman-swin")
         self.module = CoDistillation(recipe.encoder, recipe.method, mean_intensity=0.4, crop=(crop,) * 3).train()
         if checkpointing:
             checkpoint_blocks(self.module.student.encoder)
@@ -121,20 +65,21 @@ class Ours:
 
 def stepper(variant: str, crop: int, smit: str | None) -> Any:
     """What takes the steps of a variant."""
+    from dagman import recipes
+
+    recipe = recipes.get("dagman-swin")
     if variant == "monai":
-        from dagman import recipes
         from plain import PlainStep
 
-        recipe = recipes.get("dagman-swin")
         return PlainStep(recipe.encoder, recipe.method, crop)
     if variant == "smit":
         from published import PublishedStep
 
         return PublishedStep(Path(str(smit)), crop)
-    removed = list(RUNGS) if variant == "plain" else [name for name in RUNGS if variant == f"fast without {name}"]
+    removed = list(PLAIN) if variant == "plain" else [name for name in RUNGS if variant == f"fast without {name}"]
     for name in removed:
-        RUNGS[name]()
-    return Ours(crop, checkpointing=variant == "fast with checkpointing")
+        RUNGS[name](rungs.replace)
+    return Ours(recipe, crop, checkpointing=variant == "fast with checkpointing")
 
 
 def serve(variant: str, crop: int, batch: int, precision: str, smit: str | None) -> None:
@@ -187,7 +132,6 @@ class Child:
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.steps: list[dict[str, float]] = []
 
     def ask(self, word: str = "step") -> dict[str, Any]:
         """Have one step taken."""
@@ -213,31 +157,41 @@ class Child:
 
 
 def measure(variants: list[str], allocator: str, case: tuple[int, int, str], options: Any) -> list[dict[str, Any]]:
-    """Rows of some variants that take turns; the first step of each warms up."""
-    children = {variant: Child(variant, allocator, case, options.smit) for variant in variants}
-    try:
-        for number in range(options.rounds + 1):
+    """Rows of some variants; a few at a time, and `fast` beside all, as each holds its memory."""
+    ladder = [variant for variant in variants if variant.startswith("fast ")]
+    others = [variant for variant in variants if variant not in ladder]
+    groups = [others, *(["fast", *ladder[start : start + AT_ONCE]] for start in range(0, len(ladder), AT_ONCE))]
+    steps: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, dict[str, float]] = {}
+    for group in filter(None, groups):
+        children = {variant: Child(variant, allocator, case, options.smit) for variant in group}
+        try:
+            take_turns(children, steps, options.rounds)
+            if options.parts and group is others:
+                parts = {variant: child.ask("profile")["parts"] for variant, child in children.items()}
+        finally:
             for child in children.values():
-                taken = child.ask()
-                if number:
-                    child.steps.append(taken)
-        parts = {
-            variant: child.ask("profile")["parts"] if options.parts else None for variant, child in children.items()
-        }
-    finally:
-        for child in children.values():
-            child.close()
+                child.close()
     crop, batch, precision = case
     rows = []
-    for variant, child in children.items():
+    for variant, taken in steps.items():
         row: dict[str, Any] = {"crop": crop, "batch": batch, "precision": precision, "variant": variant}
-        row |= {"allocator": allocator, "steps": len(child.steps)}
-        row["seconds_median"] = statistics.median(step["seconds"] for step in child.steps)
-        row["seconds_least"] = min(step["seconds"] for step in child.steps)
-        row["cpu_seconds"] = statistics.median(step["cpu_seconds"] for step in child.steps)
-        row["peak_mib"] = max(step["peak_mib"] for step in child.steps)
-        rows.append(row | ({"parts": parts[variant]} if options.parts else {}))
+        row |= {"allocator": allocator, "steps": len(taken)}
+        row["seconds_median"] = statistics.median(step["seconds"] for step in taken)
+        row["seconds_least"] = min(step["seconds"] for step in taken)
+        row["cpu_seconds"] = statistics.median(step["cpu_seconds"] for step in taken)
+        row["peak_mib"] = max(step["peak_mib"] for step in taken)
+        rows.append(row | ({"parts": parts[variant]} if variant in parts else {}))
     return rows
+
+
+def take_turns(children: dict[str, Child], steps: dict[str, list[dict[str, Any]]], rounds: int) -> None:
+    """Add a step of each child to `steps`, round by round; the first warms up."""
+    for number in range(rounds + 1):
+        for variant, child in children.items():
+            taken = child.ask()
+            if number:
+                steps.setdefault(variant, []).append(taken)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

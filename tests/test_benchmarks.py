@@ -1,12 +1,28 @@
 """The variants that `benchmarks/step.py` times take the same step."""
 
+import functools
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from dagman import recipes
+from dagman.nets import kernel
+from dagman.pretext.method import HeadConfig
+from dagman.train import engine
+from dagman.types import Views
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import step
+
+CROP, STEPS = 32, 2
+PAPER = recipes.get("dagman-swin")
+RECIPE = replace(PAPER, method=replace(PAPER.method, heads=HeadConfig(num_prototypes=512, hidden_width=64)))
+NEEDS_KERNEL = ("kernel", "tokens in place")
 
 
 def test_the_plain_step_and_the_fast_one_come_to_the_same_losses() -> None:
@@ -17,3 +33,40 @@ def test_the_plain_step_and_the_fast_one_come_to_the_same_losses() -> None:
     for plain, fast in losses:
         assert fast == pytest.approx(plain, rel=1e-5)
     assert losses[0] != losses[1], "the weights have moved"
+
+
+def taken(*, bf16: bool) -> list[float]:
+    """Losses of some steps, as `step.serve` takes them, of the same recipe with smaller heads."""
+    torch.manual_seed(0)
+    ours = step.Ours(RECIPE, CROP, checkpointing=False)
+    images = torch.rand(2, 1, 1, CROP, CROP, CROP)
+    views = Views(images[0], images[1], torch.arange(1), torch.zeros(1))
+    with engine.flushed_denormals():
+        return [ours.step(views, number, bf16=bf16) for number in range(STEPS)]
+
+
+fast = functools.cache(taken)
+
+
+@pytest.mark.parametrize("name", step.RUNGS)
+def test_a_step_without_one_part_comes_to_the_same_losses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in NEEDS_KERNEL and kernel.library() is None:
+        pytest.skip("the kernel was not compiled here")
+    bf16 = name == "matrices cast once"  # float32 casts none
+    expected = fast(bf16=bf16)
+    calls: dict[str, int] = {}
+
+    def put(owner: Any, attribute: str, value: Any) -> None:
+        monkeypatch.setattr(owner, attribute, counted(value, attribute) if callable(value) else value)
+
+    def counted(value: Callable[..., Any], attribute: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            calls[attribute] += 1
+            return value(*args, **options)
+
+        calls[attribute] = 0
+        return call
+
+    step.RUNGS[name](put)
+    assert taken(bf16=bf16) == pytest.approx(expected, rel=1e-5)
+    assert all(calls.values()), f"nothing called what stands in place of a part: {calls}"

@@ -16,8 +16,19 @@ def store() -> str:
         times = " to ".join(f"{pick(row['crop_ms'] for row in found):.1f}" for pick in (min, max))
         sizes = " to ".join(f"{pick(row['mib'] for row in found):.1f}" for pick in (min, max))
         body.append([name, times, sizes])
-    note = f"{len(result['volumes'])} real CTs at 2 mm, medians of random 128^3 crops. {machine(result)}."
+    names = [volume["volume"] for volume in result["volumes"]]
+    what = f"{len(names)} real CTs at 2 mm" if len(names) > 1 else names[0]
+    note = f"{what}, medians of random 128^3 crops. {machine(result)}."
     return rows(["storage", "ms a crop", "MiB a volume"], body) + "\n\n" + note
+
+
+def bench() -> str:
+    """How long `make bench` took."""
+    result = measured("bench")
+    if result is None:
+        return "`make bench` has not been timed as a whole yet."
+    took = ", ".join(f"{name} {seconds} s" for name, seconds in result["seconds"].items())
+    return f"`make bench` took {sum(result['seconds'].values()) / 60:.0f} minutes ({took}). {machine(result)}."
 
 
 def step() -> str:
@@ -154,6 +165,43 @@ def gpu_proofs() -> str:
         for row in found.get("proofs", [])
     ]
     return rows(["card", "width", "type", "outputs", "gradients", "gradients, plain path", "within limits"], body)
+
+
+AIMED_AT = {"ms a pair": 4, "times as fast as the MONAI-like composition": 5, "GB a pair": 1.5}
+"""On an H200, crops of 128^3, bf16."""
+
+
+def gpu_aims() -> str:
+    """What was aimed at on a card, and the fastest step there."""
+    body = []
+    for found in gpu_cards():
+        there = [row for row in found["steps"] if (row["side"], row["type"]) == (128, "bf16") and "problem" not in row]
+        ours = min((row for row in there if row["variant"] == "fast"), key=lambda row: row["ms_a_sample"])
+        theirs = next(row for row in there if (row["variant"], row["batch"]) == ("MONAI-like", ours["batch"]))
+        reached = (
+            f"{ours['ms_a_sample']:.1f}",
+            f"{theirs['ms_a_sample'] / ours['ms_a_sample']:.1f}",
+            f"{ours['peak_gb_a_sample']:.2f}",
+        )
+        for (name, aim), value in zip(AIMED_AT.items(), reached, strict=True):
+            holds = float(value) >= aim if name.startswith("times") else float(value) <= aim
+            body.append([found["card"], name, str(aim), value, "yes" if holds else "**no**"])
+    return rows(["card", "128^3, bf16", "aim", "measured", "reached"], body)
+
+
+def gpu_clocks() -> str:
+    """How far the two ways to time a step lie apart."""
+    pairs = [
+        (row["ms_a_sample"], row["wall_ms_a_sample"])
+        for found in gpu_cards()
+        for row in found["steps"]
+        if "problem" not in row
+    ]
+    most = max(abs(first - second) / max(first, second) for first, second in pairs)
+    return (
+        '"By events" and "by the clock" are two passes over the same step, and differ by up to '
+        f"{most:.0%} of the longer where the host sets the pace."
+    )
 
 
 def gpu_steps() -> str:

@@ -6,6 +6,7 @@ fsync of the folder). Append-only logs may end in a torn line, which readers ign
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -187,8 +188,24 @@ def read_lines(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
     """
     if not path.exists():
         return []
+    with _without_collections():
+        return list(_rows(path, required))
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """While entered, Python looks for no cycles: rows have none, and each look goes through all that it holds."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _rows(path: Path, required: Iterable[str]) -> Iterator[dict[str, Any]]:
     text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    rows = []
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
@@ -204,8 +221,7 @@ def read_lines(path: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]
             raise DagmanError(
                 "MANIFEST", f"{path}:{number}", f"line {why}", "restore the file or delete it and run again"
             )
-        rows.append(row)
-    return rows
+        yield row
 
 
 def repair_log(path: Path) -> None:

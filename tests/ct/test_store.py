@@ -1,5 +1,6 @@
 """The prepared store: crops equal slices, damage is found, two storages hold the same."""
 
+import gc
 import json
 import pickle
 from pathlib import Path
@@ -232,3 +233,21 @@ def test_a_flipped_bit_is_refused_when_a_crop_is_read(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DagmanError, match=r"E-CHECKSUM .*a\.\w+: has not the checksum"):
         PreparedStore(store.folder).hu(0, (0, 0, 0), (4, 4, 4))
+
+
+def test_opening_a_store_looks_for_cycles_no_more_often_where_it_has_more_rows(tmp_path: Path) -> None:
+    row = {"shape": [9, 9, 9], "affine": np.eye(4).tolist(), "bytes": 1, "sha256": "0", "mask": None}
+    write_json(tmp_path / "prepare.json", {"format": FORMAT, "spacing_mm": 2.0, "storage": "npy"})
+    text = "".join(json.dumps(row | {"case_id": f"case{number}"}) + "\n" for number in range(5000))
+    write_text(tmp_path / "manifest.jsonl", text)
+    begun = []
+    gc.callbacks.append(lambda phase, _: begun.append(phase) if phase == "start" else None)
+    try:
+        assert len(PreparedStore(tmp_path)) == 5000
+    finally:
+        gc.callbacks.pop()
+    assert len(begun) <= 2, "each goes through all that was read so far"
+    write_text(tmp_path / "manifest.jsonl", text + "{damaged\n")
+    with pytest.raises(DagmanError, match="E-MANIFEST"):
+        PreparedStore(tmp_path)
+    assert gc.isenabled()
