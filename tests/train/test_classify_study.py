@@ -467,7 +467,12 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
     assert cli.run(["compare", str(tmp_path / "ft"), str(tmp_path / "lp"), "-o", str(tmp_path / "cmp")]) == 0
     rows = list(csv.DictReader((tmp_path / "cmp" / "comparison.csv").read_text().splitlines()))
     assert [row["difference"] == "" for row in rows] == [True, False]
-    assert "DeLong" in capfd.readouterr().out
+    shown = capfd.readouterr()
+    assert "DeLong" in shown.out
+    assert "of all results together: whether pretraining saw the tested cases is unknown" in shown.err
+    overlap = json.loads((tmp_path / "cmp" / "result.json").read_text())
+    assert list(overlap["pretraining_overlap_of"]) == ["ft", "lp"]
+    assert (overlap["pretraining_overlap"]["known"], overlap["pretraining_overlap"]["tested"]) == (False, 12)
     assert cli.run(["compare", str(tmp_path / "ft"), str(tmp_path / "few" / "draw-0")]) == 0
     for seed in ("0", "1"):
         table = str(tmp_path / f"untrained{seed}.csv")
