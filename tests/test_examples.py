@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,29 @@ def test_tumours_are_segmented(tmp_path: Path) -> None:
     assert 0 <= result["classes"]["label 1"]["all"]["dice"]["value"] <= 1
     assert (tmp_path / "predicted" / "0_image.nii.gz").exists()
     assert (tmp_path / "scores" / "cases.png").stat().st_size > 10_000
+
+
+VERBS = ("Probe", "Fine-tune", "Predict", "Segment", "Cluster", "Attention", "Diversity")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_blocks_for_notebooks_run_one_after_the_other(tmp_path: Path) -> None:
+    """In a process of their own, in an empty folder; what needs umap-learn is left out where that is not installed."""
+    text = (EXAMPLES.parent / "docs" / "python.md").read_text()
+    blocks = dict(re.findall(r"^## (.+?)\n\n```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert len(blocks) == text.count("```python")
+    assert set(VERBS) < set(blocks)
+    if importlib.util.find_spec("umap") is None:
+        del blocks["Cluster"]
+    for verb in set(VERBS) & set(blocks):
+        assert len([line for line in blocks[verb].splitlines() if line]) <= 10, verb
+    (tmp_path / "page.py").write_text("\n".join(blocks.values()))
+    command = [sys.executable, "page.py"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=580)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "seen in pretraining: 8" in ended.stdout
+    assert "first minus this" in ended.stdout
+    assert (tmp_path / "outlined" / "phantom_000.nii.gz").exists()
+    assert (tmp_path / "attention" / "phantom_000_attention.png").exists()
+    assert "semantic attention" in ended.stdout

@@ -21,7 +21,9 @@ def rows_of(path):
 def test_diversity_writes_heads_crops_result_and_a_picture(organ_store, two_runs, tmp_path, capsys):
     folder = tmp_path / "out"
     arguments = ["--weights", *map(str, two_runs), "-i", str(organ_store.folder), "-o", str(folder), "--crops", "3"]
+    leakage.record(organ_store.rows, two_runs[1])
     assert run(["diversity", *arguments]) == 0
+    (two_runs[1] / leakage.CASES).unlink()
     said = capsys.readouterr()
     assert "3 crops of 3 cases, seed 0" in said.err
     assert len(said.out.splitlines()) == 10
@@ -34,6 +36,10 @@ def test_diversity_writes_heads_crops_result_and_a_picture(organ_store, two_runs
     assert (result["crops"], result["cases"]) == (3, 3)
     mean = sum(float(row["distance_mm"]) for row in heads[:4]) / 4
     assert result["rows"][0]["distance_mm"]["value"] == pytest.approx(mean)
+    looked = sorted({row["case_id"] for row in rows_of(folder / "crops.csv")})
+    assert result["pretraining_overlap"]["second"]["same_patient"] == {"count": 3, "cases": looked}
+    assert not result["pretraining_overlap"]["first"]["known"]
+    assert "second: pretraining saw 0 of the 3 tested cases, and other CTs of the patients of 3 more" in said.err
     assert (folder / "diversity.png").read_bytes().startswith(b"\x89PNG")
 
 

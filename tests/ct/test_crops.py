@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import make_store, noise
 
-from dagman.ct.crops import centred, first_corners, overlapping_corners, sliding, two_views, window
+from dagman.ct.crops import (
+    centred,
+    centred_corner,
+    centroid,
+    first_corners,
+    overlapping_corners,
+    sliding,
+    two_views,
+    window,
+)
 from dagman.errors import DagmanError
 from dagman.randomness import generator
 
@@ -81,6 +90,28 @@ def test_a_centred_crop_has_the_mask_in_its_middle(tmp_path):
     for row in (1, 2):
         with pytest.raises(DagmanError, match=r"E-NOMASK (empty|plain)"):
             centred(store, row, (16, 16, 16), "mask")
+
+
+def test_a_crop_goes_round_the_centroid_and_not_the_middle_of_the_box(tmp_path):
+    """An L: 20 voxels along x, 4 along y at its end, 2 thick; its centroid, by hand, is (12.25, 10.75, 5.5)."""
+    hu, mask = noise((40, 30, 20)), np.zeros((40, 30, 20), np.uint8)
+    mask[4:24, 10, 5:7] = 1
+    mask[23, 11:15, 5:7] = 3
+    by_hand = np.array([(20 * 13.5 + 4 * 23) / 24, (20 * 10 + 4 * 12.5) / 24, 5.5])
+    np.testing.assert_allclose(centroid(mask), by_hand)
+    store = make_store(tmp_path, {"case": hu}, {"case": mask})
+    for crop, corner in (((8, 8, 8), (12, 7, 2)), ((9, 9, 9), (11, 6, 1))):
+        np.testing.assert_array_equal(centred(store, 0, crop, "mask"), store.hu(0, corner, crop))
+        assert np.abs(np.array(corner) + (np.array(crop) - 1) / 2 - by_hand).max() <= 0.5
+    assert np.abs(by_hand - [13.5, 12, 5.5]).max() > 1, "the middle of the box lies elsewhere"
+
+
+@given(place=st.tuples(*[st.floats(-5, 60)] * 3), crop=sides)
+def test_the_middle_of_a_crop_misses_the_centroid_by_half_a_voxel_at_most(tmp_path_factory, place, crop):
+    store = make_store(tmp_path_factory.mktemp("store"), {"case": np.zeros((2, 2, 2), np.int16)})
+    store.rows[0]["mask"] = {"voxels": {"1": 1}, "centroid": list(place)}
+    corner = np.array(centred_corner(store, 0, crop, "mask"))
+    assert np.abs(corner + (np.array(crop) - 1) / 2 - place).max() <= 0.5 + 1e-6
 
 
 @given(shape=sides, crop=sides, overlap_ratio=st.floats(0, 0.9))

@@ -118,6 +118,9 @@ def test_a_row_says_what_was_stored_and_where_it_came_from(table, whole):
     mask = store.mask(1)
     assert mask.shape == hu.shape
     assert row["mask"]["voxels"] == {"1": int(mask.sum())}
+    own = nib.load(index([table])[0][1].mask)
+    there = own.affine @ [*np.argwhere(np.asarray(own.dataobj)).mean(axis=0), 1]
+    np.testing.assert_allclose(np.array(row["affine"]) @ [*row["mask"]["centroid"], 1], there, atol=1e-4)
     assert (hu[mask == 1] > 1000).all()
     assert store.rows[0]["mask"] is None
     # Patients' and labels' columns are all that is taken from a table.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import multilabel_confusion_matrix, roc_auc_score
 
 from dagman.errors import DagmanError, ExitCode
 from dagman.tasks import classify, cohort, folds, predictions
@@ -261,10 +261,42 @@ def test_three_classes_are_each_scored_against_the_rest(tmp_path):
     assert set(found.scores) == {"auc", "accuracy", "balanced_accuracy", "brier"}
     classify.write(found, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert set(result["class_auc"]) == {"heart", "liver", "lung"}
+    for score in ("auc", "sensitivity", "specificity"):
+        assert set(result[f"class_{score}"]) == {"heart", "liver", "lung"}
     assert result["thresholds"] is None
     again = predictions.read(tmp_path)
     assert predictions.summary(again) == predictions.summary(found)
+
+
+def test_each_class_has_the_sensitivity_and_specificity_of_its_confusion_matrix():
+    """Eight cases of six patients, called by hand: 4 heart (1 missed), 3 liver (2 missed), 1 lung (found)."""
+    true, called = np.array([0, 0, 0, 0, 1, 1, 1, 2]), np.array([0, 0, 0, 1, 1, 0, 2, 2])
+    found = predictions.Predictions(
+        case_ids=tuple("abcdefgh"),
+        groups=np.array(["p0", "p0", "p1", "p2", "p3", "p3", "p4", "p5"]),
+        labels=true,
+        names=("heart", "liver", "lung"),
+        fold=np.zeros(8, int),
+        probabilities=np.eye(3)[called] * 0.4 + 0.2,
+        thresholds=(0.5,),
+    )
+    scores = found.class_scores()
+    by_hand = {"sensitivity": (3 / 4, 1 / 3, 1), "specificity": (3 / 4, 4 / 5, 6 / 7)}
+    for number, ((left, wrongly), (missed, hit)) in enumerate(multilabel_confusion_matrix(true, called)):
+        name = found.names[number]
+        assert scores["sensitivity"][name].value == pytest.approx(hit / (missed + hit))
+        assert scores["specificity"][name].value == pytest.approx(left / (left + wrongly))
+        for score, values in by_hand.items():
+            assert scores[score][name].value == pytest.approx(values[number])
+    heart = scores["sensitivity"]["heart"]
+    assert heart.low < 0.75 < heart.high
+    assert scores["sensitivity"]["lung"].why == "1 patients are positive and 5 negative, 2 needed"
+    told = predictions.lines(predictions.summary(found))
+    assert told[4].split() == ["against", "the", "rest", "cases", "auc", "sensitivity", "specificity"]
+    [line] = [line for line in told if line.startswith("heart")]
+    assert line.split()[1] == "4"
+    assert str(heart) in line
+    assert str(scores["specificity"]["heart"]) in line
 
 
 def test_brier_is_the_mean_squared_error(result):

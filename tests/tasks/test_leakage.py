@@ -154,3 +154,16 @@ def test_labels_learnt_in_another_preparation_or_of_another_ct_of_the_patient_ar
     with pytest.raises(DagmanError, match=r"labels of 1 of its cases \(c0\)"):
         leakage.refuse(seen, [], patients, "classification")
     assert "with labels of 1 of them" in leakage.line(leakage.report(seen, ["c1"]))
+
+
+def test_results_together_have_seen_what_any_has_seen():
+    voxels, patient = leakage.VOXELS, leakage.PATIENT
+    one = leakage.report(leakage.Seen(True, {"a": voxels, "b": patient}, {}), "abcd")
+    other = leakage.report(leakage.Seen(True, {"b": voxels, "c": patient}, {"c": ["classification"]}), "abcd")
+    found = leakage.together([one, other], "abcd")
+    assert found["same_voxels"] == {"count": 2, "cases": ["a", "b"]}
+    assert found["same_patient"] == {"count": 1, "cases": ["c"]}
+    assert found["same_labels"] == {"count": 1, "cases": ["c"]}
+    assert (found["known"], found["patients_known"], found["tested"]) == (True, True, 4)
+    assert leakage.line(found).startswith("pretraining saw 2 of the 4 tested cases, and other CTs of the patients of 1")
+    assert not leakage.together([one, None], "abcd")["known"]

@@ -1,5 +1,6 @@
 """Two segmentations of the same cases: what is read is what was scored, and differences are paired by case."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 
 from dagman.cli import run
 from dagman.errors import DagmanError, ExitCode
+from dagman.tasks import leakage, segmentation_scores, statistics
 from dagman.tasks import segmentation_comparison as comparison
-from dagman.tasks import segmentation_scores, statistics
 from dagman.tasks.classes import Classes
 
 BLOB = Classes(names=("blob",), labels=((1,),))
@@ -68,7 +69,10 @@ def test_other_cases_are_no_comparison(what):
 def test_the_verb_compares_segmentations_and_writes_the_table(tmp_path, capsys):
     for name, shift in (("near", 0), ("far", 2)):
         rows = scored(shift)
-        segmentation_scores.write(rows, segmentation_scores.summary(rows), tmp_path / name)
+        cases = [row.case_id for row in rows]
+        seen = leakage.report(leakage.Seen(True, {cases[shift]: leakage.VOXELS}, {}), dict.fromkeys(cases))
+        found = segmentation_scores.summary(rows) | {"pretraining_overlap": seen}
+        segmentation_scores.write(rows, found, tmp_path / name)
     folders = [str(tmp_path / name) for name in ("near", "far")]
     assert run(["compare", *folders, "-o", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
@@ -76,6 +80,12 @@ def test_the_verb_compares_segmentations_and_writes_the_table(tmp_path, capsys):
     assert "first minus this: " in shown
     table = (tmp_path / "out" / "comparison.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * len(comparison.TOLD)
+    overlap = json.loads((tmp_path / "out" / "result.json").read_text())["pretraining_overlap"]
+    assert (overlap["known"], overlap["tested"]) == (True, len(set(cases)))
+    assert overlap["same_voxels"] == {"count": 2, "cases": sorted([cases[0], cases[2]])}
+    (tmp_path / "far" / "result.json").unlink()
+    assert run(["compare", *folders]) == 0
+    assert "whether pretraining saw the tested cases is unknown" in capsys.readouterr().err
     (tmp_path / "far" / "cases.csv").write_text("case_id,patient\na,b\n")
     assert run(["compare", *folders]) == ExitCode.REFUSED
     assert "E-COMPARE" in capsys.readouterr().err

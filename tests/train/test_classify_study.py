@@ -22,7 +22,7 @@ from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import EncoderClassifier, ResNet50, vector, width_of
 from dagman.nets.encoder import build
-from dagman.nets.weights import load_encoder
+from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.tasks import classifier, embed, leakage, predictions, watching
 from dagman.tasks import classify as probing
 from dagman.tasks import cohort as cohorts
@@ -83,6 +83,7 @@ def test_a_study_learns_what_is_plain_to_see(study):
     assert result["cases"] == 12
     assert result["protocol"] == "2 folds by patient"
     assert result["pretraining_overlap"]["known"]
+    assert result["crop_mm"] == [64.0, 64.0, 128.0]
     assert any(line.startswith("fold 0: ") and "to choose the best step on" in line for line in said)
     assert {path.name for path in folder.iterdir()} >= {"fold-0", "fold-1", "predictions.csv", "result.json", "roc.png"}
     assert predictions.read(folder).auc() == predictions.Estimate(**result["auc"])
@@ -466,7 +467,12 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
     assert cli.run(["compare", str(tmp_path / "ft"), str(tmp_path / "lp"), "-o", str(tmp_path / "cmp")]) == 0
     rows = list(csv.DictReader((tmp_path / "cmp" / "comparison.csv").read_text().splitlines()))
     assert [row["difference"] == "" for row in rows] == [True, False]
-    assert "DeLong" in capfd.readouterr().out
+    shown = capfd.readouterr()
+    assert "DeLong" in shown.out
+    assert "of all results together: whether pretraining saw the tested cases is unknown" in shown.err
+    overlap = json.loads((tmp_path / "cmp" / "result.json").read_text())
+    assert list(overlap["pretraining_overlap_of"]) == ["ft", "lp"]
+    assert (overlap["pretraining_overlap"]["known"], overlap["pretraining_overlap"]["tested"]) == (False, 12)
     assert cli.run(["compare", str(tmp_path / "ft"), str(tmp_path / "few" / "draw-0")]) == 0
     for seed in ("0", "1"):
         table = str(tmp_path / f"untrained{seed}.csv")
@@ -580,6 +586,19 @@ def test_a_probe_as_classifier_says_what_the_probe_says(store, tmp_path):
     made = classifier.from_probe(probe, names, encoder, origin)
     found = classifier.probabilities(made.network, store)
     np.testing.assert_allclose(found.features, probe.probabilities(table.features.astype(float)), atol=1e-4)
+
+
+def test_features_and_probes_tell_the_sides_of_their_crops(store, tmp_path, capsys):
+    save_encoder(small_study.encoder(), tmp_path / "run" / MODEL_FILE, {})
+    features = str(tmp_path / "features.csv")
+    assert cli.run(["embed", "--weights", str(tmp_path / "run"), "-i", str(store.folder), "-o", features]) == 0
+    told = "12 of them by a crop of 64x64x128 mm around the centroid of the mask"
+    assert told in capsys.readouterr().err
+    asked = ["--positive", "bright", "--folds", "2"]
+    assert cli.run(["classify", "probe", "-i", features, "-o", str(tmp_path / "probe"), *asked]) == 0
+    assert "2 folds by patient, crops of 64x64x128 mm" in capsys.readouterr().err
+    result = json.loads((tmp_path / "probe" / "result.json").read_text())
+    assert (result["crop_mm"], result["preparation"]["crop"]) == ([64.0, 64.0, 128.0], list(CROP))
 
 
 def test_whole_scans_without_masks_are_looked_at_everywhere(tmp_path):

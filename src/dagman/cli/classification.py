@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from dagman.cli.watching import Crop, Device, Output, Sources, Switch, next_step, progress, require, say
+from dagman.cli.watching import Crop, Device, Output, Sources, Switch, by, next_step, progress, require, say
 from dagman.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -88,11 +88,13 @@ def _probed(
     table: "Table", protocol: "Protocol", place: Path, given: dict[str, Any], origin: "Origin | None"
 ) -> dict[str, Any]:
     """One probe: its scores said and written."""
+    from dagman import config as configs
     from dagman import files
     from dagman.figures import roc
     from dagman.tasks import classify as classifying
     from dagman.tasks import cohort as cohorts
     from dagman.tasks import leakage, predictions
+    from dagman.types import Preparation
 
     if origin:
         study = cohorts.cohort(table, protocol, **given)
@@ -105,6 +107,9 @@ def _probed(
     }
     if origin:
         more["pretraining_overlap"] = leakage.report(origin.seen, found.case_ids)
+    if origin and origin.preparation:
+        shown = configs.from_dict(Preparation, origin.preparation)
+        more |= {"preparation": origin.preparation, "crop_mm": list(shown.crop_mm)}
     written = classifying.write(found, place, more)
     files.write_bytes(place / "roc.png", roc.png({f"{place.name}: {found.auc()}": found}))
     result = predictions.summary(found) | more
@@ -119,7 +124,8 @@ def _say(result: dict[str, Any]) -> None:
 
     grouped = f"{result['patients']} patients" if result["patients"] else "patients unknown"
     counts = ", ".join(f"{count} {name}" for name, count in result["classes"].items())
-    say(f"{result['cases']} tested cases ({counts}), {grouped}, {result['protocol']}")
+    shown = f", crops of {by(result['crop_mm'])} mm" if "crop_mm" in result else ""
+    say(f"{result['cases']} tested cases ({counts}), {grouped}, {result['protocol']}{shown}")
     for line in predictions.lines(result):
         print(line)
     if result["warning"]:
@@ -364,6 +370,7 @@ def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", 
     more = {
         "method": f"{len(loaded)} classifiers of {weights}, tested on cases that they did not learn from",
         "protocol": "frozen classifier and threshold",
+        "crop_mm": list(loaded[0].network.preparation.crop_mm),
         "pretraining_overlap": leakage.report(seen[0], found.case_ids),
     }
     paths = predictions.write(found, folder, more)

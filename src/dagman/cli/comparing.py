@@ -1,8 +1,9 @@
 """The verb that lays results of the same cases side by side."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -19,7 +20,7 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
     Args:
         runs: Output folders of `dagman classify probe` or `finetune`, on the same cases with the same folds; or of
             `dagman segment train` or `score`, of the same references.
-        output: Folder for comparison.csv, and roc.png of classifications.
+        output: Folder for comparison.csv, result.json (what pretraining has seen) and roc.png of classifications.
     """
     from dagman import files
     from dagman.figures import roc
@@ -44,22 +45,41 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
         say("Note: they were shown other windows, crops or spacings: what differs need not come of the weights")
     if any(one.group_by == "case" for one in found.values()):
         say("Note: not grouped by patient: scores may be too good, and intervals too narrow")
+    overlap = _overlap(dict(zip(names, told, strict=True)), next(iter(found.values())).case_ids)
     if output:
         comparison.write(rows, output)
         labelled = {f"{name}: {brief(vars(one.auc()))}": one for name, one in found.items()}
         files.write_bytes(output / "roc.png", roc.png(labelled))
-        say(f"wrote {output / 'comparison.csv'} and {output / 'roc.png'}")
+        files.write_json(output / predictions.RESULT, overlap)
+        say(f"wrote {output / 'comparison.csv'}, {output / 'roc.png'} and {output / predictions.RESULT}")
     return ExitCode.OK
 
 
 def _compare_segmentations(runs: list[Path], output: Path | None) -> int:
+    from dagman import files
     from dagman.tasks import segmentation_comparison as comparison
+    from dagman.tasks.predictions import RESULT
 
     names = short_names(runs, "compare")
-    rows = comparison.differences({name: comparison.read(run) for name, run in zip(names, runs, strict=True)})
+    found = {name: comparison.read(run) for name, run in zip(names, runs, strict=True)}
+    rows = comparison.differences(found)
     for line in comparison.lines(rows):
         print(line)
     say(comparison.NOTE)
+    paths = {name: run / RESULT for name, run in zip(names, runs, strict=True)}
+    told = {name: json.loads(path.read_text()) if path.is_file() else {} for name, path in paths.items()}
+    overlap = _overlap(told, [row.case_id for row in found[names[0]]])
     if output:
-        say(f"wrote {comparison.write(rows, output)}")
+        files.write_json(output / RESULT, overlap)
+        say(f"wrote {comparison.write(rows, output)} and {output / RESULT}")
     return ExitCode.OK
+
+
+def _overlap(told: dict[str, dict[str, Any]], tested: Iterable[str]) -> dict[str, Any]:
+    """What pretraining has seen of the cases, for any of the results and for each; said, and to be written."""
+    from dagman.tasks import leakage
+
+    reports = {name: result.get("pretraining_overlap") for name, result in told.items()}
+    found = leakage.together(list(reports.values()), tested)
+    say(f"Note: of all results together: {leakage.line(found)}")
+    return {"pretraining_overlap": found, "pretraining_overlap_of": reports}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Device, Output, Switch, next_step, progress, require, say
+from dagman.cli.watching import Device, Output, Switch, by, next_step, progress, require, say
 from dagman.errors import ExitCode
 
 
@@ -23,7 +23,8 @@ def embed(
 ) -> int:
     """Turn every case of a prepared store into one vector; write a CSV.
 
-    The crop is centred on the case's mask where it has one; else the mean over crops that cover the scan is taken.
+    The crop is centred on the centroid of the case's mask where it has one; else the mean over crops that cover the
+    scan is taken.
 
     Args:
         weights: A run folder or a .safetensors file.
@@ -35,6 +36,7 @@ def embed(
         device: `cpu` or `cuda`.
         batch_size: Crops at a time, by their size if not given; no influence on the result.
     """
+    from dagman.config import to_dict
     from dagman.ct import crops
     from dagman.ct.store import PreparedStore
     from dagman.files import sha256_file
@@ -46,7 +48,7 @@ def embed(
     require(untrained or seed == 0, "--seed", "is of new random weights", "add --untrained")
     encoder, store = load_encoder(weights), PreparedStore(data)
     say(f"new random weights, of the sizes of {weights}" if untrained else str(encoder.report))
-    start = None if untrained else weights
+    start, preparation = None if untrained else weights, embedding.suited(store, encoder.preparation)
     origin = embedding.Origin(
         weights=start,
         which=which,
@@ -56,6 +58,7 @@ def embed(
         masks=sum(row["mask"] is not None for row in store.rows),
         weights_sha256=sha256_file(encoder.report.source) if start and encoder.report else None,
         cases=[leakage.told(row) for row in store.rows],
+        preparation=to_dict(preparation),
     )
     if untrained:
         encoder = embedding.untrained(encoder, seed)
@@ -70,6 +73,8 @@ def embed(
     write_csv(table, output)
     embedding.write_origin(origin, output)
     say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
+    if masks := sum(store.rows[row]["mask"] is not None for row in rows):
+        say(f"{masks} of them by a crop of {by(preparation.crop_mm)} mm around the centroid of the mask")
     if classes := {label for label in table.labels if label}:
         words = len(classes) == 2 and not all(label.replace(".", "", 1).isdigit() for label in classes)
         positive = f" --positive {max(classes)}" if words else ""

@@ -181,7 +181,8 @@ def diversity(
         far, apart, spread = (brief(row[name]) for name in ("distance_mm", "distance_entropy_ratio", "row_entropy"))
         print(f"{row['weights']:24s} {row['place']:18s} {row['heads']:3d} heads: {far:24s} {apart:24s} {spread}")
     _say_why_no_interval(rows[0]["distance_mm"])
-    say(f"wrote {', '.join(map(str, heads.write(runs, output, seed=seed)))}")
+    found = _overlap(encoders, weights, [row for row in store.rows if row["case_id"] in cases])
+    say(f"wrote {', '.join(map(str, heads.write(runs, output, seed=seed, found=found)))}")
     return ExitCode.OK
 
 

@@ -76,6 +76,11 @@ def short_names(paths: list[Path], subject: str = "--weights") -> list[str]:
     return ["-".join(path.parts[-depth:]).replace(" ", "_") for path in whole]
 
 
+def by(sides: Sequence[float]) -> str:
+    """Sides as `64x64x64`."""
+    return "x".join(f"{side:g}" for side in sides)
+
+
 def say(text: str = "") -> None:
     """A line for the person who watches (standard error, so that standard output can be piped)."""
     print(text, file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int16, Integer
 
-from dagman.ct import read, resample, store
+from dagman.ct import crops, read, resample, store
 from dagman.ct.sources import medmnist, medmnist_files
 from dagman.ct.survey import Problem
 from dagman.errors import DagmanError, ExitCode, printable
@@ -48,6 +48,8 @@ class Prepared:
     """Share of the source's voxels below -1024 or above 32767 HU."""
     tiny_labels: tuple[int, ...] = ()
     """Labels that fell between the new voxels; the voxel at their centre stands for them."""
+    centroid: Float[np.ndarray, "3"] | None = None
+    """Voxel index here of the centroid that the mask has on the scan's own voxels; None without one, or empty."""
 
 
 def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarray, "x y z"] | None = None) -> Prepared:
@@ -81,7 +83,13 @@ def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarr
         mask=None if labels is None else np.ascontiguousarray(labels[box]),
         clipped_ratio=outside / volume.hu.size,
         tiny_labels=tiny,
+        centroid=None if mask is None else _moved(crops.centroid(mask), volume.affine, affine),
     )
+
+
+def _moved(place: np.ndarray | None, source: np.ndarray, target: np.ndarray) -> np.ndarray | None:
+    """A voxel index of one grid as that of another."""
+    return None if place is None else np.linalg.solve(target, source @ [*place, 1.0])[:3]
 
 
 def _resampled_mask(
@@ -157,6 +165,7 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
             **({"rois": list(scan.rois)} if scan.rois else {}),
             **({"names": names} if (names := _label_names(scan)) else {}),
             "voxels": {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label},
+            **({} if prepared.centroid is None else {"centroid": _plain(prepared.centroid)}),
             **_written(store.array_path(output, "masks", scan.case_id, config.storage), prepared.mask),
         }
     row["seconds"] = round(time.monotonic() - started, 3)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int16, Num
+from jaxtyping import Float, Float32, Int16, Num
 
 from dagman.ct.store import PreparedStore, Triple, padded_crop
 from dagman.errors import DagmanError
@@ -120,8 +120,16 @@ def refuse_empty_masks(store: PreparedStore, rows: Iterable[int]) -> None:
         raise DagmanError("NOMASK", store.folder, f"holds {which}", EMPTY_MASK_ADVICE)
 
 
+def centroid(mask: Num[np.ndarray, "x y z"]) -> Float[np.ndarray, "3"] | None:
+    """Mean place of a mask's voxels, whatever their label, as a voxel index (x, y, z); None for an empty mask."""
+    lines = [np.count_nonzero(mask, axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
+    if not lines[0].any():
+        return None
+    return np.array([line @ np.arange(len(line)) / line.sum() for line in lines])
+
+
 def centred(store: PreparedStore, row: int, crop: Triple, on: Literal["mask", "centre"]) -> Int16[np.ndarray, "x y z"]:
-    """The crop in the middle of the box around a case's mask, or in the middle of the volume.
+    """The crop around the centroid of a case's mask, or in the middle of the volume.
 
     Raises:
         DagmanError: `E-NOMASK` when the case has no mask, or an empty one.
@@ -130,32 +138,41 @@ def centred(store: PreparedStore, row: int, crop: Triple, on: Literal["mask", "c
 
 
 def centred_corner(store: PreparedStore, row: int, crop: Triple, on: Literal["mask", "centre"]) -> Triple:
-    """First voxel of `centred`.
+    """First voxel of `centred`, rounded down at a half: the crop's middle misses by half a voxel at most.
+
+    The centroid is that of the mask on the scan's own voxels; of the stored mask in stores that do not tell it.
 
     Raises:
         DagmanError: `E-NOMASK`.
     """
-    low, high = np.zeros(3, int), np.array(store.shape(row))
+    middle: np.ndarray | None = (np.array(store.shape(row)) - 1) / 2
     if on == "mask":
-        mask = store.mask(row)
-        if mask is None or not mask.any():
-            case_id = store.rows[row]["case_id"]
-            what = "no mask" if mask is None else "an empty mask"
-            raise DagmanError("NOMASK", case_id, f"has {what} to centre a crop on", EMPTY_MASK_ADVICE)
-        lines = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-        low, high = np.array([line[0] for line in lines]), np.array([line[-1] + 1 for line in lines])
-    x, y, z = ((low + high - np.array(crop)) // 2).tolist()
+        middle = _mask_centroid(store, row)
+    if middle is None:
+        what = "no mask" if store.rows[row]["mask"] is None else "an empty mask"
+        raise DagmanError("NOMASK", store.rows[row]["case_id"], f"has {what} to centre a crop on", EMPTY_MASK_ADVICE)
+    x, y, z = np.ceil(np.round(middle - np.array(crop) / 2, 6)).astype(int).tolist()
     return x, y, z
 
 
+def _mask_centroid(store: PreparedStore, row: int) -> np.ndarray | None:
+    """As the manifest tells it, else of the stored mask; None where there is none, or it is empty."""
+    told = (store.rows[row]["mask"] or {}).get("centroid")
+    if told is not None:
+        return np.array(told)
+    mask = store.mask(row)
+    return None if mask is None else centroid(mask)
+
+
 def near(store: PreparedStore, row: int, crop: Triple, shift_ratio: float, draws: np.random.Generator) -> Triple:
-    """First voxel of a random crop: near the middle of a case's mask, or anywhere in a volume without one.
+    """First voxel of a random crop: near the centroid of a case's mask, or anywhere in a volume without one.
 
     Args:
         store: Where the volume lies.
         row: Its row.
         crop: Voxels (x, y, z).
-        shift_ratio: Of each side, by which a crop may miss the middle of the mask, or of a volume no longer than it.
+        shift_ratio: Of each side, by which a crop may miss the centroid of the mask, or the middle of a volume no
+            longer than it.
         draws: Source of the draws.
 
     Raises:

@@ -175,8 +175,17 @@ def _read(looks: Sequence[Look], place: str, reading: str) -> np.ndarray:
     return np.array([READINGS[reading](one) if one else np.nan for one in found])
 
 
-def write(runs: Mapping[str, Sequence[Look]], folder: Path, *, seed: int = 0) -> list[Path]:
-    """Write `heads.csv`, `crops.csv`, `result.json` and `diversity.png`; returns their paths."""
+def write(
+    runs: Mapping[str, Sequence[Look]], folder: Path, *, seed: int = 0, found: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write `heads.csv`, `crops.csv`, `result.json` and `diversity.png`; returns their paths.
+
+    Args:
+        runs: As in `summary`.
+        folder: Where.
+        seed: Of the bootstrap over patients.
+        found: What else the result should say, as plain values.
+    """
     paths = [folder / name for name in ("heads.csv", "crops.csv", "result.json", "diversity.png")]
     drawn = {name: {one.place: _over_crops(looks, one.place) for one in looks[0].heads} for name, looks in runs.items()}
     write_rows(
@@ -209,6 +218,7 @@ def write(runs: Mapping[str, Sequence[Look]], folder: Path, *, seed: int = 0) ->
             "seed": seed,
             "interval": "95 %, bias-corrected and accelerated bootstrap over patients",
             "rows": summary(runs, seed=seed),
+            **(found or {}),
         },
     )
     files.write_bytes(paths[3], figure.png(drawn))

@@ -1,4 +1,4 @@
-"""One vector for each case: the crop around its mask where there is one, else the mean over crops that cover it."""
+"""One vector a case: the crop around its mask's centroid where there is one, else the mean over crops that cover it."""
 
 import itertools
 import json
@@ -53,6 +53,8 @@ class Origin(NamedTuple):
     """Of their file: that of a run which went on is another."""
     cases: list[dict[str, Any]]
     """What `leakage.record` keeps of each."""
+    preparation: dict[str, Any] | None = None
+    """How they were shown; None where an earlier version wrote it."""
 
 
 class _Crop(NamedTuple):

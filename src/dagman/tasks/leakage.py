@@ -188,6 +188,26 @@ def report(what: Seen, tested: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def together(reports: Sequence[Mapping[str, Any] | None], tested: Iterable[str]) -> dict[str, Any]:
+    """What any of several results' weights have seen of the cases that all of them tested.
+
+    Args:
+        reports: From `report`, one a result; None of a result that has none: what its weights saw is unknown.
+        tested: The cases.
+    """
+    given = [one for one in reports if one is not None]
+    names = (f"same_{VOXELS}", f"same_{PATIENT}", "same_labels")
+    cases = {name: {case for one in given for case in one[name]["cases"]} for name in names}
+    cases[names[1]] -= cases[names[0]]
+    whole = len(given) == len(reports)
+    return {
+        "known": whole and all(one["known"] for one in given),
+        "patients_known": whole and all(one["patients_known"] for one in given),
+        "tested": len(set(tested)),
+        **{name: {"count": len(found), "cases": sorted(found)} for name, found in cases.items()},
+    }
+
+
 def line(found: dict[str, Any]) -> str:
     """The same for a person."""
     voxels, patient, labels = (found[f"same_{word}"] for word in (VOXELS, PATIENT, "labels"))

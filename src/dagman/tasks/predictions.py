@@ -30,6 +30,8 @@ SCORES = {
     3: ("auc", "accuracy", "balanced_accuracy", "brier"),
 }
 """Of two classes, and of more."""
+CLASS_SCORES = ("auc", "sensitivity", "specificity")
+"""Of each of more than two classes against the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,12 +86,15 @@ class Predictions:
         """Area under the ROC curve over pairs within folds; of more classes the mean of each against the rest."""
         return self.estimate(self.auc_of)
 
-    def class_auc(self) -> dict[str, Estimate]:
-        """Of each class against the rest."""
-        return {
-            name: self.estimate(partial(self._against_rest, number), self.labels == number)
-            for number, name in enumerate(self.names)
-        }
+    def class_scores(self) -> dict[str, dict[str, Estimate]]:
+        """`CLASS_SCORES` of each class against the rest, by score and class."""
+        found: dict[str, dict[str, Estimate]] = {score: {} for score in CLASS_SCORES}
+        for number, name in enumerate(self.names):
+            true, called = self.labels == number, self.called == number
+            found["auc"][name] = self.estimate(partial(self._against_rest, number), true)
+            found["sensitivity"][name] = self.estimate(partial(statistics.share, called, true), true)
+            found["specificity"][name] = self.estimate(partial(statistics.share, ~called, ~true), true)
+        return found
 
     def sensitivity(self) -> Estimate:
         """Share of the positive cases called positive."""
@@ -168,16 +173,30 @@ def summary(found: Predictions) -> dict[str, Any]:
         "seed": found.seed,
         "interval": f"95 %, bias-corrected and accelerated bootstrap over {found.group_by}s, models not fitted again",
         **{name: vars(score) for name, score in found.scores.items()},
-        **({} if binary else {"class_auc": {name: vars(score) for name, score in found.class_auc().items()}}),
+        **({} if binary else _class_values(found)),
         "fold_auc": found.fold_auc(),
         "thresholds": list(found.thresholds) if binary else None,
     }
 
 
+def _class_values(found: Predictions) -> dict[str, Any]:
+    return {
+        f"class_{score}": {name: vars(estimate) for name, estimate in by_class.items()}
+        for score, by_class in found.class_scores().items()
+    }
+
+
 def lines(result: dict[str, Any]) -> list[str]:
-    """The scores of a `summary` for a person."""
+    """The scores of a `summary` for a person; of more than two classes also of each against the rest."""
     names = SCORES[min(3, len(result["classes"]))]
-    return [f"{name.replace('_', ' '):18s} {Estimate(**result[name])}" for name in names]
+    told = [f"{name.replace('_', ' '):18s} {Estimate(**result[name])}" for name in names]
+    if len(result["classes"]) == 2:
+        return told
+    told.append(f"{'against the rest':18s} cases  " + "  ".join(f"{score:22s}" for score in CLASS_SCORES).rstrip())
+    for name, count in result["classes"].items():
+        scores = [str(Estimate(**result[f"class_{score}"][name])) for score in CLASS_SCORES]
+        told.append(f"{name:18s} {count:5d}  " + "  ".join(f"{score:22s}" for score in scores).rstrip())
+    return told
 
 
 def write(found: Predictions, folder: Path, more: dict[str, Any] | None = None) -> list[Path]:

@@ -364,6 +364,7 @@ class _Study:
             "source": results[0]["source"],
             "protocol": config.protocol.words,
             "preparation": configs.to_dict(self.encoder.preparation),
+            "crop_mm": list(self.encoder.preparation.crop_mm),
             "best_steps": [result["best_step"] for result in results],
             "minutes": round(sum(result["seconds"] for result in results) / 60, 1),
             "pretraining_overlap": leakage.report(self.seen, found.case_ids),

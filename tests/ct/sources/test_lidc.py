@@ -11,10 +11,12 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from dagman.cli import run
-from dagman.ct import guard, read
+from dagman.ct import crops, guard, read
 from dagman.ct.index import index
+from dagman.ct.prepare import prepare
 from dagman.ct.sources import lidc, lidc_files
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
@@ -286,3 +288,36 @@ def test_the_real_series(
         assert np.allclose(image.affine, votes.affine, atol=1e-3)
         assert (np.asarray(votes.dataobj)[np.asarray(image.dataobj) > 0] > 0).all()
     assert len(rows) >= 1
+
+
+READ = {
+    "0001": "lidc/LIDC-IDRI-0001_substack_native.nii.gz",
+    "0002": "lidc/LIDC-IDRI-0002_substack_native.nii.gz",
+    "0003": "lidc/LIDC-IDRI-0003_substack_native.nii.gz",
+    "0314": "ct_corpus/lidc_idri_0314.nii.gz",
+}
+"""Scans whose readers' votes are there."""
+
+
+@pytest.mark.parametrize("patient", READ)
+def test_crops_of_real_nodules_go_round_the_consensus_of_their_readers(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patient: str
+) -> None:
+    """On the readers' own voxels, which are no multiple of the store's: within half of one of these, 1 mm, per axis."""
+    monkeypatch.setattr(read, "read", functools.partial(read.read, limits=guard.Limits(min_extent_mm=10.0)))
+    [path] = (real_data / "lidc").glob(f"LIDC-IDRI-{patient}_nodule_votes*.nii.gz")
+    image = nibabel.load(path)
+    parts, count = ndimage.label(np.asarray(image.dataobj) >= 2)
+    rows, centroids = ["case_id,image,mask,patient"], {}
+    for number in range(1, count + 1):
+        nibabel.save(nibabel.Nifti1Image((parts == number).astype(np.uint8), image.affine), tmp_path / f"{number}.nii")
+        rows.append(f"n{number},{real_data / READ[patient]},{number}.nii,p")
+        centroids[f"n{number}"] = (image.affine @ [*ndimage.center_of_mass(parts == number), 1])[:3]
+    (tmp_path / "nodules.csv").write_text("\n".join(rows))
+    assert prepare([tmp_path / "nodules.csv"], tmp_path / "store", workers=1).stored == count > 0
+    store = PreparedStore(tmp_path / "store")
+    for row, told in enumerate(store.rows):
+        for crop in ((32, 32, 32), (31, 48, 16)):
+            corner = crops.centred_corner(store, row, crop, "mask")
+            middle = np.array(told["affine"]) @ [*(np.array(corner) + (np.array(crop) - 1) / 2), 1]
+            assert np.abs(middle[:3] - centroids[told["case_id"]]).max() <= 1 + 1e-3
