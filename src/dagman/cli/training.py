@@ -299,7 +299,7 @@ def demo(*, output: Output = Path("demo"), data: Path | None = None, steps: int 
     Args:
         output: Folder for everything that is made; run again, it continues.
         data: Your CTs: a folder, or a CSV whose labels, masks and patients are used as far as they go.
-        steps: Pretraining steps, in place of what suits six minutes on two cores.
+        steps: Pretraining steps, in place of what suits a short try on two cores.
     """
     from dagman import demo as demonstration
 
