@@ -394,6 +394,20 @@ def test_a_stop_that_comes_too_late_for_a_run_starts_no_other(
     assert started == ["attended", "random, noisy teacher", "attended, noisy teacher"]
 
 
+def test_a_stop_in_the_step_that_ends_a_run_as_unhealthy_starts_no_other(
+    store: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dagman.train.pretrain.EXAMINED", 4)
+    for drawing in ("draw", "draw_crops"):
+        monkeypatch.setattr(f"dagman.train.pretrain.{drawing}", lambda *_: None)
+    diverges = {"optimisation.learning_rate": "1e30", "optimisation.warmup_ratio": "0", "optimisation.steps": "20"}
+    given = ("hiding", base(**diverges), store, tmp_path)
+    outputs = ablation.ablate(*given, seeds=(0,), listener=lambda _: StopAt(7), say=str)
+    assert (outputs.complete, outputs.failed) == (False, 1)
+    assert [(row["variant"], row["status"]) for row in read(outputs.table)[1]] == [("random", "failed: E-UNHEALTHY")]
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the members of the family."""

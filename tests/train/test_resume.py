@@ -133,6 +133,15 @@ def test_a_signal_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None
     assert capfd.readouterr().err == "stopping at the end of this step\n"
 
 
+@pytest.mark.parametrize("stop", [True, False])
+def test_an_error_tells_whether_a_stop_was_asked_for_before_it(stop: bool) -> None:
+    with pytest.raises(DagmanError) as caught, engine.StopRequest(aloud=False):
+        if stop:
+            signal.raise_signal(signal.SIGINT)
+        raise DagmanError("UNHEALTHY", "run", "diverged", "lower the rate")
+    assert caught.value.stop_asked is stop
+
+
 SCRIPT = """
 import sys
 import torch

@@ -177,6 +177,7 @@ def ablate(
             if error.code in CONCERNS_ALL:
                 raise
             failed += 1
+            complete = complete and not error.stop_asked
             say(str(error))
             if _first_process():
                 comparison.note_failure(run, error)

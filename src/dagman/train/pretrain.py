@@ -156,6 +156,7 @@ def _loop(
             if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
                 if job.fabric.is_global_zero:
                     draw(job)
+                _agree(job, stop)
                 raise _unhealthy(job, step)
             if due or stop.agreed:
                 _checkpoint(job, done, last=stop.agreed or done == job.total)
@@ -317,8 +318,11 @@ def _validate(job: Job, step: int) -> float | None:
 
 
 @torch.no_grad()
-def _examine(job: Job, step: int) -> dict[str, float]:
-    """What the teacher knows about crops of the training cases: always the same crops, of as many cases as can be."""
+def _examine(job: Job, step: int) -> dict[str, float | None]:
+    """What the teacher knows about crops of the training cases: always the same crops, of as many cases as can be.
+
+    None stands for what is not finite, of a teacher that has diverged.
+    """
     seed, batch = job.config.optimisation.seed, 2 * job.config.optimisation.batch_size
 
     def crops(first: int, last: int, a_volume: int = 1) -> Tensor:
@@ -333,7 +337,8 @@ def _examine(job: Job, step: int) -> dict[str, float]:
     draw_crops(job, step, crops(0, PICTURED))
     with job.fabric.autocast():
         together = cut(TOGETHER * max(1, batch // TOGETHER), TOGETHER)
-        return examine(job.module, cut(batch), job.rates(step).knobs, together)
+        found = examine(job.module, cut(batch), job.rates(step).knobs, together)
+    return {name: value if engine.all_finite([value]) else None for name, value in found.items()}
 
 
 def _checkpoint(job: Job, done: int, *, last: bool) -> None:
