@@ -732,6 +732,8 @@ def test_axes_share_runs_and_a_folder_compares_one_base(
     with pytest.raises(DagmanError, match=r"^E-RESUME .*hiding.json: .*optimisation.steps: 2 -> 3") as caught:
         run(store, tmp_path, start=base(**{"optimisation.steps": "3"}))
     assert caught.value.exit_code == ExitCode.REFUSED
+    run(store, tmp_path, start=base(**{"optimisation.examine_every": "7"}))
+    assert len(trainings.done) == 9, "how often they are examined makes no other runs"
     run(store, tmp_path, start=base(**{"optimisation.seed": "7"}))
     assert len(trainings.done) == 9, "the seed of the base means nothing"
 

@@ -96,7 +96,7 @@ class Comparison:
 
     def _key(self, name: str) -> str:
         member = self.members[name]
-        settings = configs.to_dict(_seedless(member))
+        settings = configs.deciding(_seedless(member))
         return f"{member.recipe}-{_hash(settings, self.store.store_id, self.devices)}"
 
     def _new(self, name: str) -> Path:
@@ -127,7 +127,7 @@ class Comparison:
                 the scan.
         """
         refuse_inside(self.folder)
-        base = configs.to_dict(_seedless(self.base))
+        base = configs.deciding(_seedless(self.base))
         now = {"base": base, "store": self.store.store_id, "devices": self.devices}
         before = scores.kept(self._settings)
         if lines := configs.difference(before["compared"], json.loads(json.dumps(now))) if before else []:

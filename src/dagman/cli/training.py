@@ -55,7 +55,8 @@ def pretrain(
         devices: Processes that share a step (GPUs of this machine).
         workers: Processes that read crops ahead, for each device.
         checkpoint_every: Steps between two checkpoints.
-        labelled: A prepared store with labels of two classes: a linear probe watches the run, every 100 steps.
+        labelled: A prepared store with labels of two classes: a linear probe watches the run at each examination
+            (`--optimisation.examine-every`, 100 steps).
         compiled: On a GPU, compile what no kernel of ours covers: a minute at the start, faster steps after it.
         fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
         dry_run: Say what would be done and what it would cost, and stop.

@@ -23,7 +23,7 @@ from dagman.tasks import watching
 from dagman.train import cost, engine
 from dagman.train.job import Job, Listener, batches, describe, draw, draw_crops, prepare, resume, save
 from dagman.train.record import Recorder
-from dagman.train.settings import EXAMINE_EVERY, OptimisationConfig, PretrainConfig, Rates
+from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
 from dagman.types import Preparation, Views
 
 __all__ = ["Listener", "OptimisationConfig", "PretrainConfig", "Result", "pretrain"]
@@ -115,9 +115,8 @@ def pretrain(
             time_line = cost.time_line(config, pair, job.total - start, len(job.train_rows), job.devices)
             job.say(f"{describe(job)}; {time_line}")
             if labelled is not None:
-                job.say(
-                    f"{len(labelled)} cases of {labelled.folder} are probed at the first step and every {EXAMINE_EVERY}"
-                )
+                every = config.optimisation.examine_every
+                job.say(f"{len(labelled)} cases of {labelled.folder} are probed at the first step and every {every}")
         done = _loop(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
         if done < job.total:
             job.say(f"stopped after {done} of {job.total} steps; the same command continues")
@@ -147,7 +146,7 @@ def _loop(
             done, due = step + 1, (step + 1) % checkpoint_every == 0 or step + 1 == job.total
             if due and job.validation_rows:
                 row["validation_amip"] = _validate(job, step)
-            looked = done % EXAMINE_EVERY == 0 or done in (1, job.total)
+            looked = done % job.config.optimisation.examine_every == 0 or done in (1, job.total)
             if looked and job.fabric.is_global_zero:
                 row |= _examine(job, step) | ({} if labelled is None else _probe(job, labelled))
             if due or looked:  # which takes long: a stop that was asked for meanwhile needs no further step
