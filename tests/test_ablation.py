@@ -27,6 +27,8 @@ from dagman.nets.encoder import new
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.run import Run
 from dagman.tasks import attention, cluster, diversity, family, leakage, predictions
+from dagman.tasks.embed import untrained
+from dagman.train.classify import ClassifyConfig, finetune
 from dagman.train.pretrain import Result
 from dagman.train.settings import PretrainConfig
 from dagman.types import Preparation, Scan
@@ -270,7 +272,7 @@ def test_a_family_is_trained_scored_and_done_once(
     monkeypatch.setattr("dagman.train.pretrain.EXAMINED", 4)
     for drawing in ("draw", "draw_crops"):
         monkeypatch.setattr(f"dagman.train.pretrain.{drawing}", lambda *_: None)
-    outputs = run(store, tmp_path, start=short, labelled=labelled)
+    outputs = run(store, tmp_path, start=short, labelled=labelled, finetune=1)
     assert (outputs.complete, outputs.failed) == (True, 0)
     heading, rows = read(outputs.table)
     assert heading.startswith(
@@ -281,7 +283,8 @@ def test_a_family_is_trained_scored_and_done_once(
         "'small' (the positive class) against 'large', 12 cases of 12 patients in the store 'nodules'",
         "The training store holds 1 of these cases (8%)",
         "another quantity",
-        "organ clusters (`--organs STORE`)",
+        "Fine-tuned: all layers and a linear one on pooled features, 1 steps of 16 crops in each of the probe's folds",
+        "Not computed here: organ clusters (`--organs STORE`).",
     ):
         assert said in heading
     assert [(row["variant"], row["seed"], row["status"]) for row in rows] == [
@@ -290,6 +293,19 @@ def test_a_family_is_trained_scored_and_done_once(
         ("untrained", "", "untrained"),
     ]
     assert all(0 <= float(row["probe AUC"]) <= 1 for row in rows)
+    first, new = tmp_path / "runs" / rows[0]["run"], next((tmp_path / "untrained").iterdir())
+    for place, encoder, weights, row in (
+        (first, load_encoder(first), first, rows[0]),
+        (new, untrained(load_encoder(first)), None, rows[2]),
+    ):
+        learning = replace(ClassifyConfig().finetune, steps=1, layer_decay=0.75 if weights else 1.0)
+        how = ClassifyConfig(finetune=learning, positive="small", unlabelled="leave_out")
+        expected = finetune(encoder, labelled, tmp_path.parent / place.name, how, weights=weights)
+        for end, name in (("value", ""), ("low", " low"), ("high", " high")):
+            assert float(row[f"fine-tuned AUC{name}"]) == expected["auc"][end]
+        (tuned,) = (place / "finetuned").iterdir()
+        (probe,) = [one.parent for one in place.rglob("probe.json")]
+        predictions.check_comparable(predictions.read(probe), predictions.read(tuned))
     assert all(0 < float(row["clean_attention_entropy"]) <= 1 for row in rows[:2]), "random hiding has it too"
     looks = diversity.head_diversity(load_encoder(tmp_path / "runs" / rows[0]["run"]), store)
     (first, *_) = diversity.summary({"run": looks})
@@ -298,7 +314,8 @@ def test_a_family_is_trained_scored_and_done_once(
     before = [(path, path.read_bytes()) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     monkeypatch.setattr(loop, "pretrain", None)
     monkeypatch.setattr(scores, "probe", None)
-    run(store, tmp_path, start=short, labelled=labelled)
+    monkeypatch.setattr(scores, "finetune", None)
+    run(store, tmp_path, start=short, labelled=labelled, finetune=1)
     assert [(path, path.read_bytes()) for path, _ in before] == before
 
 
@@ -375,6 +392,133 @@ def test_a_stop_that_comes_too_late_for_a_run_starts_no_other(
     outputs = ablation.ablate(*given, seeds=(0,), listener=lambda name: started.append(name) or Silent(), say=str)
     assert outputs.complete
     assert started == ["attended", "random, noisy teacher", "attended, noisy teacher"]
+
+
+def test_a_stop_in_the_step_that_ends_a_run_as_unhealthy_starts_no_other(
+    store: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dagman.train.pretrain.EXAMINED", 4)
+    for drawing in ("draw", "draw_crops"):
+        monkeypatch.setattr(f"dagman.train.pretrain.{drawing}", lambda *_: None)
+    diverges = {"optimisation.learning_rate": "1e30", "optimisation.warmup_ratio": "0", "optimisation.steps": "20"}
+    given = ("hiding", base(**diverges), store, tmp_path)
+    outputs = ablation.ablate(*given, seeds=(0,), listener=lambda _: StopAt(7), say=str)
+    assert (outputs.complete, outputs.failed) == (False, 1)
+    assert [(row["variant"], row["status"]) for row in read(outputs.table)[1]] == [("random", "failed: E-UNHEALTHY")]
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the members of the family."""
+    noisy = tuple(one for one in axes.AXES["hiding"].variants if one.noisy)
+    monkeypatch.setitem(axes.AXES, "hiding", replace(axes.AXES["hiding"], variants=noisy))
+
+
+@pytest.mark.usefixtures("two")
+def test_a_stop_while_fine_tuning_ends_the_call_and_the_next_goes_on(
+    store: PreparedStore, labelled: PreparedStore, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[figure.Panel]] = []
+    monkeypatch.setattr(figure, "draw", lambda _, panels, *__, **___: drawn.append(panels) or Figure(figsize=(1, 1)))
+    steps: list[int] = []
+
+    def stop(done: int, total: int, note: str) -> None:
+        steps.append(done)
+        if len(steps) == 3:  # the first of the second fold
+            signal.raise_signal(signal.SIGINT)
+
+    asked: dict[str, Any] = {"labelled": labelled, "finetune": 2}
+    outputs = run(store, tmp_path, **asked, progress=stop)
+    assert (outputs.complete, outputs.failed, len(trainings.done)) == (False, 0, 1)
+    heading, rows = read(outputs.table)
+    assert [(row["status"], bool(row["probe AUC"]), "fine-tuned AUC" in row) for row in rows] == [
+        ("scored", True, False),
+        ("untrained", True, False),
+    ]
+    assert "AUC after fine-tuning" in heading
+    outputs = run(store, tmp_path, **asked, progress=stop)
+    assert outputs.complete
+    assert steps[3:] == [2, *[1, 2] * 7], "the second fold goes on, the first is not learnt again"
+    first, (_, rows) = outputs.table.read_text(), read(outputs.table)
+    assert [bool(row["fine-tuned AUC"]) for row in rows] == [True] * 3
+    _, lines = read(outputs.summary)
+    (line,) = [one for one in lines if one["measure"] == "fine-tuned AUC" and one["minus full: mean"]]
+    places = [next((tmp_path / "runs" / row["run"] / "finetuned").iterdir()) for row in rows[:2]]
+    expected = predictions.difference(*map(predictions.read, places))
+    assert float(line["minus full: mean"]) == pytest.approx(expected.value)
+    assert (float(line["minus full: low"]), float(line["minus full: high"])) == (expected.low, expected.high)
+    panels = {panel.title: panel for panel in drawn[-1]}
+    names = ["random, noisy teacher", "attended, noisy teacher"]
+    assert panels["fine-tuned, AUC (here)"].points == {
+        name: {0: float(row["fine-tuned AUC"])} for name, row in zip(names, rows, strict=False)
+    }
+    assert panels["fine-tuned, AUC (here)"].baselines == dict.fromkeys(names, float(rows[2]["fine-tuned AUC"]))
+    assert panels[f"fine-tuned AUC less that of '{names[1]}'"].bars == {names[0]: (expected.low, expected.high)}
+    steps.clear()
+    monkeypatch.setattr(scores, "probe", None)
+
+    def note(done: int, total: int, text: str) -> None:
+        steps.append(done)
+
+    others = run(store, tmp_path, labelled=labelled, finetune=1, progress=note).table.read_text()
+    assert (steps, others != first, len(trainings.done)) == ([1] * 9, True, 2), "other steps ask fine-tuning alone"
+    assert run(store, tmp_path, **asked, progress=note).table.read_text() == first
+    assert run(store, tmp_path).table.read_text() == first, "without, those of the last call"
+    assert len(steps) == 9
+
+
+@pytest.mark.usefixtures("undrawn", "two")
+def test_fine_tuning_that_fails_is_a_row_and_mirrors_no_sides(
+    store: PreparedStore, labelled: PreparedStore, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = tmp_path / "sides"
+    files.write_json(sides / SETTINGS, labelled.settings)
+    renamed = [row | {"label": "left" if row["label"] == "small" else "right"} for row in labelled.rows]
+    files.write_text(sides / MANIFEST, "".join(map(files.json_line, renamed)))
+    (sides / "volumes").symlink_to(labelled.folder / "volumes")
+    asked: dict[str, Any] = {"labelled": PreparedStore(sides), "finetune": 1}
+    with monkeypatch.context() as patched:
+        error = DagmanError("UNHEALTHY", "run", "diverged", "lower the rate", exit_code=ExitCode.UNHEALTHY)
+        calls = iter([error])
+
+        def fails_once(*given: Any, **how: Any) -> Any:
+            for error in calls:
+                raise error
+            return finetune(*given, **how)
+
+        patched.setattr(scores.classify, "finetune", fails_once)
+        outputs = run(store, tmp_path / "family", **asked)
+    assert (outputs.complete, outputs.failed) == (True, 1)
+    _, rows = read(outputs.table)
+    assert [row["status"] for row in rows] == ["failed: E-UNHEALTHY", "scored", "untrained"]
+    assert [bool(row["probe AUC"]) for row in rows] == [True] * 3
+    assert [bool(row["fine-tuned AUC"]) for row in rows] == [False, True, True]
+    outputs = run(store, tmp_path / "family", **asked)
+    assert [(row["status"], bool(row["fine-tuned AUC"])) for row in read(outputs.table)[1]][:2] == [
+        ("scored", True)
+    ] * 2
+    assert (outputs.failed, len(trainings.done)) == (0, 2)
+    told = json.loads(next((tmp_path / "family" / "runs").glob("*/finetuned/*/result.json")).read_text())
+    assert told["settings"]["keep_sides"]
+
+
+@pytest.mark.parametrize(("steps", "with_labels", "code"), [(5, False, "USAGE --finetune"), (0, True, "CONFIG")])
+def test_fine_tuning_that_cannot_be_is_refused_before_any_training(
+    store: PreparedStore,
+    labelled: PreparedStore,
+    tmp_path: Path,
+    trainings: Trainings,
+    steps: int,
+    with_labels: bool,
+    code: str,
+) -> None:
+    asked: dict[str, Any] = {"labelled": labelled if with_labels else None, "finetune": steps}
+    with pytest.raises(DagmanError, match=f"^E-{code}"):
+        run(store, tmp_path, **asked)
+    with pytest.raises(DagmanError, match=f"^E-{code}"):
+        ablation.left("hiding", base(), store, tmp_path, seeds=(0,), **asked)
+    assert not trainings.done
 
 
 def test_the_comparison_is_written_after_every_run(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
@@ -460,7 +604,7 @@ def test_organs_are_laid_out_once_a_run_and_kept(
     outputs = run(store, folder, organs=asked)
     heading, rows = read(outputs.table)
     assert "Organs: 24 crops of 6 structures, 2 classes, in 3 patients of the store 'store'; pooled" in heading
-    assert "Not computed here: AUC after fine-tuning (`dagman classify finetune`)." in heading
+    assert "Not computed here: AUC after fine-tuning (`--finetune STEPS`)." in heading
     found = cluster.compare({"run": load_encoder(folder / "runs" / rows[0]["run"])}, organs, asked.places)
     for name, meaning in cluster.MEANINGS.items():
         told = [row[meaning] for row in rows]
@@ -588,6 +732,8 @@ def test_axes_share_runs_and_a_folder_compares_one_base(
     with pytest.raises(DagmanError, match=r"^E-RESUME .*hiding.json: .*optimisation.steps: 2 -> 3") as caught:
         run(store, tmp_path, start=base(**{"optimisation.steps": "3"}))
     assert caught.value.exit_code == ExitCode.REFUSED
+    run(store, tmp_path, start=base(**{"optimisation.examine_every": "7"}))
+    assert len(trainings.done) == 9, "how often they are examined makes no other runs"
     run(store, tmp_path, start=base(**{"optimisation.seed": "7"}))
     assert len(trainings.done) == 9, "the seed of the base means nothing"
 
@@ -693,8 +839,11 @@ def test_the_verb_passes_its_options_and_says_how_it_ended(
     ct = tmp_path / "ct.nii.gz"
     nibabel.save(nibabel.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4)), ct)
     more = ["--epochs", "5", "--seeds", "2", "--devices", "2", "--workers", "1", "--device", "cpu"]
+    more += ["--labelled", str(store.folder), "--finetune", "7"]
     assert cli.run([*words, *more, "--organs", str(store.folder), "--scan", str(ct)]) == code
     assert (heard["organs"].store.folder, heard["organs"].names, heard["scan"].files) == (store.folder, None, (ct,))
+    assert (heard["labelled"].folder, heard["finetune"]) == (store.folder, 7)
+    assert cli.run([*words, "--finetune", "7", "--dry-run"]) == ExitCode.USAGE, "no labels"
     assert cli.run([*words, "--names", str(ct)]) == ExitCode.USAGE, "names of no organs"
     assert cli.run([*words, "--scan", str(store.folder)]) == ExitCode.USAGE, "no CT"
     assert (heard["devices"], heard["workers"], heard["device"], list(heard["seeds"])) == (2, 1, "cpu", [0, 1])

@@ -43,7 +43,8 @@ def table(axis: str) -> str:
     runs = read(FOLDER / f"{axis}.csv")
     reported = {row["variant"]: row for row in runs}
     papers = [name for name in runs[0] if name.startswith("paper")]
-    body = []
+    tuned = {"AUC fine-tuned": ("fine-tuned AUC", 3)} if any("fine-tuned AUC" in key for key in summary) else {}
+    measures, body = tuned | MEASURES, []
     for variant in [name for measure, name in summary if measure == "probe AUC"]:
         probed = summary["probe AUC", variant]
         less = ""
@@ -51,10 +52,10 @@ def table(axis: str) -> str:
             less = f"{float(probed['minus full: mean']):+.3f}"
             if probed["minus full: low"]:
                 less += f" ({float(probed['minus full: low']):+.3f} to {float(probed['minus full: high']):+.3f})"
-        shown = [span(summary.get((name, variant)), digits) for name, digits in MEASURES.values()]
+        shown = [span(summary.get((name, variant)), digits) for name, digits in measures.values()]
         said = [reported.get(variant, {}).get(name) or "" for name in papers]
         body.append([variant, probed["seeds"], span(probed, 3), less, *shown, *said])
-    header = ["variant", "seeds", "AUC here", "less the full method (95 % over patients)", *MEASURES, *papers]
+    header = ["variant", "seeds", "AUC here", "less the full method (95 % over patients)", *measures, *papers]
     return rows(header, body)
 
 

@@ -2,7 +2,8 @@
 
 A config is a frozen, keyword-only dataclass whose fields are scalars, tuples of scalars, `Literal`s, optional values or
 other configs. Where a field may hold one of several configs, their field `kind` tells them apart; without it the first
-is meant. Impossible combinations raise `DagmanError` in `__post_init__`.
+is meant. Impossible combinations raise `DagmanError` in `__post_init__`. A field with the metadata `FREE` changes
+nothing that is computed.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from dagman.errors import DagmanError
 
 Config = TypeVar("Config")
 UNKNOWN = "is not known"
+FREE = {"free": True}
+"""Metadata of a field of which what goes on may have another value."""
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _ITEMS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "words"}
 _COUNTS = {0: "any", 2: "two", 3: "three", 4: "four"}
@@ -35,6 +38,24 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def deciding(config: Any, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Nested dictionary of plain values without the fields that are `FREE`.
+
+    Args:
+        config: Says which fields these are.
+        values: Of such a config, as they were written; its own where None.
+    """
+    given = to_dict(config) if values is None else values
+    free = {field.name for field in dataclasses.fields(config) if field.metadata.get("free")}
+    kept = {}
+    for name, value in given.items():
+        part = getattr(config, name, None)
+        if name not in free:
+            nested = dataclasses.is_dataclass(part) and isinstance(value, Mapping)
+            kept[name] = deciding(part, value) if nested else value
+    return kept
 
 
 def from_dict(kind: type[Config], values: Mapping[str, Any], where: str = "") -> Config:

@@ -47,6 +47,8 @@ class DagmanError(Exception):
         self.problem = printable(problem)
         self.advice = printable(advice)
         self.exit_code = exit_code
+        self.stop_asked = False
+        """A signal asked for a stop in the work that this ended: whoever has more to do does not begin it."""
 
     def __str__(self) -> str:
         return f"E-{self.code} {self.subject}: {self.problem}; {self.advice}"

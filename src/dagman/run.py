@@ -64,7 +64,7 @@ class Run:
         return files.read_lines(self.metrics_file, required=("step",))
 
     def start(self, settings: Any, data: Mapping[str, Any], devices: int) -> None:
-        """Write `config.yaml` and `environment.json`, or compare with those of the run that is continued.
+        """Write `config.yaml` and `environment.json`, after a comparison with those of the run that is continued.
 
         Args:
             settings: The run's config, a frozen dataclass.
@@ -76,8 +76,12 @@ class Run:
         """
         before = self.environment()
         if self.config_file.exists() and before:
-            old = {**self.config(), "data_store": before.get("data"), "devices": before.get("devices")}
-            new = {**config.to_dict(settings), "data_store": dict(data), "devices": devices}
+            old = {
+                **config.deciding(settings, self.config()),
+                "data_store": before.get("data"),
+                "devices": before.get("devices"),
+            }
+            new = {**config.deciding(settings), "data_store": dict(data), "devices": devices}
             lines = config.difference(old, json.loads(json.dumps(new)))
             if lines:
                 raise DagmanError(
@@ -88,8 +92,7 @@ class Run:
                     "which moves the earlier run aside",
                     exit_code=ExitCode.REFUSED,
                 )
-        else:
-            files.write_text(self.config_file, config.to_yaml(settings))
+        files.write_text(self.config_file, config.to_yaml(settings))
         environment = {**describe_environment(), "devices": devices, "data": dict(data)}
         for line in config.difference(before.get("versions", {}), environment["versions"]) if before else []:
             self.log(f"environment changed, {line}: the rest need not be bit-equal to an uninterrupted run")

@@ -78,7 +78,7 @@ def test_a_family_says_what_it_would_cost_and_writes_nothing(organ_store, tmp_pa
     ]
     assert all(line.endswith(" a run") for line in lines[:-1])
     assert lines[-1].startswith("8 runs are left, about ")
-    assert lines[-1].endswith(" in all without examinations, probes and scores")
+    assert lines[-1].endswith(" in all without examinations, probes, fine-tuning and scores")
     assert not out.exists()
     assert run([*common, "--dry-rum", "1"]) == 2
     assert "did you mean --dry-run?" in capsys.readouterr().err

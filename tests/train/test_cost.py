@@ -44,6 +44,8 @@ def test_the_paper_size_is_extrapolated_by_operations() -> None:
     )
     assert f"on these 10 volumes would take about {cost.duration(factor * 8000)} here" in line
     assert "(embedding 48, crop 128^3, 800 epochs)" in line
+    often = cost.time_line(small(batch_size=2, examine_every=7), cost.Measured(1.0, 0.5, 0.25), 30, 10, 1)
+    assert "without examinations (step 1, every 7, the last), probes" in often
     vit = replace(small(), encoder=ViTConfig(), data=DataConfig(crop=(64, 64, 64)))
     factor = cost.encoder_flops(ViTConfig(), (128, 128, 128)) / cost.encoder_flops(ViTConfig(), (64, 64, 64))
     line = cost.time_line(vit, cost.Measured(1.0, 0.5, 0.25), 30, 10, 1)

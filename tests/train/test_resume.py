@@ -133,6 +133,19 @@ def test_a_signal_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None
     assert capfd.readouterr().err == "stopping at the end of this step\n"
 
 
+@pytest.mark.parametrize("stop", [True, False])
+def test_an_error_tells_whether_a_stop_was_asked_for_before_it(stop: bool) -> None:
+    def diverge() -> None:
+        with engine.StopRequest(aloud=False):
+            if stop:
+                signal.raise_signal(signal.SIGINT)
+            raise DagmanError("UNHEALTHY", "run", "diverged", "lower the rate")
+
+    with pytest.raises(DagmanError) as caught:
+        diverge()
+    assert caught.value.stop_asked is stop
+
+
 SCRIPT = """
 import sys
 import torch
@@ -231,6 +244,31 @@ def test_changed_settings_are_refused_with_the_difference(
     assert field in str(caught.value)
     assert "another output folder" in caught.value.advice
     assert "--fresh" in caught.value.advice
+
+
+def test_how_often_a_run_is_examined_changes_nothing_else_and_may_change(
+    store: PreparedStore, whole: Path, tmp_path: Path
+) -> None:
+    interrupted = pretrain(small(examine_every=2), store, tmp_path, listeners=[StopAfter(3)])
+    assert (interrupted.status, interrupted.step) == ("stopped", 4)
+    assert pretrain(small(examine_every=5), store, tmp_path).status == "finished"
+    assert Run(tmp_path).config()["optimisation"]["examine_every"] == 5
+    found, expected = rows(tmp_path), rows(whole)
+    looked = set(expected[0]) - set(expected[1])
+    assert [row["step"] for row in found if looked & row.keys()] == [1, 2, 4, 5, 6]
+    assert len(list((tmp_path / "pictures").iterdir())) == 5
+    shared = [[{name: row[name] for name in row if name not in looked} for row in both] for both in (found, expected)]
+    assert shared[0] == shared[1]
+    assert final_state(tmp_path) == final_state(whole)
+
+
+def test_a_run_from_before_a_setting_that_is_free_goes_on(store: PreparedStore, whole: Path, tmp_path: Path) -> None:
+    pretrain(small(), store, tmp_path, listeners=[StopAfter(0)])
+    written = Run(tmp_path).config_file
+    lines = written.read_text().splitlines(keepends=True)
+    written.write_text("".join(line for line in lines if "examine_every" not in line))
+    assert pretrain(small(), store, tmp_path).status == "finished"
+    assert final_state(tmp_path) == final_state(whole)
 
 
 def test_other_data_and_another_network_are_refused(store: PreparedStore, whole: Path, tmp_path: Path) -> None:

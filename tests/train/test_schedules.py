@@ -102,6 +102,7 @@ def test_epochs_count_a_partial_step_and_all_devices() -> None:
         ({"steps": 5, "momentum": 1.5}, "optimisation.momentum"),
         ({"steps": 5, "gradient_clip": 0.0}, "optimisation.gradient_clip"),
         ({"steps": 5, "accumulate": 0}, "optimisation.accumulate"),
+        ({"steps": 5, "examine_every": 0}, "optimisation.examine_every"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(wrong: dict[str, float], named: str) -> None:

@@ -46,16 +46,15 @@ class Axis:
     source: str
     note: str
     """What else must be known to read it."""
-    elsewhere: str
-    """What the paper measures and no comparison here does, and the verb that does."""
     variants: tuple[Variant, ...]
+    elsewhere: tuple[str, ...] = ()
+    """What the paper measures and no comparison here does, and the verb that does."""
     pictures: tuple[Literal["clusters", "maps"], ...] = ()
     """What the paper shows beside, and this comparison where it is asked for."""
 
 
 FINE_TUNED, PROBED = "AUC, malignancy, fine-tuned", "AUC, malignancy, linear probe"
 DICE_TUNED, DICE_PROBED = "Dice, nodules, fine-tuned", "Dice, nodules, linear probe"
-_FINE_TUNE = "AUC after fine-tuning (`dagman classify finetune`)"
 
 
 def _table_2(probed: float, fine_tuned: float, intra: Sequence[float], inter: Sequence[float]) -> dict[str, float]:
@@ -72,7 +71,6 @@ AXES: dict[str, Axis] = {
         title="Losses",
         source="Table 1",
         note="A term that is not ticked weighs 0; the others weigh what the recipe says.",
-        elsewhere=_FINE_TUNE,
         variants=(
             Variant(name="AMIP", losses=("amip",), paper={FINE_TUNED: 0.859}),
             Variant(name="AMIP + AMPD", losses=("amip", "ampd"), paper={FINE_TUNED: 0.869}),
@@ -87,7 +85,6 @@ AXES: dict[str, Axis] = {
         title="Attended hiding and the noisy teacher",
         source="Figure 4",
         note="Random hiding takes all of its share, attended hiding leaves out its hints: see hidden cells.",
-        elsewhere=_FINE_TUNE,
         variants=(
             Variant(name="random", hidden="random", noisy=False),
             Variant(name="attended", noisy=False),
@@ -102,7 +99,7 @@ AXES: dict[str, Axis] = {
         note="The cell size changes with the stage, to 4, 8, 16 and 32 voxels a side, and with it how many cells are "
         "hidden and shown as hints. The paper prints 'second highest AUC of 0.7 for stage #4 with FT' among Dice "
         "scores: it stands in a column of its own.",
-        elsewhere=f"Dice of nodules (`dagman segment train`), {_FINE_TUNE}",
+        elsewhere=("Dice of nodules (`dagman segment train`)",),
         variants=(
             Variant(name="stage 1", stage=1),
             Variant(name="stage 2", stage=2),
@@ -117,7 +114,6 @@ AXES: dict[str, Axis] = {
         note="SMIT hides all of its random share and DAGMaN its attended share less hints: see hidden cells. SMIT has "
         "a clean teacher and no AITD; on the Swin also no semantic attention, no [CLS], and GITD on stage 3. Swin and "
         "ViT differ in size and in the features that are probed.",
-        elsewhere=_FINE_TUNE,
         variants=(
             Variant(name="SMIT, ViT", recipe="smit-vit", paper=_table_2(0.643, 0.816, (1.30, 0.51), (6.44, 5.27))),
             Variant(name="DAGMaN, ViT", recipe="dagman-vit", paper=_table_2(0.662, 0.847, (1.15, 0.41), (6.59, 4.60))),
@@ -133,7 +129,6 @@ AXES: dict[str, Axis] = {
         note="Each is its recipe, at the base's size, length and settings. They hide different shares, at random, in "
         "blocks or by attention: see hidden cells. Losses that a method does not have have no column; SMIT's Swin has "
         "no [CLS]. Swin and ViT differ in size and in the features that are probed.",
-        elsewhere=_FINE_TUNE,
         pictures=("clusters", "maps"),
         variants=tuple(Variant(name=name, recipe=name) for name in recipes.METHODS),
     ),

@@ -9,7 +9,7 @@ from typing import Any
 
 from dagman import config as configs
 from dagman import files
-from dagman.ablation import scores
+from dagman.ablation import notes, scores
 from dagman.ablation.axes import AXES, facts, papers
 from dagman.ablation.scores import Organs
 from dagman.ct.read import read
@@ -22,7 +22,7 @@ from dagman.nets.encoder import Encoder
 from dagman.nets.weights import load_encoder
 from dagman.tasks import attention, classify, cluster, family, leakage, pointing, watching
 from dagman.tasks.embed import untrained
-from dagman.tasks.family import Row
+from dagman.tasks.family import Judged, Row
 from dagman.train.job import split_rows
 from dagman.train.settings import PretrainConfig
 from dagman.types import Preparation, Scan
@@ -39,13 +39,6 @@ HEADS = {
     "distance_entropy_ratio": "how differently heads look: entropy of their distances / ln(heads)",
     "distance_mm": "how far heads look: attention-weighted distance, mm",
 }
-FEATURES = {"all": "all features (pooled, cells and [CLS])", "pooled": "pooled features"}
-PAPER = (
-    "Paper: 10,412 CTs, 800 epochs, crops of 128 voxels; its numbers are of other tasks, data and sizes and say which "
-    "way to expect, not how much."
-)
-ANOTHER = "The paper's AUC is of malignancy, mostly after fine-tuning: another quantity than this probe's."
-INTERVALS = "Intervals draw patients again, the same for all runs, and keep the fitted probes. One seed gives no range."
 _LAID_OUT = set(cluster.MEANINGS.values())
 _SCORES = "scores.json"
 _KEY = 12
@@ -103,7 +96,7 @@ class Comparison:
 
     def _key(self, name: str) -> str:
         member = self.members[name]
-        settings = configs.to_dict(_seedless(member))
+        settings = configs.deciding(_seedless(member))
         return f"{member.recipe}-{_hash(settings, self.store.store_id, self.devices)}"
 
     def _new(self, name: str) -> Path:
@@ -112,24 +105,29 @@ class Comparison:
         sizes = configs.to_dict(member.encoder), configs.to_dict(member.data)
         return self.folder / "untrained" / _hash(*sizes, self.store.store_id)
 
-    def begin(self, labelled: PreparedStore | None, organs: Organs | None, scan: Scan | None) -> None:
+    def begin(
+        self, labelled: PreparedStore | None, finetune: int | None, organs: Organs | None, scan: Scan | None
+    ) -> None:
         """Note what is compared and with which cases, where `check` finds nothing against it."""
-        before, now = scores.kept(self._settings), self.check(labelled, organs, scan)
+        before, now = scores.kept(self._settings), self.check(labelled, finetune, organs, scan)
         files.write_json(self._settings, now)
         if now["organs"] != before.get("organs"):
             self.clusters.unlink(missing_ok=True)
 
-    def check(self, labelled: PreparedStore | None, organs: Organs | None, scan: Scan | None) -> dict[str, object]:
+    def check(
+        self, labelled: PreparedStore | None, finetune: int | None, organs: Organs | None, scan: Scan | None
+    ) -> dict[str, object]:
         """What is compared and with which cases; that this is what the folder compares, and can be asked of its runs.
 
         Raises:
             DagmanError: `E-OUTPUT`, exit code 4, for a folder in a prepared store; `E-RESUME` (4) for another base,
                 store or number of devices; `E-GRID`, `E-LABEL`, `E-PATIENT`, `E-FOLDS` and `E-LEAK` for cases that
-                cannot be probed; `E-UMAP`, `E-NOMASK`, `E-LABEL` and `E-GRID` for organs that cannot be laid out;
-                as `ct.read.read` for the scan.
+                cannot be probed; `E-USAGE` for fine-tuning without such cases, `E-CONFIG` for fine-tuning of no steps;
+                `E-UMAP`, `E-NOMASK`, `E-LABEL` and `E-GRID` for organs that cannot be laid out; as `ct.read.read` for
+                the scan.
         """
         refuse_inside(self.folder)
-        base = configs.to_dict(_seedless(self.base))
+        base = configs.deciding(_seedless(self.base))
         now = {"base": base, "store": self.store.store_id, "devices": self.devices}
         before = scores.kept(self._settings)
         if lines := configs.difference(before["compared"], json.loads(json.dumps(now))) if before else []:
@@ -145,10 +143,19 @@ class Comparison:
             study = watching.check(labelled, look)
             nothing = leakage.Seen(known=True, how={}, learnt={})
             leakage.refuse(nothing, leakage.twins(labelled), study.together, classify.TASK)
+        if finetune is not None:
+            scores.tuning(finetune)
+            if labelled is None:
+                problem = "was asked for without labelled cases to learn from"
+                raise DagmanError("USAGE", "--finetune", problem, "give --labelled too")
         if scan is not None:
             read(scan)
-        asked = before.get("labelled") if labelled is None else _identity(labelled)
-        return {"compared": now, "labelled": asked, "organs": organs.check(look) if organs else before.get("organs")}
+        return {
+            "compared": now,
+            "labelled": before.get("labelled") if labelled is None else _identity(labelled),
+            "finetune": before.get("finetune") if finetune is None else finetune,
+            "organs": organs.check(look) if organs else before.get("organs"),
+        }
 
     def scored(self, run: Path) -> bool:
         """Whether a run is finished and how it ended is known."""
@@ -175,6 +182,32 @@ class Comparison:
         if "failed" in known:
             files.write_json(run / _SCORES, {"measures": known["measures"]})
 
+    def finetune(
+        self,
+        name: str,
+        run: Path,
+        labelled: PreparedStore | None,
+        steps: int | None,
+        *,
+        say: Callable[[str], None],
+        **how: Any,
+    ) -> bool:
+        """Fine-tune a finished run and its encoder untrained, where it is asked for and not done yet.
+
+        Returns:
+            False where a stop was asked for; the same call continues.
+        """
+        if labelled is None or steps is None:
+            return True
+        for weights, where in ((run, run), (None, self._new(name))):
+            place = where / _tuned_in(_identity(labelled), steps)
+            if scores.tuned(place) is None:
+                say(f"fine-tuning {'this run' if weights else 'its encoder untrained'}: {place}")
+                encoder = load_encoder(run) if weights else untrained(load_encoder(run))
+                if not scores.finetune(encoder, labelled, place, steps, weights=weights, say=say, **how):
+                    return False
+        return True
+
     def note_failure(self, run: Path, error: DagmanError) -> None:
         """Keep why a run failed, beside what is known of it, until it succeeds."""
         files.write_json(run / _SCORES, scores.kept(run / _SCORES) | {"failed": f"E-{error.code}"})
@@ -195,6 +228,7 @@ class Comparison:
                         run=run.name,
                         measures=known.get("measures", {}) | (organs[0] if organs else {}),
                         probed=scores.probed(run / "probes" / asked["labelled"]) if asked.get("labelled") else None,
+                        tuned=_tuned(run, asked),
                     )
         return [found[place] for place in sorted(found)]
 
@@ -211,12 +245,16 @@ class Comparison:
         found = {}
         for place, names in places.items():
             probed = scores.probed(place / asked["labelled"]) if asked.get("labelled") else None
-            organs = self._organs(place, asked)
-            if probed or organs:
-                variant = "untrained" if len(places) == 1 else f"untrained: {', '.join(names)}"
-                measures = organs[0] if organs else {}
-                row = Row(variant=variant, seed=None, status="untrained", measures=measures, probed=probed)
-                found[tuple(names)] = row
+            organs, tuned = self._organs(place, asked), _tuned(place, asked)
+            if probed or organs or tuned:
+                found[tuple(names)] = Row(
+                    variant="untrained" if len(places) == 1 else f"untrained: {', '.join(names)}",
+                    seed=None,
+                    status="untrained",
+                    measures=organs[0] if organs else {},
+                    probed=probed,
+                    tuned=tuned,
+                )
         return found
 
     def laid_out(self, rows: Sequence[Row], new: Mapping[tuple[str, ...], Row]) -> list[clusters_figure.Panel]:
@@ -239,8 +277,8 @@ class Comparison:
         rows, new = self.rows(), self.untrained()
         if not rows:
             return
-        title, notes = self.heading(rows, planned)
-        note = " ".join([title, *notes])
+        title, sentences = self.heading(rows, planned)
+        note = " ".join([title, *sentences])
         every = [*rows, *new.values()]
         found = family.summaries(every, self.full)
         spacing_mm, reported = float(self.store.settings["spacing_mm"]), papers(self.axis, self.base)
@@ -248,10 +286,8 @@ class Comparison:
         family.write_runs(every, told, reported, self.table, note=note)
         family.write_summary(found, self.summary, note=note)
         baselines = {
-            name: row.probed.auc.value
-            for names, row in new.items()
-            for name in names
-            if row.probed and row.probed.auc.value is not None
+            auc: {name: row.values[auc] for names, row in new.items() for name in names if auc in row.values}
+            for auc in family.TITLES
         }
         laid_out = self.laid_out(rows, new)
         titles = TITLES | (CLUSTERS if laid_out else {})
@@ -262,7 +298,7 @@ class Comparison:
             for measure in dict.fromkeys(measure for paper in reported.values() for measure in paper)
             if not measure.endswith("SD")
         }
-        picture = image.png(figure.draw(list(self.members), drawn, by_measure, heads, title=title, notes=notes))
+        picture = image.png(figure.draw(list(self.members), drawn, by_measure, heads, title=title, notes=sentences))
         files.write_bytes(self.picture, picture)
         if laid_out:
             files.write_bytes(self.clusters, clusters_figure.png(laid_out))
@@ -301,38 +337,24 @@ class Comparison:
         recipes = dict.fromkeys(member.recipe for member in self.members.values())
         crop = "x".join(map(str, self.base.data.crop))
         here = f"{', '.join(recipes)}; {len(split_rows(self.store)[0])} volumes, {steps}, crops of {crop} voxels"
+        known, tuned = scores.kept(self._settings), any(row.tuned for row in rows)
+        laid_out = any(_LAID_OUT & row.measures.keys() for row in rows)
         asked = {
-            "clusters": ("organ clusters (`--organs STORE`)", any(_LAID_OUT & row.measures.keys() for row in rows)),
+            "clusters": ("organ clusters (`--organs STORE`)", laid_out),
             "maps": ("attention maps (`--scan CT`)", self.maps.exists()),
         }
-        missing = [axis.elsewhere, *(asked[one][0] for one in axis.pictures if not asked[one][1])]
-        notes = [
-            f"Here: {here}. {PAPER}",
-            self._probe_note(rows),
-            *self._organs_note(rows),
-            f"Differences: variant less '{self.full}', mean and range over the seeds that both have. {INTERVALS}",
+        missing = [*axis.elsewhere, *([] if tuned else [notes.TUNING])]
+        missing += [asked[one][0] for one in axis.pictures if not asked[one][1]]
+        said = [
+            f"Here: {here}. {notes.PAPER}",
+            notes.probe([row.probed for row in rows if row.probed]),
+            *([notes.tuned(known["finetune"])] if tuned else []),
+            *([notes.organs(known["organs"])] if laid_out else []),
+            f"Differences: variant less '{self.full}', mean and range over the seeds that both have. {notes.INTERVALS}",
             axis.note,
-            f"Not computed here: {', '.join(missing)}.",
+            *([f"Not computed here: {', '.join(missing)}."] if missing else []),
         ]
-        return f"{axis.title} ({axis.source}){part}.", notes
-
-    def _organs_note(self, rows: Sequence[Row]) -> list[str]:
-        asked = scores.kept(self._settings).get("organs")
-        if not asked or not any(_LAID_OUT & row.measures.keys() for row in rows):
-            return []
-        among = "" if asked["group_by"] == "patient" else ", which knows no patients: neighbours may be of one"
-        crops = f"{asked['crops']} crops of {asked['of']}, {asked['classes']} classes"
-        where = f"{asked['groups']} {asked['group_by']}s of the store '{asked['store']}'{among}"
-        how = "pooled features, one UMAP of seed 0; intervals over them are in each run's clusters.json"
-        return [f"Organs: {crops}, in {where}; {how}. The paper's are OrganMNIST3D."]
-
-    def _probe_note(self, rows: Sequence[Row]) -> str:
-        probed = [row.probed for row in rows if row.probed]
-        if not probed:
-            return "No labelled cases were given: nothing was probed."
-        words = [FEATURES[name] for name in sorted({one.features for one in probed})]
-        features = ", or of encoders without [CLS] ".join(words)
-        return f"Probe: a linear probe on {features} about {scores.task(probed[0].study)} {ANOTHER}"
+        return f"{axis.title} ({axis.source}){part}.", said
 
 
 def _seedless(config: PretrainConfig) -> PretrainConfig:
@@ -341,6 +363,18 @@ def _seedless(config: PretrainConfig) -> PretrainConfig:
 
 def _hash(*values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:_KEY]
+
+
+def _tuned_in(labelled: str, steps: int) -> Path:
+    """Where fine-tuning on these cases lies in the folder of a run: another place for other settings of ours."""
+    return Path("finetuned") / f"{steps}-steps-{_hash(labelled, configs.to_dict(scores.tuning(steps)))}"
+
+
+def _tuned(place: Path, asked: Mapping[str, Any]) -> Judged | None:
+    """After the fine-tuning that was last asked for, of a run or of an untrained encoder in its folder."""
+    if not asked.get("labelled") or not asked.get("finetune"):
+        return None
+    return scores.tuned(place / _tuned_in(asked["labelled"], asked["finetune"]))
 
 
 def _identity(labelled: PreparedStore) -> str:

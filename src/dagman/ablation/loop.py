@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from dagman.ablation.scores import Organs
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.train import cost, engine
+from dagman.train.classify import Tell
 from dagman.train.job import Listener, split_rows
 from dagman.train.pretrain import pretrain
 from dagman.train.settings import PretrainConfig
@@ -21,6 +23,7 @@ from dagman.types import Scan
 
 CONCERNS_ALL = ("DEVICE", "DISK", "LOCKED", "NODATA", "READER")
 """Errors that would meet every member, or tell of another process at work: they end the call."""
+_PATIENCE = timedelta(days=30)
 MEMORY_ADVICE = "free memory, then run the same command again"
 
 
@@ -51,7 +54,7 @@ class Left:
     runs: int
     """That are left."""
     run_seconds: float
-    """That one of them takes, without examinations, probes and scores; 0 where none is left."""
+    """That one of them takes, without examinations, probes, fine-tuning and scores; 0 where none is left."""
 
 
 def left(
@@ -64,6 +67,7 @@ def left(
     device: Literal["cpu", "cuda"] | None = None,
     devices: int = 1,
     labelled: PreparedStore | None = None,
+    finetune: int | None = None,
     organs: Organs | None = None,
     scan: Scan | None = None,
     settings: Mapping[str, str] | None = None,
@@ -79,6 +83,7 @@ def left(
         device: Where to train.
         devices: Processes that share a step.
         labelled: Cases for a linear probe.
+        finetune: Steps of fine-tuning on them.
         organs: To be laid out.
         scan: To be looked at.
         settings: What the base was given beside its recipe.
@@ -88,7 +93,7 @@ def left(
     """
     members = members_of(axis, base, settings)
     comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
-    comparison.check(labelled, organs, scan)
+    comparison.check(labelled, finetune, organs, scan)
     num_volumes, found = len(split_rows(store)[0]), []
     for name, member in members.items():
         finished, seconds = sum(comparison.scored(comparison.run(name, seed)) for seed in seeds), 0.0
@@ -110,10 +115,12 @@ def ablate(
     devices: int = 1,
     workers: int = 0,
     labelled: PreparedStore | None = None,
+    finetune: int | None = None,
     organs: Organs | None = None,
     scan: Scan | None = None,
     settings: Mapping[str, str] | None = None,
     listener: Callable[[str], Listener],
+    progress: Tell | None = None,
     say: Callable[[str], None],
 ) -> Outputs:
     """Train what is missing of a family, score every run, and write one comparison after each.
@@ -130,10 +137,13 @@ def ablate(
         devices: Processes that share a step, as for `pretrain`.
         workers: Processes that read crops ahead for each device.
         labelled: Cases with labels of two classes for a linear probe; without, those of the last call that had some.
+        finetune: Steps for which all layers of each run, and of its encoder untrained, learn from the labelled cases in
+            each of the probe's folds; without, nothing does, and what is known of the last call's is shown.
         organs: What each run lays out beside; without, nothing is, and what is known of the last call's is shown.
         scan: A CT on which it is shown, at the end, where each variant looks.
         settings: What the base was given beside its recipe, as for `members_of`.
         listener: Makes the listener of a run from its name.
+        progress: Hears of each step of fine-tuning.
         say: Hears what is done.
 
     Raises:
@@ -145,9 +155,10 @@ def ablate(
     """
     members = members_of(axis, base, settings)
     comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
-    comparison.begin(labelled, organs, scan)
+    comparison.begin(labelled, finetune, organs, scan)
     planned = [(name, seed) for seed in seeds for name in members]
     where: dict[str, Any] = {"device": device, "devices": devices, "workers": workers}
+    tuning: dict[str, Any] = {"device": device, "workers": workers, "progress": progress, "say": say}
     complete, failed = True, 0
     for number, (name, seed) in enumerate(planned, 1):
         run = comparison.run(name, seed)
@@ -161,13 +172,16 @@ def ablate(
             if ended and _first_process():
                 with engine.memory_guard(MEMORY_ADVICE):
                     comparison.score(name, run, labelled, organs, device or _default_device())
+                complete = complete and comparison.finetune(name, run, labelled, finetune, **tuning)
         except DagmanError as error:
             if error.code in CONCERNS_ALL:
                 raise
             failed += 1
+            complete = complete and not error.stop_asked
             say(str(error))
             if _first_process():
                 comparison.note_failure(run, error)
+        complete = _agreed(complete=complete)
         if _first_process():
             comparison.write(planned)
         if not complete:
@@ -199,6 +213,18 @@ def _first_process() -> bool:
     """Whether this process scores and writes: with several devices the whole call runs once on each."""
     together = torch.distributed
     return not (together.is_available() and together.is_initialized()) or together.get_rank() == 0
+
+
+def _agreed(*, complete: bool) -> bool:
+    """What the first process says, which may fine-tune for hours, on all."""
+    together = torch.distributed
+    if not (together.is_available() and together.is_initialized()):
+        return complete
+    waiting = together.new_group(timeout=_PATIENCE, backend="gloo")  # the usual groups give up after minutes
+    said = [complete]
+    together.broadcast_object_list(said, src=0, group=waiting)
+    together.destroy_process_group(waiting)
+    return said[0]
 
 
 def _default_device() -> str:

@@ -1,9 +1,9 @@
-"""What is known of a finished run, kept as files: how it ended, its heads, a linear probe, its clusters of organs."""
+"""What is known of a finished run, kept as files: how it ended, its heads, a linear probe, fine-tuning, organs."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,10 @@ from dagman.nets.encoder import Encoder
 from dagman.run import Run
 from dagman.tasks import cluster, diversity, leakage, predictions, structures, study, watching
 from dagman.tasks.embed import suited
-from dagman.tasks.family import Probed
+from dagman.tasks.family import Judged, Probed
 from dagman.tasks.statistics import Estimate
+from dagman.train import classify
+from dagman.train.parts import sided
 from dagman.types import Preparation
 
 LAST_STEPS = 50
@@ -102,6 +104,41 @@ def probed(place: Path) -> Probed | None:
     return Probed(auc=Estimate(**told["auc"]), features=told["features"], study=told["study"], predictions=found)
 
 
+def tuning(steps: int) -> classify.ClassifyConfig:
+    """How fine-tuning goes, but for what the labelled cases decide."""
+    start = classify.ClassifyConfig()
+    return replace(start, unlabelled="leave_out", finetune=replace(start.finetune, steps=steps))
+
+
+def finetune(
+    encoder: Encoder, labelled: PreparedStore, place: Path, steps: int, *, weights: Path | None, **how: Any
+) -> bool:
+    """Fine-tune all layers of an encoder on the folds of the probe, or go on; False where a stop was asked for.
+
+    Args:
+        encoder: Of the run, or untrained; its layers then learn at one rate, as nothing is to be kept in the first.
+        labelled: Cases of two classes. Crops are mirrored, but for classes that name a side of the body.
+        place: Folder of the study.
+        steps: Of each fold.
+        weights: The run; None for an untrained encoder.
+        how: Device, workers, and who hears of it, as `classify.finetune` takes them.
+
+    Raises:
+        DagmanError: As `classify.finetune`.
+    """
+    config, classes = tuning(steps), watching.check(labelled, encoder.preparation).classes.names
+    config = replace(config, positive=watching.positive_of(labelled), keep_sides=bool(sided(classes)))
+    if weights is None:
+        config = replace(config, finetune=replace(config.finetune, layer_decay=1.0))
+    return classify.finetune(encoder, labelled, place, config, weights=weights, **how) is not None
+
+
+def tuned(place: Path) -> Judged | None:
+    """What `finetune` found; None where it has not ended."""
+    told = kept(place / predictions.RESULT)
+    return Judged(auc=Estimate(**told["auc"]), predictions=predictions.read(place)) if told else None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Organs:
     """Crops that every encoder lays out: of the structures of label maps, or whole cases where none has a map."""
@@ -179,15 +216,3 @@ def clustered(place: Path) -> tuple[dict[str, float], figure.Panel] | None:
         return None
     figures = {name: one["value"] for name, one in told["measures"].items() if one["value"] is not None}
     return figures, figure.Panel(**told["panel"] | {"map": np.array(told["panel"]["map"], dtype=float)})
-
-
-def task(study: Mapping[str, Any]) -> str:
-    """What was probed about, and how much of it pretraining saw, for a heading."""
-    seen = study["seen"]
-    same, others = seen["same_voxels"]["count"], seen["same_patient"]["count"]
-    share = f"The training store holds {same} of these cases ({same / seen['tested']:.0%})"
-    patients = f" and other CTs of the patients of {others} more" if others else ""
-    return (
-        f"'{study['positive']}' (the positive class) against '{study['negative']}', {seen['tested']} cases of "
-        f"{study['patients']} patients in the store '{study['store']}'. {share}{patients}, without their labels."
-    )

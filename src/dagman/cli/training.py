@@ -55,7 +55,8 @@ def pretrain(
         devices: Processes that share a step (GPUs of this machine).
         workers: Processes that read crops ahead, for each device.
         checkpoint_every: Steps between two checkpoints.
-        labelled: A prepared store with labels of two classes: a linear probe watches the run, every 100 steps.
+        labelled: A prepared store with labels of two classes: a linear probe watches the run at each examination
+            (`--optimisation.examine-every`, 100 steps).
         compiled: On a GPU, compile what no kernel of ours covers: a minute at the start, faster steps after it.
         fresh: Start anew; an earlier run in the folder is moved aside, not deleted.
         dry_run: Say what would be done and what it would cost, and stop.
@@ -191,6 +192,7 @@ def ablate(
     epochs: int | None = None,
     seeds: int = 3,
     labelled: Path | None = None,
+    finetune: int | None = None,
     organs: Path | None = None,
     names: Path | None = None,
     scan: Path | None = None,
@@ -213,6 +215,8 @@ def ablate(
         epochs: Length of each run in epochs.
         seeds: Runs of each member.
         labelled: A prepared store with labels of two classes, best not the one to train on: each run is probed on it.
+        finetune: Steps for which all layers of each run, and of its encoder untrained, learn from those labels in each
+            fold of the probe: the paper's AUC after fine-tuning (Tables 1 and 2), in RUN/finetuned.
         organs: A prepared store with label maps, or with a label for each case (OrganMNIST3D, the paper's): how each
             run's features of them cluster (Table 2; Figures 4c and 9), in the tables and in AXIS-clusters.png.
         names: Names of the label maps' numbers, as for `dagman cluster`.
@@ -235,6 +239,7 @@ def ablate(
         "device": device,
         "devices": devices,
         "labelled": PreparedStore(labelled) if labelled else None,
+        "finetune": finetune,
         "organs": ablation.Organs(store=PreparedStore(organs), names=named) if organs else None,
         "scan": _one_scan(scan) if scan else None,
         "settings": values,
@@ -242,7 +247,7 @@ def ablate(
     if dry_run:
         _forecast_family(ablation.left(axis, base, store, output, **asked))
         return ExitCode.OK
-    with progress("Pretraining") as tell:
+    with progress("Training") as tell:
         outputs = ablation.ablate(
             axis,
             base,
@@ -251,6 +256,7 @@ def ablate(
             **asked,
             workers=workers,
             listener=lambda _: Watcher(tell),
+            progress=lambda done, total, note: tell(done, total, f"fine-tuning, {note}"),
             say=say,
         )
     if outputs.table.exists():
@@ -287,9 +293,9 @@ def _forecast_family(members: "list[Left]") -> None:
     runs = sum(member.runs for member in members)
     seconds = sum(member.runs * member.run_seconds for member in members)
     say(
-        f"{runs} runs are left, about {duration(seconds)} in all without examinations, probes and scores"
+        f"{runs} runs are left, about {duration(seconds)} in all without examinations, probes, fine-tuning and scores"
         if runs
-        else "no run is left"
+        else "no run is left to train"
     )
 
 

@@ -1,7 +1,7 @@
 """Runs that differ in one thing, side by side: each a row, and each variant's mean over seeds beside the full member's.
 
-A difference pairs runs of the same seed. That of a probe's AUC has an interval too: patients are drawn again, the same
-for all runs, and the probes are not fitted again, as `dagman compare` does it.
+A difference pairs runs of the same seed. That of an AUC, of a probe or after fine-tuning, has an interval too: patients
+are drawn again, the same for all runs, and nothing is fitted again, as `dagman compare` does it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,21 +15,29 @@ from dagman.tasks.predictions import Predictions
 from dagman.tasks.statistics import Estimate
 from dagman.tasks.table import write_rows
 
-AUC = "probe AUC"
-"""Name of the linear probe's measure."""
+AUC, TUNED = "probe AUC", "fine-tuned AUC"
+"""Names of the measures of a linear probe and of the whole network fine-tuned."""
+TITLES = {AUC: "linear probe, AUC (here)", TUNED: "fine-tuned, AUC (here)"}
+"""Of their panels."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Probed:
-    """A linear probe of one encoder."""
+class Judged:
+    """What became of one encoder on labelled cases."""
 
     auc: Estimate
+    predictions: Predictions | None
+    """None where the features had nothing to read."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probed(Judged):
+    """A linear probe of one encoder."""
+
     features: str
     """Which were probed."""
     study: Mapping[str, Any]
     """What the probe was about."""
-    predictions: Predictions | None
-    """None where the features had nothing to read."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,14 +52,22 @@ class Row:
     run: str = ""
     """Name of its folder."""
     measures: Mapping[str, float] = field(default_factory=dict)
-    """Name to value, without the probe."""
+    """Name to value, without the two AUCs."""
     probed: Probed | None = None
+    tuned: Judged | None = None
+    """After fine-tuning."""
+
+    @property
+    def judged(self) -> dict[str, Judged]:
+        """The AUCs that there are, by name, the probe's first."""
+        both = {AUC: self.probed, TUNED: self.tuned}
+        return {name: found for name, found in both.items() if found}
 
     @property
     def values(self) -> dict[str, float]:
-        """All measures, the probe's AUC first."""
-        auc = self.probed.auc.value if self.probed else None
-        return dict(self.measures) if auc is None else {AUC: auc, **self.measures}
+        """All measures, the AUCs first."""
+        aucs = {name: found.auc.value for name, found in self.judged.items() if found.auc.value is not None}
+        return {**aucs, **self.measures}
 
 
 class Spread(NamedTuple):
@@ -72,7 +88,7 @@ class Summary(NamedTuple):
     minus_full: Spread | None
     """Variant less full member, over the seeds that both have; None for the full member, and where they share none."""
     interval: Estimate | None
-    """Of that difference's mean, over patients; None where nothing was probed."""
+    """Of that difference's mean, over patients; None but for an AUC."""
     note: str
     """What must be known to read it, such as that there is one seed."""
 
@@ -95,7 +111,7 @@ def summaries(rows: Sequence[Row], full: str) -> list[Summary]:
         full: The variant that all others are compared with.
 
     Raises:
-        DagmanError: `E-COMPARE`, exit code 4, for probes of different cases.
+        DagmanError: `E-COMPARE`, exit code 4, for AUCs of different cases.
     """
     by_variant: dict[str, dict[int | None, Row]] = {}
     for row in rows:
@@ -118,7 +134,7 @@ def _summary(name: str, variant: str, mine: Mapping[int | None, Row], full: Mapp
     over_seeds = spread([row.values[name] for row in mine.values()])
     pairs = [(mine[seed], full[seed]) for seed in mine if seed in full]
     minus = spread([one.values[name] - other.values[name] for one, other in pairs]) if pairs else None
-    interval = _interval(pairs) if name == AUC and pairs else None
+    interval = _interval(name, pairs)
     notes = [] if None in mine or over_seeds.seeds > 1 else ["one seed: no range"]
     if minus and minus.seeds < over_seeds.seeds:
         notes.append(f"{minus.seeds} of {over_seeds.seeds} seeds in the difference")
@@ -127,11 +143,12 @@ def _summary(name: str, variant: str, mine: Mapping[int | None, Row], full: Mapp
     return Summary(variant, name, over_seeds, minus, interval, "; ".join(notes))
 
 
-def _interval(pairs: Sequence[tuple[Row, Row]]) -> Estimate | None:
+def _interval(name: str, pairs: Sequence[tuple[Row, Row]]) -> Estimate | None:
+    both = [(mine.judged.get(name), full.judged.get(name)) for mine, full in pairs]
     found = [
-        (mine.probed.predictions, full.probed.predictions)
-        for mine, full in pairs
-        if mine.probed and full.probed and mine.probed.predictions and full.probed.predictions
+        (mine.predictions, full.predictions)
+        for mine, full in both
+        if mine and full and mine.predictions and full.predictions
     ]
     return predictions.mean_difference(found) if found else None
 
@@ -153,27 +170,36 @@ def write_runs(
         path: The CSV file.
         note: Its first line.
     """
-    names = [name for name in measures(rows) if name != AUC]
+    names, tuned = [name for name in measures(rows) if name not in TITLES], any(row.tuned for row in rows)
     told = list(dict.fromkeys(name for fact in facts.values() for name in fact))
     reported = list(dict.fromkeys(name for paper in papers.values() for name in paper))
     header = [
         *("variant", "seed", "status", "run", *told),
-        *(AUC, f"{AUC} low", f"{AUC} high", "probed features"),
+        *(*_with_ends(AUC), "probed features"),
+        *(_with_ends(TUNED) if tuned else ()),
         *names,
         *(f"paper: {name}" for name in reported),
     ]
     body = []
     for row in rows:
-        fact, paper, probed = facts.get(row.variant, {}), papers.get(row.variant, {}), row.probed
-        found = [probed.auc.value, probed.auc.low, probed.auc.high, probed.features] if probed else [None] * 4
+        fact, paper = facts.get(row.variant, {}), papers.get(row.variant, {})
         cells = [
             *(row.variant, row.seed, row.status, row.run, *map(fact.get, told)),
-            *found,
+            *(*_ends(row.probed), row.probed.features if row.probed else None),
+            *(_ends(row.tuned) if tuned else ()),
             *map(row.measures.get, names),
             *map(paper.get, reported),
         ]
         body.append(_blank(cells))
     write_rows(path, header, body, note=note)
+
+
+def _with_ends(name: str) -> tuple[str, str, str]:
+    return name, f"{name} low", f"{name} high"
+
+
+def _ends(found: Judged | None) -> tuple[float | None, float | None, float | None]:
+    return (found.auc.value, found.auc.low, found.auc.high) if found else (None, None, None)
 
 
 def write_summary(found: Sequence[Summary], path: Path, *, note: str) -> None:
@@ -201,21 +227,25 @@ def panels(
     titles: Mapping[str, str],
     *,
     full: str,
-    baselines: Mapping[str, float],
+    baselines: Mapping[str, Mapping[str, float]],
 ) -> list[figure.Panel]:
-    """What the figure draws of the runs: the probe, its difference from the full member, and other measures.
+    """What the figure draws of the runs: each AUC, its difference from the full member, and other measures.
 
     Args:
         rows: Of trained runs.
         found: Their summaries.
         titles: Measure to the title of its panel.
         full: The variant that the others are compared with.
-        baselines: Variant to the AUC of its encoder untrained.
+        baselines: AUC to variant to that of its encoder untrained.
     """
-    trained = [row for row in rows if row.seed is not None]
-    probe = figure.Panel("linear probe, AUC (here)", _points(trained, AUC), baselines=baselines)
-    minus = {one.variant: one for one in found if one.measure == AUC and one.minus_full}
-    drawn = [probe, _differences(probe.points, full, minus)] if minus else [probe]
+    trained, drawn = [row for row in rows if row.seed is not None], []
+    for name, title in TITLES.items():
+        points = _points(trained, name)
+        if points or name == AUC:
+            drawn.append(figure.Panel(title, points, baselines=baselines.get(name, {})))
+        minus = {one.variant: one for one in found if one.measure == name and one.minus_full}
+        if minus:
+            drawn.append(_differences(name, points, full, minus))
     return drawn + [figure.Panel(title, _points(trained, name)) for name, title in titles.items()]
 
 
@@ -238,7 +268,9 @@ def _points(rows: Sequence[Row], name: str) -> dict[str, dict[int, float]]:
     return points
 
 
-def _differences(points: Mapping[str, Mapping[int, float]], full: str, minus: Mapping[str, Summary]) -> figure.Panel:
+def _differences(
+    auc: str, points: Mapping[str, Mapping[int, float]], full: str, minus: Mapping[str, Summary]
+) -> figure.Panel:
     of_full = points[full]
     less = {
         name: {seed: value - of_full[seed] for seed, value in points[name].items() if seed in of_full} for name in minus
@@ -248,4 +280,4 @@ def _differences(points: Mapping[str, Mapping[int, float]], full: str, minus: Ma
         for name, one in minus.items()
         if one.interval and one.interval.low is not None and one.interval.high is not None
     }
-    return figure.Panel(f"AUC less that of '{full}'", less, bars, zero=True)
+    return figure.Panel(f"{auc} less that of '{full}'", less, bars, zero=True)

@@ -16,7 +16,7 @@ from dagman.nets.encoder import EncoderConfig
 from dagman.nets.swin import SwinConfig
 from dagman.nets.vit import ViTConfig
 from dagman.pretext.codistill import CoDistillation, Knobs
-from dagman.train.settings import EXAMINE_EVERY, PretrainConfig
+from dagman.train.settings import PretrainConfig
 from dagman.types import Views
 
 PAPER_CROP = (128, 128, 128)
@@ -135,7 +135,8 @@ def time_line(config: PretrainConfig, pair: Measured, steps_left: int, num_volum
     too_much = f", more than the {pair.machine_gib:.1f} GiB there are" if needed > pair.machine_gib else ""
     here = (
         f"about {_three_digits(seconds)} s a step, {duration(seconds * steps_left)} in all without examinations "
-        f"(step 1, every {EXAMINE_EVERY}, the last), probes and pictures; about {needed:.1f} GiB{too_much}"
+        f"(step 1, every {config.optimisation.examine_every}, the last), probes and pictures; "
+        f"about {needed:.1f} GiB{too_much}"
     )
     paper_encoder, size = (
         (SwinConfig(), "embedding 48") if isinstance(config.encoder, SwinConfig) else (ViTConfig(), "width 768")

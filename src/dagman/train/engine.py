@@ -125,6 +125,8 @@ def _leave_signals(_: int) -> None:
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
     """While entered, SIGTERM, SIGUSR1 and SIGINT only raise a flag; a second SIGINT interrupts at once.
 
+    A coded error that leaves it is told of the flag, in `stop_asked`.
+
     Args:
         aloud: Say on standard error that the signal was heard.
     """
@@ -145,7 +147,9 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
                 self._before[name] = signal.signal(name, self._ask)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        if isinstance(error, DagmanError):
+            error.stop_asked = self.wanted or self.agreed
         for name, handler in self._before.items():
             signal.signal(name, handler)
 

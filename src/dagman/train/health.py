@@ -18,7 +18,7 @@ class Alarm:
     limit: str
     """The condition in words."""
     steps: int
-    """How many rows in a row raise the alarm; an examination is a row every hundred steps."""
+    """How many rows in a row raise the alarm; an examination is a row every `optimisation.examine_every` steps."""
     first_ratio: float = 0.0
     """Share of the run before which nothing is counted."""
     first_step: int = 1

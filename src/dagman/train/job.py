@@ -72,7 +72,7 @@ class Job:
     @property
     def identity(self) -> str:
         """Hash of all that decides what is computed; checkpoints carry it."""
-        parts = [configs.to_dict(self.config), self.store.store_id, self.train_rows, self.devices]
+        parts = [configs.deciding(self.config), self.store.store_id, self.train_rows, self.devices]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def rates(self, step: int) -> Rates:

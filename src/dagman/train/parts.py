@@ -85,11 +85,16 @@ def learn(
     return done
 
 
+def sided(classes: Sequence[str]) -> list[str]:
+    """The classes whose names tell a side of the body: left lung, kidney_l, RightAtrium."""
+    return [name for name in classes if _SIDE.search(name)]
+
+
 def refuse_mirrored_sides(classes: Sequence[str], *, keep_sides: bool, say: Callable[[str], None]) -> None:
     """Whoever mirrors crops swaps left and right.
 
     Args:
-        classes: Their names: words (left lung, kidney_l, RightAtrium) tell sides, numbers do not.
+        classes: Their names: words tell sides (`sided`), numbers do not.
         keep_sides: Crops are not mirrored.
         say: Hears a warning about classes whose names tell nothing.
 
@@ -98,11 +103,11 @@ def refuse_mirrored_sides(classes: Sequence[str], *, keep_sides: bool, say: Call
     """
     if keep_sides:
         return
-    if sided := [name for name in classes if _SIDE.search(name)]:
+    if swapped := sided(classes):
         raise DagmanError(
             "CONFIG",
             "keep_sides",
-            f"is off, and classes name a side ({', '.join(sided[:4])}), which mirrored crops swap",
+            f"is off, and classes name a side ({', '.join(swapped[:4])}), which mirrored crops swap",
             "add --keep-sides",
         )
     unnamed = [name for name in classes if _UNNAMED.fullmatch(name)]

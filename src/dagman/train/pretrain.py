@@ -23,7 +23,7 @@ from dagman.tasks import watching
 from dagman.train import cost, engine
 from dagman.train.job import Job, Listener, batches, describe, draw, draw_crops, prepare, resume, save
 from dagman.train.record import Recorder
-from dagman.train.settings import EXAMINE_EVERY, OptimisationConfig, PretrainConfig, Rates
+from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
 from dagman.types import Preparation, Views
 
 __all__ = ["Listener", "OptimisationConfig", "PretrainConfig", "Result", "pretrain"]
@@ -115,9 +115,8 @@ def pretrain(
             time_line = cost.time_line(config, pair, job.total - start, len(job.train_rows), job.devices)
             job.say(f"{describe(job)}; {time_line}")
             if labelled is not None:
-                job.say(
-                    f"{len(labelled)} cases of {labelled.folder} are probed at the first step and every {EXAMINE_EVERY}"
-                )
+                every = config.optimisation.examine_every
+                job.say(f"{len(labelled)} cases of {labelled.folder} are probed at the first step and every {every}")
         done = _loop(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
         if done < job.total:
             job.say(f"stopped after {done} of {job.total} steps; the same command continues")
@@ -147,7 +146,7 @@ def _loop(
             done, due = step + 1, (step + 1) % checkpoint_every == 0 or step + 1 == job.total
             if due and job.validation_rows:
                 row["validation_amip"] = _validate(job, step)
-            looked = done % EXAMINE_EVERY == 0 or done in (1, job.total)
+            looked = done % job.config.optimisation.examine_every == 0 or done in (1, job.total)
             if looked and job.fabric.is_global_zero:
                 row |= _examine(job, step) | ({} if labelled is None else _probe(job, labelled))
             if due or looked:  # which takes long: a stop that was asked for meanwhile needs no further step
@@ -156,6 +155,7 @@ def _loop(
             if job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
                 if job.fabric.is_global_zero:
                     draw(job)
+                _agree(job, stop)
                 raise _unhealthy(job, step)
             if due or stop.agreed:
                 _checkpoint(job, done, last=stop.agreed or done == job.total)
@@ -317,8 +317,11 @@ def _validate(job: Job, step: int) -> float | None:
 
 
 @torch.no_grad()
-def _examine(job: Job, step: int) -> dict[str, float]:
-    """What the teacher knows about crops of the training cases: always the same crops, of as many cases as can be."""
+def _examine(job: Job, step: int) -> dict[str, float | None]:
+    """What the teacher knows about crops of the training cases: always the same crops, of as many cases as can be.
+
+    None stands for what is not finite, of a teacher that has diverged.
+    """
     seed, batch = job.config.optimisation.seed, 2 * job.config.optimisation.batch_size
 
     def crops(first: int, last: int, a_volume: int = 1) -> Tensor:
@@ -333,7 +336,8 @@ def _examine(job: Job, step: int) -> dict[str, float]:
     draw_crops(job, step, crops(0, PICTURED))
     with job.fabric.autocast():
         together = cut(TOGETHER * max(1, batch // TOGETHER), TOGETHER)
-        return examine(job.module, cut(batch), job.rates(step).knobs, together)
+        found = examine(job.module, cut(batch), job.rates(step).knobs, together)
+    return {name: value if engine.all_finite([value]) else None for name, value in found.items()}
 
 
 def _checkpoint(job: Job, done: int, *, last: bool) -> None:

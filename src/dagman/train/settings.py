@@ -1,8 +1,9 @@
 """The settings of a pretraining run, and what its schedules give for each step."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from dagman.config import FREE
 from dagman.ct.datasets import DataConfig
 from dagman.errors import DagmanError
 from dagman.nets.encoder import EncoderConfig
@@ -10,9 +11,6 @@ from dagman.pretext.codistill import Knobs
 from dagman.pretext.method import MethodConfig
 from dagman.train import schedules
 from dagman.train.engine import Precision
-
-EXAMINE_EVERY = 100
-"""Steps between two examinations of the teacher; the first and the last step have one too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +43,16 @@ class OptimisationConfig:
     """`bf16` computes in bfloat16 where that is safe; weights, losses and centers stay float32."""
     checkpointing: bool = False
     """Keep little of the forward pass and compute it again for the gradient: less memory, more time, the same run."""
+    examine_every: int = field(default=100, metadata=FREE)
+    """Steps between two examinations of the teacher, with probe and pictures; the first and the last step have one too.
+    A run may go on with another number."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             given = f"steps {self.steps} and epochs {self.epochs}"
             raise DagmanError("CONFIG", "optimisation", f"has {given}", "give one of them and set the other to none")
-        for field, holds, advice in (
+        for name, holds, advice in (
             ("steps", self.steps is None or self.steps > 0, "give at least 1"),
             ("epochs", self.epochs is None or self.epochs > 0, "give at least 1"),
             ("batch_size", self.batch_size > 0, "give at least 1"),
@@ -62,10 +63,11 @@ class OptimisationConfig:
             ("weight_decay", min(self.weight_decay) >= 0, "give two numbers of at least 0"),
             ("gradient_clip", self.gradient_clip > 0, "give a number above 0"),
             ("momentum", 0 <= self.momentum <= 1, "choose a share from 0 to 1"),
+            ("examine_every", self.examine_every > 0, "give at least 1"),
             ("freeze_last_layer_ratio", 0 <= self.freeze_last_layer_ratio <= 1, "choose a share from 0 to 1"),
         ):
             if not holds:
-                raise DagmanError("CONFIG", f"optimisation.{field}", f"cannot be {getattr(self, field)}", advice)
+                raise DagmanError("CONFIG", f"optimisation.{name}", f"cannot be {getattr(self, name)}", advice)
 
     def volumes_per_step(self, devices: int) -> int:
         """Pairs of views that one optimizer step sees."""
