@@ -260,6 +260,10 @@ def test_labels_that_cannot_be_probed_are_refused_before_any_is_trained(
         files.write_text(folder / MANIFEST, "".join(files.json_line({**row, **change}) for row in labelled.rows))
         with pytest.raises(DagmanError, match=f"E-{code}"):
             run(store, tmp_path / "out", labelled=PreparedStore(folder))
+    three = PreparedStore(labelled.folder)
+    three.rows = [row | {"label": "abc"[place % 3]} for place, row in enumerate(labelled.rows)]
+    with pytest.raises(DagmanError, match=r"E-LABEL.*labels of 3 classes"):
+        run(store, tmp_path / "out", labelled=three)
     assert not trainings.done
 
 

@@ -141,6 +141,9 @@ class Comparison:
         look = Preparation(spacing_mm=float(self.store.settings["spacing_mm"]), crop=self.base.data.crop)
         if labelled is not None:
             study = watching.check(labelled, look)
+            if (count := len(study.classes.names)) != 2:
+                problem = f"has labels of {count} classes, and a comparison asks about two"
+                raise DagmanError("LABEL", labelled.folder, problem, "give a store with labels of two classes")
             nothing = leakage.Seen(known=True, how={}, learnt={})
             leakage.refuse(nothing, leakage.twins(labelled), study.together, classify.TASK)
         if finetune is not None:
