@@ -116,6 +116,7 @@ def run(name: str, fold: int, fraction: float, store: PreparedStore, arguments: 
         "device": arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
         "precision": arguments.precision,
+        "grid": found["grid"],
         "pretraining_overlap": found["pretraining_overlap"],
         "scores": {row["case_id"]: row["scores"] for row in result["rows"]},
     }

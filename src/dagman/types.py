@@ -36,6 +36,12 @@ class Scan:
     split: str | None = None
 
     @property
+    def called(self) -> dict[int, str]:
+        """What the labels of its mask are called: structures as they were chosen, else as the data set says."""
+        chosen = {number: roi for number, roi in enumerate(self.rois, 1) if not roi.isdecimal()}
+        return chosen or dict(self.label_names)
+
+    @property
     def source(self) -> Path:
         """The file, or the folder that holds the series."""
         return self.files[0] if len(self.files) == 1 else self.files[0].parent

@@ -122,6 +122,8 @@ def test_a_row_says_what_was_stored_and_where_it_came_from(table, whole):
     there = own.affine @ [*np.argwhere(np.asarray(own.dataobj)).mean(axis=0), 1]
     np.testing.assert_allclose(np.array(row["affine"]) @ [*row["mask"]["centroid"], 1], there, atol=1e-4)
     assert (hu[mask == 1] > 1000).all()
+    np.testing.assert_array_equal(store.drawn(1), read_mask(table.parent / "b_mask.nii.gz").hu)
+    assert store.drawn(0) is None
     assert store.rows[0]["mask"] is None
     # Patients' and labels' columns are all that is taken from a table.
     assert "case_id,image" not in (whole / "manifest.jsonl").read_text()

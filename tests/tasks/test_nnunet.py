@@ -80,6 +80,81 @@ def test_it_has_the_documented_shape(source, tmp_path, kind, capsys):
         assert not {int(case[1]) // 2 for case in split["train"]} & {int(case[1]) // 2 for case in split["val"]}
 
 
+@pytest.fixture(scope="module")
+def layouts(source):
+    """The same cases as other tools keep them, each beside what its labels are called there."""
+    names, called = [f"c{number}" for number in range(6)], {"0": "background", "1": "bright", "2": "dark"}
+    pairs = [{"image": f"./{name}.nii.gz", "label": f"./masks/{name}.nii.gz"} for name in names]
+    raw = source / "raw"
+    (raw / "dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, "labels": called, "training": pairs}))
+    patients = [{**pair, "patient": f"p{number // 2}"} for number, pair in enumerate(pairs)]
+    (raw / "list.json").write_text(json.dumps({"training": patients}))
+    given = nnunet.export(raw / "cases.csv", source, number=99, labels="bright=1,dark=2")
+    return {"msd": raw, "datalist": raw / "list.json", "csv": raw / "cases.csv", "nnunet": given}
+
+
+@pytest.mark.parametrize("kind", ["msd", "datalist", "csv", "nnunet"])
+def test_data_sets_go_to_nnunet_as_they_lie_and_its_predictions_are_scored_against_them(
+    layouts, tmp_path, kind, capsys
+):
+    known = kind in ("datalist", "csv")
+    command = ["segment", "export-nnunet", "-i", str(layouts[kind]), "-o", str(tmp_path)]
+    assert run([*command, *([] if known else ["--group-by", "case"])]) == 0
+    folder = tmp_path / "Dataset501_CT"
+    named = ["bright", "dark"] if kind in ("msd", "nnunet") else ["label 1", "label 2"]
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, named[0]: 1, named[1]: 2}
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 6
+    # What nnUNetv2_predict leaves in its folder, beside its label maps.
+    (folder / "labelsTr").rename(tmp_path / "predicted")
+    for name in ("dataset.json", "plans.json", "predict_from_raw_data_args.json"):
+        (tmp_path / "predicted" / name).write_text((folder / "dataset.json").read_text())
+    command = ["segment", "score", "-i", str(tmp_path / "predicted"), "--reference", str(layouts[kind])]
+    assert run([*command, "-o", str(tmp_path / "scores")]) == 0
+    result = json.loads((tmp_path / "scores" / "result.json").read_text())
+    assert (result["cases"], result["group_by"]) == (6, "patient" if known else "case")
+    assert {name: found["all"]["dice"]["value"] for name, found in result["classes"].items()} == dict.fromkeys(named, 1)
+
+
+def test_what_no_prediction_is_of_is_left_out_by_split(source, tmp_path, capsys):
+    table = tmp_path / "cases.csv"
+    rows = [line.split(",") for line in (source / "raw" / "cases.csv").read_text().splitlines()]
+    moved = [
+        [name, *(f"{source}/raw/{cell}" for cell in files), patient, "test" if name in ("c0", "c1") else "train"]
+        for name, *files, patient in rows[1:]
+    ]
+    table.write_text("\n".join(",".join(row) for row in [[*rows[0], "split"], *moved]) + "\n")
+    folder = nnunet.export(table, tmp_path, protocol=Protocol(split=True))
+    command = ["segment", "score", "-i", str(folder / "labelsTs"), "-o", str(tmp_path / "scores")]
+    for reference in (folder, table):
+        assert run([*command, "--reference", str(reference)]) == 0
+        assert "4 references of the split train are left out: no prediction is of that" in capsys.readouterr().err
+        result = json.loads((tmp_path / "scores" / "result.json").read_text())
+        assert (result["cases"], result["splits_without_prediction"]) == (2, {"train": 4})
+
+
+def test_a_list_of_which_nothing_can_be_used_says_why(source, tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "gone.nii.gz", "label": "gone.nii.gz"}]}))
+    with pytest.raises(DagmanError, match=r"E-LAYOUT.*training\[0\].*gone.nii.gz does not exist"):
+        matching.score([source / "raw" / "masks"], tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("kind", ["store", "raw/cases.csv"])
+def test_nnunets_own_check_passes(source, tmp_path, kind, capfd, monkeypatch):
+    pytest.importorskip("nnunetv2", reason="the extra `nnunet` is not installed")
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+    folder = nnunet.export(source / kind, tmp_path)
+    verify_dataset_integrity(str(folder), 1)
+    told = capfd.readouterr().out
+    assert "verify_dataset_integrity Done" in told
+    assert not any(word in told.lower() for word in ("mismatch", "unexpected", "error:", "warning"))
+    # It does look: a label that dataset.json does not name is found.
+    image = nibabel.load(folder / "labelsTr" / "c0.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj) * 9, image.affine), folder / "labelsTr" / "c0.nii.gz")
+    with pytest.raises(RuntimeError, match="unexpected labels"):
+        verify_dataset_integrity(str(folder), 1)
+
+
 def test_store_and_table_get_the_folds_of_segment_train(source, tmp_path):
     made = [
         nnunet.export(source / kind, tmp_path, number=number, labels="1")

@@ -177,6 +177,19 @@ def test_probabilities_are_interpolated_so_that_a_border_lies_between_voxels(bri
     np.testing.assert_array_equal(along, np.arange(16) * 0.25 - 0.375 > 1.625)
 
 
+@pytest.mark.parametrize("axes", ["RAS", "permuted, flipped"])
+def test_slab_by_slab_it_is_the_same(monkeypatch, axes):
+    likely = np.random.default_rng(0).random((3, 9, 8, 7), np.float32)
+    affine = np.eye(4)
+    affine[:3, :3] = AXES[axes] * (0.6, 0.7, 0.3)
+    affine[:3, 3] = np.where(AXES[axes].sum(axis=1) > 0, -0.4, 7.1)
+    fine = Grid((14, 13, 25), affine)
+    whole = segment.most_likely(likely, np.eye(4), fine)
+    monkeypatch.setattr(segment, "_SLAB_VOXELS", 700)
+    assert len(np.unique(whole)) == 3
+    np.testing.assert_array_equal(segment.most_likely(likely, np.eye(4), fine), whole)
+
+
 def test_nothing_is_predicted_where_nothing_was_looked_at(bright):
     likely = np.zeros((2, 3, 3, 3), np.float32)
     likely[1] = 1

@@ -230,9 +230,10 @@ def score(
 
     Args:
         predictions: Folders of label maps (NIfTI, NRRD, MHA), matched by name: CASE.nii.gz, CASE_seg.nii.gz.
-        reference: Folder of label maps, or a CSV `case_id,image,mask,patient`, which groups intervals by patient.
+        reference: Folder of label maps; a CSV `case_id,image,mask,patient`, which groups intervals by patient; an
+            nnU-Net or Decathlon folder; a MONAI datalist. Of splits, those that predictions are of.
         output: Folder for cases.csv, result.json and cases.png.
-        labels: Such as `2,5`, or `tumour=1+2,node=5` to join labels; all labels of the references without.
+        labels: Such as `2,5` or `liver`, or `tumour=1+2,node=5` to join labels; all labels of the references without.
         seed: Of the bootstrap.
     """
     from dagman.tasks import matching, segmentation_scores
@@ -247,6 +248,7 @@ def score(
         "not_scored": [str(error) for error in found.rejected],
         "predictions_without_reference": [path.name for path in found.unmatched],
         "without_prediction": list(found.missing),
+        "splits_without_prediction": found.left_out,
         "dice_of_predicted": found.dice_of_predicted,
         "labels_in_no_reference": {case: list(values) for case, values in found.strange.items()},
     }
@@ -269,6 +271,8 @@ def _tell_left_out(found: "Scored", output: Path) -> None:
         say(str(error))
     if len(found.rejected) > MOST_LINES:
         say(f"... and {len(found.rejected) - MOST_LINES} more in {output / 'result.json'}")
+    for split, number in found.left_out.items():
+        say(f"{number} references of the split {split} are left out: no prediction is of that split")
     if found.unmatched:
         say(f"{len(found.unmatched)} predictions have no reference, such as {found.unmatched[0].name}")
     if found.missing:
@@ -297,7 +301,8 @@ def export_nnunet(
     """Write the cases and our folds for nnU-Net, to train it as a baseline with its own commands.
 
     Args:
-        data: A prepared store, or a CSV whose scans keep their own voxels.
+        data: A prepared store; or a CSV, an nnU-Net or Decathlon folder or a MONAI datalist, whose scans keep their own
+            voxels.
         output: nnU-Net's folder of raw data (nnUNet_raw).
         number: Of the data set, 1 to 999.
         name: Of the data set.

@@ -134,7 +134,8 @@ def prepare_case(scan: Scan, *, sources: tuple[Path, ...], output: Path, config:
 def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -> Row:
     started = time.monotonic()
     before = fingerprint(scan)
-    volume, prepared, digest = _as_it_is(scan, config) if scan.kind == "medmnist" else _brought_into_form(scan, config)
+    brought = _as_it_is if scan.kind == "medmnist" else _brought_into_form
+    volume, prepared, drawn, digest = brought(scan, config)
     if fingerprint(scan) != before:
         raise DagmanError(
             "CHANGED", scan.source, "changed while it was read", "wait for the copy to end, then run again"
@@ -156,41 +157,48 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
         **_written(store.array_path(output, "volumes", scan.case_id, config.storage), prepared.hu),
         "mask": None,
     }
-    if prepared.mask is not None:
+    if prepared.mask is not None and drawn is not None:
         fault_point("prepare.before_mask")
         labels, counts = np.unique(prepared.mask, return_counts=True)
         row["mask"] = {
             "source_sha256": source_sha256([scan.mask] if scan.mask else []),
             "tiny_labels": list(prepared.tiny_labels),
             **({"rois": list(scan.rois)} if scan.rois else {}),
-            **({"names": names} if (names := _label_names(scan)) else {}),
+            **({"names": {str(label): name for label, name in scan.called.items()}} if scan.called else {}),
             "voxels": {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label},
             **({} if prepared.centroid is None else {"centroid": _plain(prepared.centroid)}),
             **_written(store.array_path(output, "masks", scan.case_id, config.storage), prepared.mask),
+            "drawn": _drawn(store.array_path(output, "drawn", scan.case_id, config.storage), drawn),
         }
     row["seconds"] = round(time.monotonic() - started, 3)
     return {"case_id": scan.case_id, **before, "row": row}
 
 
-def _label_names(scan: Scan) -> dict[str, str]:
-    """What the labels of its mask are called, where a data set or the table says it."""
-    chosen = [(number, roi) for number, roi in enumerate(scan.rois, 1) if not roi.isdecimal()]
-    return {str(number): name for number, name in chosen or scan.label_names}
+def _drawn(path: Path, mask: np.ndarray) -> Row:
+    """Write the box of a mask that holds its labels, on the scan's own voxels: what segmentations are judged by."""
+    lines = [np.flatnonzero((mask != 0).any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    box = [(int(line[0]), int(line[-1]) + 1) if len(line) else (0, 1) for line in lines]
+    labels = mask[tuple(slice(*edges) for edges in box)]
+    return {
+        "corner": [low for low, _ in box],
+        **_written(path, labels.astype(np.uint8) if labels.max() <= 255 else labels),
+    }
 
 
-def _brought_into_form(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepared, str]:
-    """A scan as read and as stored, and the checksum of its files."""
+def _brought_into_form(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepared, np.ndarray | None, str]:
+    """A scan as read and as stored, its mask as drawn, and the checksum of its files."""
     volume = read.read(scan)
     mask = read.read_mask_of(scan, volume)
     digest = source_sha256(scan.files)
-    return volume, prepare_volume(volume, config, mask.hu if mask else None), digest
+    labels = mask.hu if mask else None
+    return volume, prepare_volume(volume, config, labels), labels, digest
 
 
-def _as_it_is(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepared, str]:
+def _as_it_is(scan: Scan, config: PrepareConfig) -> tuple[Volume, Prepared, None, str]:
     """A cube without a size of its own: its voxels are the store's."""
     volume = medmnist.volume(scan, config.spacing_mm)
     prepared = Prepared(hu=volume.hu, affine=volume.affine, mask=None, clipped_ratio=0.0)
-    return volume, prepared, medmnist.sha256(scan.files[0])
+    return volume, prepared, None, medmnist.sha256(scan.files[0])
 
 
 def _written(path: Path, array: np.ndarray) -> Row:
@@ -271,9 +279,11 @@ def refuse_other_case(scan: Scan, row: Row) -> None:
 
 def is_stored(output: Path, row: Row, storage: store.Storage) -> bool:
     """Whether the files of a row are there with their sizes."""
-    recorded = {"volumes": row} | ({"masks": row["mask"]} if row["mask"] else {})
-    paths = {kind: store.array_path(output, kind, row["case_id"], storage) for kind in recorded}
-    return all(path.is_file() and path.stat().st_size == recorded[kind]["bytes"] for kind, path in paths.items())
+    return all(
+        (path := store.array_path(output, kind, row["case_id"], storage)).is_file()
+        and path.stat().st_size == kept["bytes"]
+        for kind, kept in store.recorded(row).items()
+    )
 
 
 def rejected_row(case_id: str | None, source: str, error: DagmanError | Problem) -> Row:

@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from dagman.config import difference, to_dict
 from dagman.ct import store
@@ -313,15 +314,15 @@ def _settings_error(output: Path, problem: str) -> DagmanError:
 
 def _remove_leftovers(output: Path) -> None:
     """Delete what a killed run left half-written; the lock says that nobody is at it."""
-    for folder in (output, output / "volumes", output / "masks"):
+    for folder in (output, *(output / kind for kind in get_args(store.Kind))):
         for path in folder.glob(f".*{TEMPORARY_SUFFIX}*"):
             path.unlink()
 
 
 def _remove_unlisted(output: Path, rows: Sequence[Row]) -> None:
     """Delete arrays that the manifest does not list: those of cases that have since been rejected."""
-    listed = {"volumes": {row["case_id"] for row in rows}, "masks": {row["case_id"] for row in rows if row["mask"]}}
-    for kind, cases in listed.items():
+    for kind in get_args(store.Kind):
+        cases = {row["case_id"] for row in rows if kind in store.recorded(row)}
         for suffix in store.SUFFIXES.values():
             for path in (output / kind).glob(f"*{suffix}"):
                 if path.name.removesuffix(suffix) not in cases:

@@ -1,14 +1,15 @@
 """Prepared volumes on disk, from which a crop is read in milliseconds.
 
 A store is a folder: `prepare.json` (settings and format), `manifest.jsonl` (one row a case, sorted by case),
-`rejected.jsonl`, and one array a case in `volumes/` (int16 HU) and, where there is one, in `masks/`. Arrays are blosc2
+`rejected.jsonl`, and one array a case in `volumes/` (int16 HU) and, where there is one, in `masks/`, and the box of
+labels as they were drawn, on the scan's own voxels, in `drawn/`. Arrays are blosc2
 `.b2nd`, or `.npy` for machines without blosc2. Nothing is trusted that the manifest does not list with its size and
 SHA-256. The HU window is applied when a crop is read, so that one store serves every window.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ MANIFEST = "manifest.jsonl"
 SETTINGS = "prepare.json"
 SUFFIXES = {"blosc2": ".b2nd", "npy": ".npy"}
 Storage = Literal["blosc2", "npy"]
+Kind = Literal["volumes", "masks", "drawn"]
 Triple = tuple[int, int, int]
 
 
@@ -128,7 +130,8 @@ class PreparedStore:
     def store_id(self) -> str:
         """16 hexadecimal digits that change with the settings, the cases, or any stored voxel."""
         content = [self.settings] + [
-            [row["case_id"], row["sha256"], row["mask"] and row["mask"]["sha256"]] for row in self.rows
+            [row["case_id"], row["sha256"], row["mask"] and row["mask"]["sha256"], *_drawn_sha256(row)]
+            for row in self.rows
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -137,8 +140,8 @@ class PreparedStore:
         x, y, z = self.rows[row]["shape"]
         return int(x), int(y), int(z)
 
-    def path(self, row: int, kind: Literal["volumes", "masks"] = "volumes") -> Path:
-        """Where a row's volume or mask lies."""
+    def path(self, row: int, kind: Kind = "volumes") -> Path:
+        """Where an array of a row lies."""
         return array_path(self.folder, kind, str(self.rows[row]["case_id"]), self.settings["storage"])
 
     def hu(self, row: int, corner: Triple | None = None, size: Triple | None = None) -> Int16[np.ndarray, "x y z"]:
@@ -160,25 +163,37 @@ class PreparedStore:
             return None
         return self._crop(row, "masks", corner, size, 0)
 
-    def _crop(
-        self, row: int, kind: Literal["volumes", "masks"], corner: Triple | None, size: Triple | None, outside: int
-    ) -> np.ndarray:
+    def drawn(self, row: int) -> Integer[np.ndarray, "own_x own_y own_z"] | None:
+        """The case's label map as it was drawn, on the scan's own voxels (`source_shape`, `source_affine`), RAS+.
+
+        None for a case without a mask, and in stores of earlier versions, which do not keep it.
+
+        Raises:
+            DagmanError: `E-CHECKSUM` naming the case, when the file is missing or damaged.
+        """
+        kept = recorded(self.rows[row]).get("drawn")
+        if kept is None:
+            return None
+        x, y, z = (-int(edge) for edge in kept["corner"])
+        width, height, depth = self.rows[row]["source_shape"]
+        return self._crop(row, "drawn", (x, y, z), (width, height, depth), 0)
+
+    def _crop(self, row: int, kind: Kind, corner: Triple | None, size: Triple | None, outside: int) -> np.ndarray:
         path = self.path(row, kind)
-        recorded = self.rows[row] if kind == "volumes" else self.rows[row]["mask"]
         try:
             if path not in self._checked:
-                self._check(path, recorded)
+                self._check(path, recorded(self.rows[row])[kind])
             return padded_crop(
                 _open_array(path), corner or (0, 0, 0), size if size is not None else self.shape(row), outside
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise _damaged(path, f"cannot be read ({type(error).__name__})") from error
 
-    def _check(self, path: Path, recorded: dict[str, Any]) -> None:
+    def _check(self, path: Path, kept: Mapping[str, Any]) -> None:
         """Compare a file with the manifest, once in each process."""
-        if path.stat().st_size != recorded["bytes"]:
-            raise _damaged(path, f"holds {path.stat().st_size} bytes, not {recorded['bytes']}")
-        if sha256_file(path) != recorded["sha256"]:
+        if path.stat().st_size != kept["bytes"]:
+            raise _damaged(path, f"holds {path.stat().st_size} bytes, not {kept['bytes']}")
+        if sha256_file(path) != kept["sha256"]:
             raise _damaged(path, "has not the checksum of the manifest")
         self._checked.add(path)
 
@@ -191,18 +206,28 @@ class PreparedStore:
         damaged = [
             path
             for row in (range(len(self)) if rows is None else rows)
-            for path, recorded in self._files(row)
-            if not path.is_file() or path.stat().st_size != recorded["bytes"] or sha256_file(path) != recorded["sha256"]
+            for path, kept in self._files(row)
+            if not path.is_file() or path.stat().st_size != kept["bytes"] or sha256_file(path) != kept["sha256"]
         ]
         if damaged:
             raise _damaged(damaged[0], f"is not what was written (so are {len(damaged) - 1} others)")
 
-    def _files(self, row: int) -> list[tuple[Path, dict[str, Any]]]:
-        mask = self.rows[row]["mask"]
-        return [(self.path(row), self.rows[row])] + ([(self.path(row, "masks"), mask)] if mask else [])
+    def _files(self, row: int) -> list[tuple[Path, Mapping[str, Any]]]:
+        return [(self.path(row, kind), kept) for kind, kept in recorded(self.rows[row]).items()]
 
 
-def array_path(folder: Path, kind: Literal["volumes", "masks"], case_id: str, storage: Storage) -> Path:
+def recorded(row: Mapping[str, Any]) -> dict[Kind, Mapping[str, Any]]:
+    """What a manifest's row says of each of its arrays: `bytes`, `sha256`."""
+    mask = row["mask"] or {}
+    kept: dict[Kind, Mapping[str, Any]] = {"volumes": row}
+    return kept | ({"masks": mask} if mask else {}) | ({"drawn": mask["drawn"]} if "drawn" in mask else {})
+
+
+def _drawn_sha256(row: Mapping[str, Any]) -> list[str]:
+    return [kept["sha256"] for kind, kept in recorded(row).items() if kind == "drawn"]
+
+
+def array_path(folder: Path, kind: Kind, case_id: str, storage: Storage) -> Path:
     """Where the array of a case lies in a store."""
     return folder / kind / f"{case_id}{SUFFIXES[storage]}"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from dagman import files
-from dagman.ct import grid
+from dagman.ct import grid, layouts
 from dagman.ct.index import index
 from dagman.ct.read import read, read_mask, read_mask_of
 from dagman.errors import DagmanError, ExitCode
@@ -18,6 +19,7 @@ from dagman.figures import segmentation as figure
 from dagman.tasks import segmentation_scores
 from dagman.tasks.classes import Classes, choose
 from dagman.tasks.segmentation_scores import Row, compare
+from dagman.tasks.study import agreed
 from dagman.types import Scan, Volume
 
 _SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -36,7 +38,12 @@ class Pair:
     prediction: Path | None
     """None where there is none."""
     scan: Scan | None = None
-    """Its CT, where a table names it."""
+    """Its CT, where a table or data set names it."""
+
+    @property
+    def split(self) -> str:
+        """That its table or data set puts it in."""
+        return (self.scan and self.scan.split) or "none"
 
 
 def pairs(predictions: Sequence[Path], reference: Path) -> tuple[list[Pair], list[Path]]:
@@ -46,7 +53,7 @@ def pairs(predictions: Sequence[Path], reference: Path) -> tuple[list[Pair], lis
 
     Args:
         predictions: Folders of label maps, or label maps.
-        reference: Folder of label maps, or a CSV table `case_id,image,mask[,patient]`.
+        reference: As `references`.
 
     Returns:
         All references in order, and predictions without reference.
@@ -59,8 +66,17 @@ def pairs(predictions: Sequence[Path], reference: Path) -> tuple[list[Pair], lis
 
 
 def references(source: Path) -> tuple[list[Pair], list[DagmanError]]:
-    """The references of a folder or table, and its rows that cannot be used."""
-    if source.suffix.lower() != ".csv":
+    """The references of a source, and its rows that cannot be used.
+
+    Args:
+        source: Folder of label maps, a CSV table `case_id,image,mask[,patient]`, an nnU-Net or Decathlon folder, or a
+            MONAI datalist.
+
+    Raises:
+        DagmanError: As `pairs`; what is wrong with the first row where none can be used.
+    """
+    listed = layouts.lists(source)
+    if source.suffix.lower() != ".csv" and not (listed and layouts.is_whole(source, listed)):
         return _folder(source), []
     scans, problems = index([source])
     lost = [
@@ -73,6 +89,8 @@ def references(source: Path) -> tuple[list[Pair], list[DagmanError]]:
         for scan in scans
         if scan.mask is not None
     ]
+    if lost and not kept:
+        raise lost[0]
     return kept, lost
 
 
@@ -198,6 +216,8 @@ class Scored:
     """By case."""
     strange: dict[str, tuple[int, ...]]
     """Label values of predictions that no reference holds, by case; they count as background."""
+    left_out: dict[str, int]
+    """References of splits that no prediction is of, by split: they were not to be predicted, and are in no score."""
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -230,7 +250,7 @@ def score(
 
     Args:
         predictions: Folders of label maps.
-        reference: Folder of label maps, or a CSV table `case_id,image,mask[,patient]`.
+        reference: As `references`.
         labels: As `classes.choose`; all labels of the references without.
         progress: Hears of each finished case.
 
@@ -239,11 +259,14 @@ def score(
     """
     wanted, lost = references(reference)
     matched, unmatched = _matched(_by_name(predictions), wanted, reference)
+    predicted_splits = {pair.split for pair in matched if pair.prediction}
+    left_out = Counter(pair.split for pair in matched if pair.split not in predicted_splits)
+    matched = [pair for pair in matched if pair.split in predicted_splits]
     seen: set[int] = set()
     for pair in matched:
         with _noted([]):
             seen |= set(np.unique(_reference(pair).hu).tolist())
-    classes = choose(labels, seen)
+    classes = choose(labels, seen, agreed(pair.scan.called for pair in matched if pair.scan))
     rejected, rows, scored, strange = list(lost), list[Row](), dict[str, Pair](), dict[str, tuple[int, ...]]()
     for done, pair in enumerate(matched, 1):
         with _noted(rejected):
@@ -270,6 +293,7 @@ def score(
         unmatched=tuple(unmatched),
         scored=scored,
         strange=strange,
+        left_out=dict(left_out),
     )
 
 

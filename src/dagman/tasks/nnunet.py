@@ -40,7 +40,8 @@ def export(
     """Write a data set with our folds.
 
     Args:
-        source: A prepared store, or a CSV table whose scans are written with their own voxels.
+        source: A prepared store; or a CSV table, an nnU-Net or Decathlon folder or a MONAI datalist, whose scans are
+            written with their own voxels.
         raw: The folder that nnU-Net knows as `nnUNet_raw`.
         number: Of the data set, 1 to 999.
         name: Of the data set.
@@ -137,7 +138,7 @@ def _from_table(source: Path) -> tuple[list[Case], Callable[[tuple[int, ...]], T
     """Scans with their own voxels, turned to RAS+; the masks are read once for their labels, and once again.
 
     Raises:
-        DagmanError: `E-TABLE` for a table with rows that cannot be used: a baseline is trained on all or nothing.
+        DagmanError: `E-TABLE` for a source with rows that cannot be used: a baseline is trained on all or nothing.
     """
     scans, problems = index([source])
     for problem in problems:
@@ -149,6 +150,7 @@ def _from_table(source: Path) -> tuple[list[Case], Callable[[tuple[int, ...]], T
             patient=scan.patient,
             split=scan.split,
             labels=_labels(scan) if scan.mask else None,
+            names=scan.called,
         )
         for scan in scans
     ]

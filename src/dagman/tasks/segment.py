@@ -26,6 +26,8 @@ from dagman.types import Grid, Preparation, Scan
 OVERLAP_RATIO = 0.5
 Precision = Literal["float32", "bf16"]
 To = Literal["nifti", "dicom-seg"]
+_SLAB_VOXELS = 2**24
+"""Of another grid, at once: a handful of float32 values each."""
 DONE = "predictions.jsonl"
 """What was predicted from what, a line for each scan."""
 
@@ -178,8 +180,21 @@ def most_likely(
 ) -> UInt8[np.ndarray, "other_x other_y other_z"]:
     """The most likely class of each voxel of another grid; background where nothing was looked at.
 
-    Probabilities are interpolated, not labels: a border keeps its place between voxels.
+    Probabilities are interpolated, not labels: a border keeps its place between voxels. Slab by slab, as a scan's own
+    voxels may be many more than the prepared ones.
     """
+    numbers = np.zeros(target.shape, np.uint8)
+    num, width, depth = target.shape
+    step = max(1, _SLAB_VOXELS // (width * depth))
+    for first in range(0, num, step):
+        moved = np.eye(4)
+        moved[0, 3] = first
+        slab = Grid((min(step, num - first), width, depth), target.affine @ moved)
+        numbers[first : first + step] = _most_likely(found, affine, slab)
+    return numbers
+
+
+def _most_likely(found: np.ndarray, affine: np.ndarray, target: Grid) -> np.ndarray:
     best = onto(found[0], affine, target)
     numbers = np.zeros(best.shape, np.uint8)
     for number, likely in enumerate(found[1:], 1):

@@ -27,10 +27,13 @@ RULES = {
     "are parts of the prediction without a voxel of the reference",
     "distances": "hd95_mm: the larger of the two directed 95th percentiles between surfaces (as MONAI); nsd_2mm "
     "counts surface voxels within 2 mm, not their area (as MONAI; DeepMind's weighs areas)",
+    "grid": "native: the scan's (of `segment score` the reference's) own voxels and label file as drawn; store: the "
+    "prepared store's voxels, to which the label file was resampled",
     "interval": "95 %, bias-corrected and accelerated bootstrap over patients",
 }
 TOLD = ("dice", "hd95_mm", "nsd_2mm", "absolute_volume_error_percent", "lesion_sensitivity")
 """Scores that a person is told first."""
+On = Literal["native", "store"]
 _COLUMNS = tuple(field.name for field in fields(Overlap))
 
 
@@ -43,6 +46,8 @@ class Row:
     name: str
     """Of the class."""
     scores: Overlap
+    grid: On = "native"
+    """Whose voxels were compared: the scan's own, or the store's."""
     note: str = ""
     """What a person should look at."""
 
@@ -55,6 +60,7 @@ def compare(
     *,
     case_id: str,
     patient: str | None,
+    on: On = "native",
 ) -> list[Row]:
     """Rows of one case.
 
@@ -65,13 +71,14 @@ def compare(
         spacing_mm: Voxel size.
         case_id: Name of the case.
         patient: Whose it is; the case stands for one where that is unknown.
+        on: Which grid that is.
     """
     rows = []
     for number, name in enumerate(classes.names, 1):
         ours, theirs = predicted == number, reference == number
         scores = overlap(ours, theirs, spacing_mm)
         note = _mirrored(ours, theirs, scores.dice) if scores.state == "both" else ""
-        rows.append(Row(case_id=case_id, patient=patient or case_id, name=name, scores=scores, note=note))
+        rows.append(Row(case_id=case_id, patient=patient or case_id, name=name, scores=scores, grid=on, note=note))
     return rows
 
 
@@ -105,6 +112,7 @@ def summary(rows: Sequence[Row], *, group_by: Literal["patient", "case"] = "pati
         "warning": None
         if group_by == "patient"
         else "patients unknown or set aside: intervals count every case as its own patient",
+        "grid": " and ".join(sorted({row.grid for row in rows})),
         "rules": RULES,
         "seed": seed,
         "classes": {name: _class_summary([row for row in rows if row.name == name], seed) for name in names},
@@ -160,8 +168,8 @@ def write(rows: Sequence[Row], result: dict[str, Any], folder: Path) -> list[Pat
     paths = [folder / "cases.csv", folder / "result.json"]
     write_rows(
         paths[0],
-        ("case_id", "patient", "class", *_COLUMNS, "note"),
-        ((row.case_id, row.patient, row.name, *_cells(row.scores), row.note) for row in rows),
+        ("case_id", "patient", "class", *_COLUMNS, "grid", "note"),
+        ((row.case_id, row.patient, row.name, *_cells(row.scores), row.grid, row.note) for row in rows),
     )
     files.write_json(paths[1], result)
     return paths

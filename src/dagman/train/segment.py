@@ -21,14 +21,14 @@ from torch.utils.data import Dataset
 
 from dagman import config as configs
 from dagman import files
-from dagman.ct.store import PreparedStore, write_array
+from dagman.ct.store import PreparedStore, recorded, write_array
 from dagman.errors import DagmanError, ExitCode
 from dagman.figures import segmentation as figure
 from dagman.nets.encoder import Encoder
 from dagman.nets.unetr import SegmentationNetwork
 from dagman.randomness import torch_seed
 from dagman.run import package_version
-from dagman.tasks import leakage, segment, segmentation_scores, segmenter
+from dagman.tasks import judging, leakage, segment, segmentation_scores, segmenter
 from dagman.tasks import protocol as protocols
 from dagman.tasks.classes import Classes
 from dagman.tasks.embed import suited
@@ -40,12 +40,11 @@ from dagman.tasks.segmenter import Segmenter
 from dagman.tasks.study import Study, parts, stored, study
 from dagman.train.finetune import FinetuneConfig, Fitted, weights_digest
 from dagman.train.parts import learn, place, refuse_mirrored_sides
-from dagman.types import Grid
 
 TASK = "segmentation"
 RESULT = "result.json"
 ON_STORE = "predictions_on_store"
-"""The same label maps on the store's voxels, which were scored."""
+"""The same label maps on the store's voxels, for the picture."""
 Tell = Callable[[int, int, str], None]
 """Called with the number of finished units, their total and what came last."""
 Say = Callable[[str], None]
@@ -98,45 +97,27 @@ class SegmentLesson:
     def score(self) -> float | None:
         """Mean Dice on the held-out cases; what is empty in both counts not: predicting nothing is no merit.
 
-        None where the held-out cases hold no class.
+        On the store's voxels. None where the held-out cases hold no class.
         """
-        found = [row.scores for case in self.held_out for row in self.compared(case)[0]]
+        found = [
+            row.scores
+            for case in self.held_out
+            for row in judging.on_store(self.likely(case), self.store, case, self.classes)
+        ]
         if not any(scores.lesions for scores in found):
             return None
         return float(np.mean([scores.dice for scores in found if scores.state != "neither"]))
 
-    def compared(self, row: int) -> tuple[list[Row], Float32[np.ndarray, "classes x y z"]]:
-        """Scores of one case on the store's grid, and the probabilities they come from."""
+    def likely(self, row: int) -> Float32[np.ndarray, "classes x y z"]:
+        """Probability of each class in one case, on the store's voxels."""
         assert isinstance(self.network, SegmentationNetwork)
         device = next(self.network.parameters()).device
-        found = segment.probabilities(self.network, self.store.hu(row), device=device, precision=self.precision)
-        said, side = self.store.rows[row], float(self.store.settings["spacing_mm"])
-        rows = segmentation_scores.compare(
-            found.argmax(axis=0).astype(np.uint8),
-            _reference(self.store, row, self.classes),
-            self.classes,
-            (side, side, side),
-            case_id=said["case_id"],
-            patient=said.get("patient"),
-        )
-        return rows, found
-
-
-def _own_grid(said: dict[str, Any]) -> Grid:
-    """The file's own voxels; turned to RAS+ in stores that do not know them."""
-    x, y, z = said.get("own_shape") or said["source_shape"]
-    return Grid((x, y, z), np.array(said.get("own_affine") or said["source_affine"]))
+        return segment.probabilities(self.network, self.store.hu(row), device=device, precision=self.precision)
 
 
 def _rows(result: dict[str, Any]) -> list[Row]:
-    """Scores as a fold's `result.json` has them."""
-    return [Row(**{**row, "scores": Overlap(**row["scores"])}) for row in result["rows"]]
-
-
-def _reference(store: PreparedStore, row: int, classes: Classes) -> np.ndarray:
-    mask = store.mask(row)
-    assert mask is not None
-    return classes.numbers(mask)
+    """Scores as a fold's `result.json` has them; those of earlier versions are on the store's voxels."""
+    return [Row(**{"grid": "store", **row, "scores": Overlap(**row["scores"])}) for row in result["rows"]]
 
 
 def train(
@@ -186,6 +167,7 @@ def train(
     same = leakage.twins(store)
     leakage.refuse(leakage.seen(store.rows, weights), same, together, TASK)
     _refuse_two_truths(store, same)
+    _tell_grid(store, plan, say)
     work = _Work(
         encoder=_with_crop(encoder, config),
         store=store,
@@ -240,6 +222,17 @@ def _refuse_two_truths(store: PreparedStore, same: Sequence[Sequence[str]]) -> N
                 advice,
                 exit_code=ExitCode.REFUSED,
             )
+
+
+def _tell_grid(store: PreparedStore, plan: Study, say: Say) -> None:
+    """Say where scores will not be on the scans' own voxels."""
+    without = [row for row in plan.rows if "drawn" not in recorded(store.rows[row])]
+    if without:
+        say(
+            f"{len(without)} of {len(plan.rows)} cases will be scored on the store's voxels of "
+            f"{store.settings['spacing_mm']:g} mm, not on their own: {store.folder} is of an earlier version, which "
+            "kept no masks as drawn (prepare the scans into a new folder)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -326,19 +319,17 @@ class _Work:
         """Scores of the test cases; their label maps go to `predictions/`, on the scans' own voxels."""
         rows: list[Row] = []
         for done, row in enumerate(part.test, 1):
-            found, likely = lesson.compared(row)
-            said = self.store.rows[row]
-            own = _own_grid(said)
-            numbers = segment.most_likely(likely, np.array(said["affine"]), own)
-            path = place(self, part) / "predictions" / f"{said['case_id']}.nii.gz"
-            segment.write_nifti(lesson.classes.label_map(numbers), own.affine, path)
-            write_array(self._scored(part.number, said["case_id"]), likely.argmax(axis=0).astype(np.uint8))
-            rows += found
+            case, likely = str(self.store.rows[row]["case_id"]), lesson.likely(row)
+            write_array(self._on_store(part.number, case), likely.argmax(axis=0).astype(np.uint8))
+            found = judging.on_scan(likely, self.store, row, lesson.classes)
+            path = place(self, part) / "predictions" / f"{case}.nii.gz"
+            segment.write_nifti(lesson.classes.label_map(found.numbers), found.grid.affine, path)
+            rows += found.rows
             if self.progress:
-                self.progress(done, len(part.test), f"tested {said['case_id']}")
+                self.progress(done, len(part.test), f"tested {case}")
         return rows
 
-    def _scored(self, fold: int, case: str) -> Path:
+    def _on_store(self, fold: int, case: str) -> Path:
         return self.folder / f"fold-{fold}" / ON_STORE / f"{case}.npy"
 
     def summarise(self, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -352,7 +343,6 @@ class _Work:
             "folds": len(self.parts),
             "fraction": config.protocol.fraction,
             "source": sorted({result["source"] for result in done.values()}),
-            "grid": f"scores on the store's voxels of {self.store.settings['spacing_mm']:g} mm",
             "left_out": self.plan.left_out,
             "pretraining_overlap": leakage.report(
                 leakage.seen(self.store.rows, self.weights), dict.fromkeys(row.case_id for row in rows)
@@ -375,7 +365,7 @@ class _Work:
         return figure.Scene(
             title=f"{case}: Dice {dice:.3f}",
             hu=self.store.hu(row),
-            reference=_reference(self.store, row, self.plan.classes),
-            predicted=np.load(self._scored(fold, case)),
+            reference=judging.reference(self.store, row, self.plan.classes),
+            predicted=np.load(self._on_store(fold, case)),
             spacing_mm=(side, side, side),
         )
