@@ -41,7 +41,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 SHOWN = "LIDC-IDRI-0314"
 """The whole CT among the four with a nodule: the picture of the docs."""
 THIN = Limits(min_extent_mm=10.0)
-"""Two of these four are parts of scans, 15 and 27.5 mm thick."""
+"""Two of the four scans with a nodule are parts of scans so thin that they would be refused."""
 NUM_PHANTOMS = 12
 JOINED = re.compile(r"_(left|right)(_\d+)?$|_(L|T|S)?\d+$")
 """Sides, ribs and vertebrae are one class each."""

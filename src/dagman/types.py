@@ -85,12 +85,6 @@ class Preparation:
     crop: tuple[int, int, int] = (128, 128, 128)
     """Voxels (x, y, z)."""
 
-    @property
-    def crop_mm(self) -> tuple[float, float, float]:
-        """Sides of a crop (x, y, z)."""
-        x, y, z = (side * self.spacing_mm for side in self.crop)
-        return x, y, z
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:

@@ -167,3 +167,11 @@ def test_results_together_have_seen_what_any_has_seen():
     assert (found["known"], found["patients_known"], found["tested"]) == (True, True, 4)
     assert leakage.line(found).startswith("pretraining saw 2 of the 4 tested cases, and other CTs of the patients of 1")
     assert not leakage.together([one, None], "abcd")["known"]
+
+
+def test_reports_of_earlier_versions_are_not_taken_for_less_than_they_say():
+    old = {"known": True, "tested": 9, **{f"same_{word}": {"count": 0, "cases": []} for word in ("patient", "labels")}}
+    old["same_voxels"] = {"count": 7, "cases": ["a", "b"]}  # the list was cut short, patients were not compared
+    found = leakage.together([old, old], "abcdefghi")
+    assert found["same_voxels"] == {"count": 7, "cases": ["a", "b"]}
+    assert (found["known"], found["patients_known"]) == (True, False)

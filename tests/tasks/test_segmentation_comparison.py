@@ -80,7 +80,7 @@ def test_the_verb_compares_segmentations_and_writes_the_table(tmp_path, capsys):
     assert "first minus this: " in shown
     table = (tmp_path / "out" / "comparison.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * len(comparison.TOLD)
-    overlap = json.loads((tmp_path / "out" / "result.json").read_text())["pretraining_overlap"]
+    overlap = json.loads((tmp_path / "out" / "comparison.json").read_text())["pretraining_overlap"]
     assert (overlap["known"], overlap["tested"]) == (True, len(set(cases)))
     assert overlap["same_voxels"] == {"count": 2, "cases": sorted([cases[0], cases[2]])}
     (tmp_path / "far" / "result.json").unlink()

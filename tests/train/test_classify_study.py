@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import small_study
 from dagman import cli
+from dagman import config as configs
 from dagman.cli.starting import starting_encoder
 from dagman.ct.prepare import PrepareConfig, prepare
 from dagman.ct.store import PreparedStore
@@ -599,6 +600,19 @@ def test_features_and_probes_tell_the_sides_of_their_crops(store, tmp_path, caps
     assert "2 folds by patient, crops of 64x64x128 mm" in capsys.readouterr().err
     result = json.loads((tmp_path / "probe" / "result.json").read_text())
     assert (result["crop_mm"], result["preparation"]["crop"]) == ([64.0, 64.0, 128.0], list(CROP))
+    assert result["crops_around"] == "the centroid of the mask"
+
+
+def test_what_was_cut_elsewhere_is_another_study_and_is_told_apart(study, store, tmp_path, capsys):
+    identity = json.loads((study[0] / "fold-0" / "result.json").read_text())["identity"]
+    before = {name: value for name, value in identity.items() if name != "crops around"}
+    assert "crops around" in str(configs.difference(before, identity))
+    shutil.copytree(study[0], tmp_path / "older")
+    told = json.loads((tmp_path / "older" / "result.json").read_text())
+    (tmp_path / "older" / "result.json").write_text(json.dumps(told | {"crops_around": None}))
+    assert cli.run(["compare", str(study[0]), str(tmp_path / "older"), "-o", str(tmp_path / "older")]) == 0
+    assert "shown other windows, crops or spacings" in capsys.readouterr().err
+    assert "auc" in json.loads((tmp_path / "older" / "result.json").read_text())
 
 
 def test_whole_scans_without_masks_are_looked_at_everywhere(tmp_path):

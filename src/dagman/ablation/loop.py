@@ -23,7 +23,7 @@ from dagman.types import Scan
 
 CONCERNS_ALL = ("DEVICE", "DISK", "LOCKED", "NODATA", "READER")
 """Errors that would meet every member, or tell of another process at work: they end the call."""
-_PATIENCE = timedelta(days=30)
+_PATIENCE = timedelta(days=7)
 MEMORY_ADVICE = "free memory, then run the same command again"
 
 
@@ -172,7 +172,7 @@ def ablate(
             if ended and _first_process():
                 with engine.memory_guard(MEMORY_ADVICE):
                     comparison.score(name, run, labelled, organs, device or _default_device())
-                complete = complete and comparison.finetune(name, run, labelled, finetune, **tuning)
+                    complete = complete and comparison.finetune(name, run, labelled, finetune, **tuning)
         except DagmanError as error:
             if error.code in CONCERNS_ALL:
                 raise

@@ -88,13 +88,11 @@ def _probed(
     table: "Table", protocol: "Protocol", place: Path, given: dict[str, Any], origin: "Origin | None"
 ) -> dict[str, Any]:
     """One probe: its scores said and written."""
-    from dagman import config as configs
     from dagman import files
     from dagman.figures import roc
     from dagman.tasks import classify as classifying
     from dagman.tasks import cohort as cohorts
     from dagman.tasks import leakage, predictions
-    from dagman.types import Preparation
 
     if origin:
         study = cohorts.cohort(table, protocol, **given)
@@ -108,8 +106,8 @@ def _probed(
     if origin:
         more["pretraining_overlap"] = leakage.report(origin.seen, found.case_ids)
     if origin and origin.preparation:
-        shown = configs.from_dict(Preparation, origin.preparation)
-        more |= {"preparation": origin.preparation, "crop_mm": list(shown.crop_mm)}
+        shown = ("preparation", "crop_mm", "crops_around")
+        more |= {name: getattr(origin, name) for name in shown}
     written = classifying.write(found, place, more)
     files.write_bytes(place / "roc.png", roc.png({f"{place.name}: {found.auc()}": found}))
     result = predictions.summary(found) | more
@@ -124,7 +122,7 @@ def _say(result: dict[str, Any]) -> None:
 
     grouped = f"{result['patients']} patients" if result["patients"] else "patients unknown"
     counts = ", ".join(f"{count} {name}" for name, count in result["classes"].items())
-    shown = f", crops of {by(result['crop_mm'])} mm" if "crop_mm" in result else ""
+    shown = f", crops of {by(result['crop_mm'])} mm" if result.get("crop_mm") else ""
     say(f"{result['cases']} tested cases ({counts}), {grouped}, {result['protocol']}{shown}")
     for line in predictions.lines(result):
         print(line)
@@ -356,6 +354,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
 
 def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", weights: Path, folder: Path) -> None:
     """Where new cases have labels, say and write what the predictions are worth."""
+    from dagman.ct import crops
     from dagman.tasks import classifier as classifiers
     from dagman.tasks import leakage, predictions
     from dagman.tasks.classify import TASK
@@ -370,7 +369,8 @@ def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", 
     more = {
         "method": f"{len(loaded)} classifiers of {weights}, tested on cases that they did not learn from",
         "protocol": "frozen classifier and threshold",
-        "crop_mm": list(loaded[0].network.preparation.crop_mm),
+        "crop_mm": crops.sides_mm(store, loaded[0].network.preparation.crop),
+        "crops_around": crops.around(store),
         "pretraining_overlap": leakage.report(seen[0], found.case_ids),
     }
     paths = predictions.write(found, folder, more)

@@ -11,6 +11,9 @@ from dagman.cli.looking import brief
 from dagman.cli.watching import require, say, short_names
 from dagman.errors import ExitCode
 
+OVERLAP = "comparison.json"
+"""Not `result.json`, which the folder of a result that is compared has already."""
+
 
 def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None) -> int:
     """Compare results of the same cases: scores of the first less those of each other, with interval (AUC: and p).
@@ -20,7 +23,7 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
     Args:
         runs: Output folders of `dagman classify probe` or `finetune`, on the same cases with the same folds; or of
             `dagman segment train` or `score`, of the same references.
-        output: Folder for comparison.csv, result.json (what pretraining has seen) and roc.png of classifications.
+        output: Folder for comparison.csv, comparison.json (what pretraining has seen) and roc.png of classifications.
     """
     from dagman import files
     from dagman.figures import roc
@@ -40,7 +43,7 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
     say(comparison.NOTE)
     if len(untrained) == 1:
         say(comparison.ONE_DRAW)
-    shown = {str(result.get("preparation")) for result in told} - {"None"}
+    shown = {str((how, result.get("crops_around"))) for result in told if (how := result.get("preparation"))}
     if len(shown) > 1:
         say("Note: they were shown other windows, crops or spacings: what differs need not come of the weights")
     if any(one.group_by == "case" for one in found.values()):
@@ -50,8 +53,8 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
         comparison.write(rows, output)
         labelled = {f"{name}: {brief(vars(one.auc()))}": one for name, one in found.items()}
         files.write_bytes(output / "roc.png", roc.png(labelled))
-        files.write_json(output / predictions.RESULT, overlap)
-        say(f"wrote {output / 'comparison.csv'}, {output / 'roc.png'} and {output / predictions.RESULT}")
+        files.write_json(output / OVERLAP, overlap)
+        say(f"wrote {output / 'comparison.csv'}, {output / 'roc.png'} and {output / OVERLAP}")
     return ExitCode.OK
 
 
@@ -70,8 +73,8 @@ def _compare_segmentations(runs: list[Path], output: Path | None) -> int:
     told = {name: json.loads(path.read_text()) if path.is_file() else {} for name, path in paths.items()}
     overlap = _overlap(told, [row.case_id for row in found[names[0]]])
     if output:
-        files.write_json(output / RESULT, overlap)
-        say(f"wrote {comparison.write(rows, output)} and {output / RESULT}")
+        files.write_json(output / OVERLAP, overlap)
+        say(f"wrote {comparison.write(rows, output)} and {output / OVERLAP}")
     return ExitCode.OK
 
 

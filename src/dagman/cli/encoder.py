@@ -59,6 +59,8 @@ def embed(
         weights_sha256=sha256_file(encoder.report.source) if start and encoder.report else None,
         cases=[leakage.told(row) for row in store.rows],
         preparation=to_dict(preparation),
+        crop_mm=crops.sides_mm(store, preparation.crop),
+        crops_around=crops.around(store),
     )
     if untrained:
         encoder = embedding.untrained(encoder, seed)
@@ -74,7 +76,8 @@ def embed(
     embedding.write_origin(origin, output)
     say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
     if masks := sum(store.rows[row]["mask"] is not None for row in rows):
-        say(f"{masks} of them by a crop of {by(preparation.crop_mm)} mm around the centroid of the mask")
+        size = f" of {by(origin.crop_mm)} mm" if origin.crop_mm else ""
+        say(f"{masks} of them by a crop{size} around {origin.crops_around}")
     if classes := {label for label in table.labels if label}:
         words = len(classes) == 2 and not all(label.replace(".", "", 1).isdigit() for label in classes)
         positive = f" --positive {max(classes)}" if words else ""

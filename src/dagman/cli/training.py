@@ -295,7 +295,7 @@ def _forecast_family(members: "list[Left]") -> None:
     say(
         f"{runs} runs are left, about {duration(seconds)} in all without examinations, probes, fine-tuning and scores"
         if runs
-        else "no run is left to train"
+        else "no run is left to train; probes, fine-tuning and scores that are asked for may be"
     )
 
 

@@ -12,6 +12,9 @@ from dagman.errors import DagmanError
 
 LUNG_HU = -950
 """Lung and everything denser is body, the air around the patient is not."""
+AROUND = "the centroid of the mask"
+"""What crops of cases with masks lie around, in earlier versions the middle of the mask's box: part of what tells
+results apart."""
 EMPTY_MASK_ADVICE = "draw it, or name no mask for the case in the CSV, then prepare again"
 TRIES = 20
 """Draws of a pair of views before the best one so far is taken."""
@@ -118,6 +121,18 @@ def refuse_empty_masks(store: PreparedStore, rows: Iterable[int]) -> None:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         which = f"{len(empty)} case{'s'[: len(empty) - 1]} with an empty mask ({', '.join(empty[:5])}{more})"
         raise DagmanError("NOMASK", store.folder, f"holds {which}", EMPTY_MASK_ADVICE)
+
+
+def around(store: PreparedStore) -> str | None:
+    """`AROUND` for a store with masks; None where no crop is cut around one."""
+    return AROUND if any(row["mask"] for row in store.rows) else None
+
+
+def sides_mm(store: PreparedStore, crop: Triple) -> list[float] | None:
+    """Sides of a crop of a store's volumes in mm; None for cubes that have no size of their own (MedMNIST)."""
+    if any(row.get("window_hu") for row in store.rows):
+        return None
+    return [side * float(store.settings["spacing_mm"]) for side in crop]
 
 
 def centroid(mask: Num[np.ndarray, "x y z"]) -> Float[np.ndarray, "3"] | None:

@@ -55,6 +55,10 @@ class Origin(NamedTuple):
     """What `leakage.record` keeps of each."""
     preparation: dict[str, Any] | None = None
     """How they were shown; None where an earlier version wrote it."""
+    crop_mm: list[float] | None = None
+    """As `crops.sides_mm`."""
+    crops_around: str | None = None
+    """As `crops.around`; None where an earlier version wrote it, too."""
 
 
 class _Crop(NamedTuple):

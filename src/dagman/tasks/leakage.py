@@ -200,11 +200,15 @@ def together(reports: Sequence[Mapping[str, Any] | None], tested: Iterable[str])
     cases = {name: {case for one in given for case in one[name]["cases"]} for name in names}
     cases[names[1]] -= cases[names[0]]
     whole = len(given) == len(reports)
+    short = {  # lists of earlier versions name some of the cases alone
+        name: max((one[name]["count"] for one in given if len(one[name]["cases"]) < one[name]["count"]), default=0)
+        for name in names
+    }
     return {
         "known": whole and all(one["known"] for one in given),
-        "patients_known": whole and all(one["patients_known"] for one in given),
+        "patients_known": whole and all(one.get("patients_known", False) for one in given),
         "tested": len(set(tested)),
-        **{name: {"count": len(found), "cases": sorted(found)} for name, found in cases.items()},
+        **{name: {"count": max(len(found), short[name]), "cases": sorted(found)} for name, found in cases.items()},
     }
 
 

@@ -67,6 +67,7 @@ def positive_of(store: PreparedStore) -> str | None:
 
 
 def identity(store: PreparedStore) -> str:
-    """Changes with the scans, their labels and patients."""
+    """Changes with the scans, their labels and patients, and with the place of crops of those that have masks."""
     said = [[row["case_id"], row.get("label"), row.get("patient")] for row in store.rows]
-    return hashlib.sha256(json.dumps([store.store_id, said]).encode()).hexdigest()
+    where = [place] if (place := crops.around(store)) else []
+    return hashlib.sha256(json.dumps([store.store_id, said, *where]).encode()).hexdigest()

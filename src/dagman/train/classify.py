@@ -255,6 +255,7 @@ class _Study:
             "settings": configs.to_dict(self.config),
             **{word: cohorts.names(cohort.table, getattr(part, word)) for word in ("train", "held_out", "test")},
             "labels": cohort.numbers[[*part.train, *part.held_out]].tolist(),
+            **({"crops around": place} if (place := crops.around(self.store)) else {}),
         }
         seed = self.config.finetune.seed
         dataset = CaseCrops(
@@ -364,7 +365,8 @@ class _Study:
             "source": results[0]["source"],
             "protocol": config.protocol.words,
             "preparation": configs.to_dict(self.encoder.preparation),
-            "crop_mm": list(self.encoder.preparation.crop_mm),
+            "crop_mm": crops.sides_mm(self.store, self.encoder.preparation.crop),
+            "crops_around": crops.around(self.store),
             "best_steps": [result["best_step"] for result in results],
             "minutes": round(sum(result["seconds"] for result in results) / 60, 1),
             "pretraining_overlap": leakage.report(self.seen, found.case_ids),
