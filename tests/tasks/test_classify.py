@@ -72,6 +72,41 @@ def test_random_labels_are_worth_one_half_within_the_interval():
     assert abs(np.mean(values) - 0.5) < 0.05
 
 
+def at_random(features, seed, choose=lambda features, _: features):
+    """The AUC of a whole probe whose labels are drawn; 30 cases are learnt from, the others tested."""
+    positive = np.random.default_rng(seed).random(len(features)) < 0.5
+    splits = ("train",) * 30 + ("test",) * (len(features) - 30)
+    table = dataclasses.replace(make(choose(features, positive), positive), splits=splits)
+    return classify.probe(table, Protocol(split=True, seed=seed), positive="malignant").auc()
+
+
+@pytest.mark.slow
+def test_200_random_labellings_of_frozen_random_features_are_worth_one_half():
+    """The leak detector: of 200 intervals of 95 % no fewer hold .5 than chance allows (1 % of such studies would).
+
+    On a fixed test set: folds share their training cases, and their intervals, which keep the fitted probes, hold less.
+    """
+    frozen = np.random.default_rng(0).normal(size=(330, 4))
+    found = [at_random(frozen, seed) for seed in range(200)]
+    assert sum(auc.low <= 0.5 <= auc.high for auc in found) >= 182
+    values = np.array([auc.value for auc in found])
+    assert abs(values.mean() - 0.5) < 3 * values.std() / 200**0.5
+    assert 3 * values.std() / 200**0.5 < 0.01, "a leak worth .01 is seen"
+
+
+def test_a_leak_is_seen_by_its_detector():
+    """Features chosen by all labels, tested ones included: the mistake that the test above is there for."""
+    wide = np.random.default_rng(0).normal(size=(90, 300))
+
+    def most_apart(features, positive):
+        apart = np.abs(features[positive].mean(axis=0) - features[~positive].mean(axis=0))
+        return features[:, np.argsort(apart)[-4:]]
+
+    found = [at_random(wide, seed, most_apart) for seed in range(8)]
+    assert np.mean([auc.value for auc in found]) > 0.6
+    assert sum(auc.low <= 0.5 <= auc.high for auc in found) < 4
+
+
 def test_features_that_tell_the_patient_do_not_help_when_patients_are_kept_together():
     """Each patient has its own label and a fingerprint: perfect by case, worthless by patient."""
     rng = np.random.default_rng(0)
