@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from dagman import PreparedStore, embed, files, load_encoder, prepare
+from dagman.ct import crops
 from dagman.nets.encoder import Encoder
 from dagman.run import describe_environment
 from dagman.tasks import classify as probing
@@ -130,7 +131,19 @@ def probed(start: str, study: str, encoder: Encoder, store: PreparedStore, weigh
     table = embed(seen, store, which="all")
     found = probing.probe(table, STUDIES[study]["protocol"])
     overlap = leakage.report(leakage.seen(store.rows, weights if start == "probe" else None), found.case_ids)
-    return predictions.summary(found) | {"method": "linear probe", "pretraining_overlap": overlap}, found
+    about = {"method": "linear probe", "pretraining_overlap": overlap, "crops_around": crops.around(store)}
+    return predictions.summary(found) | about, found
+
+
+def is_there(path: Path, study: str, digest: str | None) -> bool:
+    """Whether a result of these weights and of today's settings is there."""
+    if not path.exists():
+        return False
+    stored = json.loads(path.read_text())
+    found = stored["result"]
+    mirrored = found.get("settings", STUDIES[study])["keep_sides"] == STUDIES[study]["keep_sides"]
+    around = crops.AROUND if study == "sts" else None
+    return bool(stored["weights_sha256"] == digest and mirrored and found.get("crops_around") == around)
 
 
 def plain(found: Predictions) -> dict[str, Any]:
@@ -166,8 +179,7 @@ def main() -> None:
         path = RESULTS / f"classify-{study}-{start.replace(' ', '-')}-seed{seed}.json"
         encoder = load_encoder(given.weights)
         digest = files.sha256_file(encoder.report.source) if encoder.report and start in PRETRAINED else None
-        there = json.loads(path.read_text()) if path.exists() else {}
-        if number % parts != part or (there and there["weights_sha256"] == digest):
+        if number % parts != part or is_there(path, study, digest):
             continue
         store, began = store_of(study, given.data, given.work), time.monotonic()
         if "probe" in start:

@@ -32,10 +32,12 @@ def test_every_function_that_paper_to_code_names_exists() -> None:
             thing = getattr(thing, part)
 
 
-def test_every_path_that_the_readme_names_exists() -> None:
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_every_path_that_a_document_links_to_exists(document: Path) -> None:
+    for path in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+        assert (document.parent / path).exists(), path
 
 
 def test_generated_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
