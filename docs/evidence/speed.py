@@ -176,9 +176,7 @@ def gpu_aims() -> str:
     body = []
     for found in gpu_cards():
         there = [row for row in found["steps"] if (row["side"], row["type"]) == (128, "bf16") and "problem" not in row]
-        both = {
-            name: {row["batch"]: row for row in there if row["variant"] == name} for name in ("fast", "MONAI-like")
-        }
+        both = {name: {row["batch"]: row for row in there if row["variant"] == name} for name in ("fast", "MONAI-like")}
         if not (batches := both["fast"].keys() & both["MONAI-like"].keys()):
             continue  # only some parts were measured on this card
         ours = min((both["fast"][batch] for batch in batches), key=lambda row: row["ms_a_sample"])
