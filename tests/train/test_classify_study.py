@@ -471,7 +471,7 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
     shown = capfd.readouterr()
     assert "DeLong" in shown.out
     assert "of all results together: whether pretraining saw the tested cases is unknown" in shown.err
-    overlap = json.loads((tmp_path / "cmp" / "result.json").read_text())
+    overlap = json.loads((tmp_path / "cmp" / "comparison.json").read_text())
     assert list(overlap["pretraining_overlap_of"]) == ["ft", "lp"]
     assert (overlap["pretraining_overlap"]["known"], overlap["pretraining_overlap"]["tested"]) == (False, 12)
     assert cli.run(["compare", str(tmp_path / "ft"), str(tmp_path / "few" / "draw-0")]) == 0
