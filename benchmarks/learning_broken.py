@@ -74,17 +74,31 @@ def image_term_of_other_crops() -> None:
     CoDistillation._predict = predict  # type: ignore[method-assign]
 
 
+def _whatever_the_recipe_says(settings: dict[str, str]) -> None:
+    from dagman import config, recipes
+
+    before = recipes.get
+    recipes.get = lambda name: config.override(before(name), settings)
+
+
+def targets_are_centered() -> None:
+    """Targets are centered and not balanced, at the recipe's cold temperatures."""
+    _whatever_the_recipe_says({"method.balance": "centering"})
+
+
+def rate_too_high() -> None:
+    """The learning rate is ten times the recipe's, without warm-up."""
+    _whatever_the_recipe_says({"optimisation.learning_rate": "5e-3", "optimisation.warmup_ratio": "0"})
+
+
+def teacher_too_warm() -> None:
+    """The teacher's temperatures are those of the student."""
+    _whatever_the_recipe_says({"method.class_temperature": "0.1,0.1", "method.patch_temperature": "0.1,0.1"})
+
+
 def hiding_follows_the_noise() -> None:
-    """The noisy pass guides the hiding, whatever the recipe says."""
-    from dagman.pretext.codistill import CoDistillation
-
-    before = CoDistillation.__init__
-
-    def make(self: Any, *given: Any, **more: Any) -> None:
-        before(self, *given, **more)
-        object.__setattr__(self.method, "guide", "noisy")
-
-    CoDistillation.__init__ = make  # type: ignore[method-assign]
+    """The noisy pass guides the hiding."""
+    _whatever_the_recipe_says({"method.guide": "noisy"})
 
 
 BREAKS: dict[str, Callable[[], None]] = {
@@ -95,6 +109,9 @@ BREAKS: dict[str, Callable[[], None]] = {
         targets_of_other_places,
         teacher_stands_still,
         image_term_of_other_crops,
+        targets_are_centered,
+        rate_too_high,
+        teacher_too_warm,
         hiding_follows_the_noise,
     )
 }

@@ -21,7 +21,6 @@ import learning_cases as cases
 import learning_curve as curve
 import learning_probes as probes
 from dagman import config, files
-from dagman.nets.weights import load_encoder
 from dagman.run import Run, describe_environment
 from dagman.train.settings import PretrainConfig
 
@@ -48,7 +47,7 @@ def main() -> None:
     see = functools.partial(curve.see, questions=questions, device="cpu")
     networks = baselines.networks(chosen, questions, given.work / "untrained", None, see)
     answers = {
-        (kind, seed): baselines.ask(see(_last(given.work, name, seed)), questions)
+        (kind, seed): baselines.ask(see(curve.last(given.work, f"{name}-seed{seed}")[1]), questions)
         for kind, name in NAMES.items()
         for seed in SEEDS
     }
@@ -65,23 +64,17 @@ def main() -> None:
     print(f"wrote {given.json}")
 
 
-def _last(work: Path, name: str, seed: int) -> Any:
-    """The encoder at the end of a run."""
-    kept = (work / "encoders" / f"{name}-seed{seed}").iterdir()
-    return load_encoder(max(kept, key=lambda folder: int(folder.name)))
-
-
 def _row(key: Any, answers: dict[Any, Any], networks: list[probes.Scores], plain: dict[str, Any]) -> dict[str, Any]:
     """One half with so many labels: gains of each run, and what the runs that saw these scans have above the others."""
+    runs = {kind: [answers[kind, seed][key] for seed in SEEDS] for kind in NAMES}
     return {
         "question": key[0],
         "labels": key[2],
         "untrained": [probes.estimate(network)["value"] for network in networks],
         "baselines": {name: probes.estimate(asked[key]) for name, asked in plain.items()},
-        "gains": {kind: [probes.above(answers[kind, seed][key], networks) for seed in SEEDS] for kind in NAMES},
-        "saw all above left half out": [
-            probes.estimate(answers["saw all", seed][key], answers["left half out", seed][key]) for seed in SEEDS
-        ],
+        "gains": {kind: [probes.above(one, networks) for one in some] for kind, some in runs.items()},
+        "together": {kind: probes.together(some, networks) for kind, some in runs.items()},
+        "saw all above left half out": probes.together(runs["saw all"], runs["left half out"]),
     }
 
 

@@ -19,7 +19,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,18 +232,31 @@ def gather(arguments: argparse.Namespace, side: int) -> tuple[PreparedStore, dic
     return store, {name: asked._replace(hu=asked.middle(side)) for name, asked in chosen.items()}
 
 
-def about(arguments: argparse.Namespace, settings: Mapping[str, str], chosen: PretrainConfig) -> dict[str, Any]:
-    """What was run."""
-    return {
-        "name": arguments.name,
-        "corpus": arguments.corpus,
-        "seed": arguments.seed,
-        "settings": settings,
-        "altered": arguments.alter,
-        **({"half": True} if arguments.half else {}),
-        "config": config.to_dict(chosen),
-        "steps": arguments.steps,
-    }
+def about(
+    name: str,
+    corpus: str,
+    seed: int,
+    chosen: PretrainConfig,
+    *,
+    settings: Mapping[str, str] | None = None,
+    altered: str | None = None,
+    half: bool = False,
+) -> dict[str, Any]:
+    """What is run, as its result says it."""
+    said = {"name": name, "corpus": corpus, "seed": seed, "settings": dict(settings or {}), "altered": altered}
+    return said | {"half": half, "config": config.to_dict(chosen), "steps": chosen.optimisation.steps}
+
+
+def is_done(path: Path, wanted: Mapping[str, Any], chosen: PretrainConfig, at: Sequence[int]) -> bool:
+    """Whether the result of this run is there, probed at these steps; one of other settings ends the program."""
+    if not path.exists():
+        return False
+    found = {"half": False} | json.loads(path.read_text())
+    found["config"] = config.deciding(chosen, found["config"])
+    told = json.loads(json.dumps({**wanted, "config": config.deciding(chosen)}))
+    if lines := config.difference({key: found.get(key) for key in told}, told):
+        raise SystemExit(f"{path} is of other settings ({'; '.join(lines)}); give another --name or --results")
+    return {*at, chosen.optimisation.steps} <= {probe["step"] for probe in found["probes"]}
 
 
 def trained(
@@ -251,7 +264,8 @@ def trained(
 ) -> Iterator[tuple[int, Encoder]]:
     """The encoder at each step that is asked for, kept in `WORK/encoders`; fewer where someone stops the run."""
     run, kept = Run(arguments.work / "runs" / name), arguments.work / "encoders" / name
-    if run.config_file.exists() and run.config_file.read_text() != config.to_yaml(chosen):
+    before = config.deciding(chosen, run.config()) if run.config_file.exists() else config.deciding(chosen)
+    if config.difference(before, json.loads(json.dumps(config.deciding(chosen)))):
         raise SystemExit(f"{run.folder} was trained with other settings; give another --name or --work")
     for step in [*(step for step in sorted(arguments.at) if step < arguments.steps), arguments.steps]:
         folder = kept / str(step)
@@ -275,6 +289,12 @@ def trained(
             shutil.copy(run.folder / leakage.CASES, copied)
             copied.rename(folder)
         yield step, load_encoder(folder)
+
+
+def last(work: Path, name: str) -> tuple[int, Encoder]:
+    """Steps of a run when its encoder was last kept, and that encoder."""
+    kept = max((work / "encoders" / name).iterdir(), key=lambda folder: int(folder.name))
+    return int(kept.name), load_encoder(kept)
 
 
 def see(encoder: Encoder, questions: baselines.Questions, device: str) -> dict[str, dict[str, np.ndarray]]:
@@ -306,20 +326,24 @@ def main() -> None:
         threadpool_limits(arguments.threads)
     chosen = recipes.with_length(recipes.get(arguments.recipe), arguments.steps, None)
     chosen = config.override(chosen, {**settings, "optimisation.seed": arguments.seed})
-    store, questions = gather(arguments, chosen.data.crop[0])
-    name, result = f"{arguments.corpus}-{arguments.name}-seed{arguments.seed}", about(arguments, settings, chosen)
+    named = arguments.name, arguments.corpus, arguments.seed
+    result = about(*named, chosen, settings=settings, altered=arguments.alter, half=arguments.half)
+    name = f"{arguments.corpus}-{arguments.name}-seed{arguments.seed}"
     path = arguments.results / f"{name}.json"
-    if path.exists() and any(json.loads(path.read_text()).get(key) != value for key, value in result.items()):
-        raise SystemExit(f"{path} is of other settings; give another --name or --results")
+    if is_done(path, result, chosen, arguments.at):
+        print(f"{path} is there")
+        return
+    store, questions = gather(arguments, chosen.data.crop[0])
     few = np.stack([store.hu(row, (40, 40, 40), chosen.data.crop) for row in range(8)])
+    encoders = [(0, baselines.untrained(chosen, arguments.seed)), *trained(chosen, store, arguments, name)]
+    if encoders[-1][0] != arguments.steps:
+        return  # someone asked the run to stop; the same command goes on
     probed: list[tuple[baselines.Asked, dict[str, Any]]] = []
-    for step, encoder in [(0, baselines.untrained(chosen, arguments.seed)), *trained(chosen, store, arguments, name)]:
+    for step, encoder in encoders:
         answers = baselines.ask(see(encoder, questions, arguments.device), questions)
         attention = attention_on_truth(encoder, store, arguments.device)
         heads = look_at_heads(encoder, few, arguments.device)
         probed.append((answers, {"step": step, "attention": attention, "heads": heads}))
-    if probed[-1][1]["step"] != arguments.steps:
-        return  # someone asked the run to stop; the same command goes on
     networks: list[baselines.Asked] = []
     if questions:
         look = functools.partial(see, questions=questions, device=arguments.device)

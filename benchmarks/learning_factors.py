@@ -90,6 +90,17 @@ TODAY = {
     "residual-position": {"encoder.attention.position": "residual"},
     "paper-weights": FACTORS["paper-weights"],
     "learned-token": {"encoder.hidden_token": "learned"},
+    **{
+        f"centering-{name}": {"method.balance": "centering", **settings}
+        for name, settings in {
+            "warmer": {"method.class_temperature": "0.02,0.02", "method.patch_temperature": "0.03,0.03"},
+            "at-.04": {"method.class_temperature": "0.04,0.04", "method.patch_temperature": "0.04,0.04"},
+            "paper-temperature": FACTORS["paper-temperature"],
+            "momentum-.5": FACTORS["center-momentum-.5"],
+            "momentum-.99": FACTORS["center-momentum-.99"],
+            "one-patch-center": FACTORS["one-patch-center"],
+        }.items()
+    },
 }
 """The same of the recipe as it is."""
 BASE = {"optimisation.precision": "bf16", "encoder.hidden_token": "learned"}

@@ -18,14 +18,15 @@ from torch import Tensor
 
 import learning_baselines as baselines
 import learning_cases as cases
+import learning_curve as curve
 import learning_probes as probes
-from dagman import files, load_encoder, recipes
+from dagman import files, recipes
 from dagman.ct import crops
 from dagman.nets.encoder import Encoder
 from dagman.run import describe_environment
 from dagman.tasks.embed import encode
 
-ENCODERS = {"phantoms": "phantoms-tiny-seed{}/600", "real": "real-tiny-seed{}/1000"}
+CORPORA = ("phantoms", "real")
 QUESTION, SEEDS, BATCH = "nodule", 3, 32
 
 
@@ -73,9 +74,9 @@ def main() -> None:
     put = functools.partial(ask, asked=asked)
     plain = [put(baselines.untrained(chosen, seed)) for seed in range(baselines.UNTRAINED)]
     rows = []
-    for corpus, place in ENCODERS.items():
+    for corpus in CORPORA:
         for seed in range(SEEDS):
-            for name, answers in put(load_encoder(given.work / "encoders" / place.format(seed))).items():
+            for name, answers in put(curve.last(given.work, f"{corpus}-tiny-seed{seed}")[1]).items():
                 for labels, scores in answers.items():
                     others = [one[name][labels] for one in plain]
                     row = {"corpus": corpus, "seed": seed, "features": name, "labels": labels}

@@ -3,26 +3,20 @@
     python benchmarks/learning_methods.py --work WORK --data DATA [--steps 300] [--seeds 0 1 2] [--part 0/2]
 
 Each run is one of `learning_curve.py` and writes `WORK/results/real-METHOD-seedSEED.json`, or into the folder of
-`--results`; what is there is not run again, so that the table grows over several sittings.
+`--results`, with its length in its name where that is not 300 steps; what is there is not run again, so that the table
+grows over several sittings.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+import learning_curve
 from dagman import config, recipes
 
-
-def finished(path: Path, name: str, seed: int, steps: int) -> bool:
-    """Whether this run, with the settings that the recipe has today, came to its end and was probed there."""
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text())
-    chosen = recipes.with_length(recipes.get(name), steps, None)
-    chosen = config.override(chosen, {"optimisation.seed": seed})
-    return bool(found["config"] == config.to_dict(chosen)) and any(probe["step"] == steps for probe in found["probes"])
+STEPS = 300
+"""Of the runs that bear their recipe's name alone."""
 
 
 def main() -> None:
@@ -30,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--threads", type=int, default=0)
@@ -42,13 +36,17 @@ def main() -> None:
     tiny = [name for name in recipes.RECIPES if name.endswith("-tiny")]
     planned = [(name, seed) for seed in arguments.seeds for name in tiny]
     for name, seed in planned[part::parts]:
-        if finished(results / f"real-{name}-seed{seed}.json", name, seed, arguments.steps):
+        chosen = recipes.with_length(recipes.get(name), arguments.steps, None)
+        chosen = config.override(chosen, {"optimisation.seed": seed})
+        label = name if arguments.steps == STEPS else f"{name}-{arguments.steps}"
+        path = results / f"real-{label}-seed{seed}.json"
+        if learning_curve.is_done(path, learning_curve.about(label, "real", seed, chosen), chosen, []):
             continue
         print(f"{name}, seed {seed}", flush=True)
         script = Path(__file__).with_name("learning_curve.py")
         command = [
             *(sys.executable, script, "--work", arguments.work, "--data", arguments.data, "--corpus", "real"),
-            *("--name", name, "--recipe", name, "--seed", seed, "--steps", arguments.steps, "--results", results),
+            *("--name", label, "--recipe", name, "--seed", seed, "--steps", arguments.steps, "--results", results),
             *("--threads", arguments.threads, "--device", arguments.device, "--at"),
         ]
         subprocess.run(list(map(str, command)), check=True)

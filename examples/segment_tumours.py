@@ -52,7 +52,7 @@ prepare([work / "scans" / "cases.csv"], work / "store", PrepareConfig(spacing_mm
 
 # 3. Learn one of three folds; no patient stands on two sides.
 config = study.SegmentConfig(
-    finetune=FinetuneConfig(steps=30, batch_size=1, learning_rate=1e-2, layer_decay=1.0, check_every=15),
+    finetune=FinetuneConfig(steps=12, batch_size=1, learning_rate=1e-2, layer_decay=1.0, check_every=6),
     crop=(32, 32, 64),
 )
 network = SwinConfig(

@@ -28,7 +28,7 @@ QUESTIONS = ("organ", "malignancy", "tumour", "side", "nodule")
 
 
 LONG = {"tiny": "the recipe", "long-paper-weights": "weights .1 of AMPD, AITD and GITD (paper)"}
-LONG |= {"long-learned-token": "a learned hidden token (paper)"}
+LONG |= {"long-learned-token": "a learned hidden token (the authors' code)"}
 
 
 def learning_long() -> str:
@@ -45,6 +45,21 @@ def learning_long() -> str:
             shown = [number(end[column], 3 if column == "attention_entropy" else 2) for column in columns.values()]
             body.append([meaning, str(result["seed"]), *shown, *(gain.removesuffix(" of 1") for gain in gains)])
     header = ["what", "seed", *columns, *(f"{question}: gain" for question in QUESTIONS)]
+    return rows(header, body) if body else NOT_YET
+
+
+def learning_older() -> str:
+    """Longer runs of the recipe as it was: a learned hidden token, bf16."""
+    columns = {"image error": "image_error_ratio", "AMPD / ln K": "ampd_loss_ratio", "AITD / ln K": "aitd_loss_ratio"}
+    columns |= {"GITD / ln K": "gitd_loss_ratio", "attention": "attention_entropy", "spread": "pooled_spread"}
+    body = []
+    for result in learning("*-learned-token-seed*.json", name="learned-token"):
+        end = end_of(result)
+        shown = [number(end[column], 3 if column == "attention_entropy" else 2) for column in columns.values()]
+        organ = asked(result["probes"][-1]["rows"], "organ", "all", 32)
+        more = interval(organ["above untrained"]) if organ else ""
+        body.append([result["corpus"], str(result["seed"]), str(result["steps"]), *shown, more])
+    header = ["trained on", "seed", "steps", *columns, "organ, 32 labels: above one untrained encoder"]
     return rows(header, body) if body else NOT_YET
 
 
@@ -134,11 +149,11 @@ def altered(name: str) -> str:
 
 
 def _methods() -> dict[str, list[dict[str, Any]]]:
-    """Recipe to its runs that came to their end."""
+    """Name to the runs of a recipe and a length that came to their end: `benchmarks/learning_methods.py`."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for result in learning("real-*-tiny-seed*.json"):
+    for result in learning("real-*-tiny*-seed*.json"):
         if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
-            found.setdefault(result["config"]["recipe"], []).append(result)
+            found.setdefault(result["name"], []).append(result)
     return found
 
 
@@ -149,8 +164,9 @@ def learning_methods() -> str:
         costs = {row["recipe"]: row["over_dagman"] for row in load("recipes")["rows"]}
     found = _methods()
     body = []
-    for recipe in [*found, *(name for name in costs if name not in found)]:
-        runs = found.get(recipe, [])
+    for name in [*found, *(name for name in costs if name not in found)]:
+        runs = found.get(name, [])
+        recipe = runs[0]["config"]["recipe"] if runs else name
         ends = [end_of(run) for run in runs]
         ends = [end | {"last level": end[max(levels)]} if (levels := _ranks(end)) else end for end in ends]
         columns = (
@@ -193,7 +209,7 @@ def learning_methods_auc() -> str:
     if not found:
         return NOT_YET
     body = []
-    for recipe, runs in found.items():
+    for runs in found.values():
         cells = []
         for question in QUESTIONS:
             rows_of = [row for run in runs if (row := asked(run["probes"][-1]["rows"], question, "all", 32))]
@@ -202,7 +218,7 @@ def learning_methods_auc() -> str:
             plain = mean_auc([asked(table, question, "all", 32) for table in tables])
             mean = sum(row["auc"]["value"] for row in rows_of) / len(rows_of)
             cells.append(f"{mean:.3f}; untrained {plain}; {less}")
-        body.append([recipe, *cells])
+        body.append([f"{runs[0]['config']['recipe']}, {runs[0]['steps']} steps", *cells])
     for name, rows_of_all in next(iter(found.values()))[0]["baselines"].items():
         estimates = [asked(rows_of_all, question, "all", 32) for question in QUESTIONS]
         body.append([name, *(interval(row["auc"]) if row else "" for row in estimates)])
@@ -230,8 +246,11 @@ def learning_broken() -> str:
     found = measured("learning-broken")
     if found is None:
         return NOT_YET
-    body = [[row["what"], str(row["seed"]), f"red: {row['by']}" if row["red"] else "green"] for row in found["rows"]]
-    return rows(["change", "seed", "the test"], body) + f"\n\n{machine(found)}."
+    body = [
+        [row["what"], str(row["seed"]), f"red: {row['by']}" if row["red"] else "green", str(row["seconds"])]
+        for row in found["rows"]
+    ]
+    return rows(["change", "seed", "the test", "seconds"], body) + f"\n\n{machine(found)}."
 
 
 def _mean(values: list[float]) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from common import NOT_YET, RESULTS, interval, machine, number, rows
+from common import NOT_YET, RESULTS, interval, load, machine, number, rows
 
 LOOKED_AT = (1, 100, 300, 600, 1000)
 LAST_ROWS = 2
@@ -106,13 +106,16 @@ def learning_reach() -> str:
     results = [result for some in corpora().values() for result in some]
     firsts, ends = [result["curve"][0] for result in results], [end_of(result) for result in results]
     body = [
-        [meaning, target, *(from_to(first, end, column) for first, end in zip(firsts, ends, strict=True))]
+        [meaning, target, *(from_to(*ends_of, column, target) for ends_of in zip(firsts, ends, strict=True))]
         for meaning, (column, target) in wanted.items()
     ]
     body.append(["steps", "", *(str(result["steps"]) for result in results)])
     body.append(["minutes", "", *(number(minutes(result), 0) for result in results)])
     header = ["", "aim", *(f"{result['corpus']}, seed {result['seed']}" for result in results)]
-    told = "Each cell: at the first step, then at the end (mean of the last two points of the curve, about a fifth)"
+    told = (
+        "Each cell: at the first step, then at the end (mean of the last two points of the curve, about a fifth); bold "
+        "misses the aim"
+    )
     return rows(header, body) + f"\n\n{told}. One thread a run, two runs side by side. {machine(results[0])}."
 
 
@@ -123,9 +126,12 @@ def minutes(result: dict[str, Any]) -> float:
     return sum(span * point["seconds"] for span, point in zip(spans, result["curve"], strict=True)) / 60
 
 
-def from_to(first: dict[str, float], end: dict[str, float], column: str) -> str:
-    """A figure at the first step and at the end."""
-    return ", ".join(said for said in (number(part.get(column), 2) for part in (first, end)) if said)
+def from_to(first: dict[str, float], end: dict[str, float], column: str, target: str) -> str:
+    """A figure at the first step and at the end; bold where it misses a target that is a limit."""
+    digits = 3 if column == "attention_entropy" else 2
+    before, after = (number(part.get(column), digits) for part in (first, end))
+    missed = target.startswith("below") and end[column] >= float(target.removeprefix("below"))
+    return ", ".join(said for said in (before, f"**{after}**" if missed else after) if said)
 
 
 def asked(table: list[dict[str, Any]], question: str, kind: str, labels: int | None) -> dict[str, Any] | None:
@@ -146,6 +152,19 @@ def range_of(values: list[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def gain(estimate: dict[str, Any]) -> str:
+    """A difference with its interval."""
+    return f"{estimate['value']:+.3f} ({estimate['low']:+.3f} to {estimate['high']:+.3f})"
+
+
+def said_together(corpus: str, question: str, labels: int | None, beside: str = "untrained") -> str:
+    """What the seeds of a corpus say together: `benchmarks/learning_together.py`."""
+    wanted = (corpus, question, labels)
+    found = load("learning-together")["rows"]
+    (row,) = [row for row in found if (row["corpus"], row["question"], row["labels"]) == wanted]
+    return gain(row[beside])
+
+
 @of_runs
 def learning_probes() -> str:
     """Probes at the end of the runs, beside untrained encoders and what needs no network, all features together."""
@@ -159,7 +178,7 @@ def learning_probes() -> str:
                 networks = mean_auc([asked(table, question, "all", labels) for table in first["untrained"]])
                 bases = [mean_auc([asked(first["baselines"][name], question, "all", labels)]) for name in BASELINES]
                 above = [interval(row["above untrained"]) if row else "" for row in ends]
-                others = [gained(tables, question, labels, name) for name in ("voxels", "histogram")]
+                others = [said_together(corpus, question, labels, name) for name in ("voxels", "histogram")]
                 luck = _chance(first, question, labels)
                 row = [corpus, meaning, str(labels or "all"), mean_auc(ends), networks, *bases, luck, *others, *above]
                 body.append(row + [""] * (seeds - len(above)))
@@ -200,20 +219,40 @@ def apart(gains: list[dict[str, Any]]) -> str:
 
 @of_runs
 def learning_claims() -> str:
-    """In how many seeds the pretrained encoder lies above untrained ones, and below, intervals apart."""
+    """How far the pretrained encoders lie above untrained ones: one interval for the seeds of each corpus."""
+    told = [(corpus, labels) for corpus in corpora() for labels in (8, 32, None)]
     body = [
-        [
-            meaning,
-            *(
-                gained([result["probes"][-1]["rows"] for result in some], name, labels)
-                for some in corpora().values()
-                for labels in (8, 32, None)
-            ),
-        ]
-        for name, meaning in QUESTIONS.items()
+        [meaning, *(said_together(corpus, question, labels) for corpus, labels in told)]
+        for question, meaning in QUESTIONS.items()
     ]
-    header = [f"{corpus}, {labels} labels" for corpus in corpora() for labels in (8, 32, "all")]
-    return rows(["pretrained on", *header], body)
+    return rows(["pretrained on", *(f"{corpus}, {labels or 'all'} labels" for corpus, labels in told)], body)
+
+
+@of_runs
+def learning_answer() -> str:
+    """Yes or no: whether three seeds together, trained on real CTs, tell more than what costs nothing; 32 labels."""
+    found = {(row["corpus"], row["question"], row["labels"]): row for row in load("learning-together")["rows"]}
+    body = []
+    for question, meaning in QUESTIONS.items():
+        row = found["real", question, 32]
+        body.append([meaning, number(row["untrained"]["first"], 2), *map(verdict, (row["untrained"], *_plain(row)))])
+    header = [
+        "32 labels, pretrained on real CTs",
+        "AUC",
+        "more than untrained encoders?",
+        *(f"than {name}?" for name in BASELINES),
+    ]
+    return rows(header, body)
+
+
+def _plain(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row[name] for name in BASELINES]
+
+
+def verdict(estimate: dict[str, Any]) -> str:
+    """Yes or no where the interval lies apart from 0, and the difference."""
+    said = "**yes**" if estimate["low"] > 0 else "**less**" if estimate["high"] < 0 else "not apart"
+    return f"{said}: {estimate['value']:+.2f} ({estimate['low']:+.2f} to {estimate['high']:+.2f})"
 
 
 @of_runs
@@ -224,8 +263,7 @@ def learning_short() -> str:
         first = next(iter(found.values()))[0]
         base = [mean_auc([asked(table, name, "all", 32) for table in first["untrained"]])]
         base.append(mean_auc([asked(first["baselines"]["histogram"], name, "all", 32)]))
-        gains = [gained([result["probes"][-1]["rows"] for result in results], name) for results in found.values()]
-        body.append([meaning, *base, *gains])
+        body.append([meaning, *base, *(said_together(corpus, name, 32) for corpus in found)])
     header = [f"pretrained on {corpus}: above untrained" for corpus in found]
     return rows(["AUC, 32 labels", "untrained", "histogram of intensities", *header], body)
 

@@ -19,3 +19,10 @@ def few_examined() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dagman.train.pretrain.EXAMINED", 8)
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs that are looked at by rows and states: pictures would take most of their time."""
+    for drawing in ("draw", "draw_crops"):
+        monkeypatch.setattr(f"dagman.train.pretrain.{drawing}", lambda *_: None)

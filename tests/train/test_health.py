@@ -14,7 +14,7 @@ from test_resume import rows
 from dagman import recipes
 from dagman.ct import phantom
 from dagman.ct.datasets import DataConfig, ViewsDataset
-from dagman.ct.prepare import prepare
+from dagman.ct.prepare import PrepareConfig, prepare
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.weights import load_encoder
@@ -71,6 +71,7 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(CoDistillation, "forward", poisoned)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "poison",
     [
@@ -126,6 +127,7 @@ def test_steps_skipped_in_a_row_end_the_run_and_keep_the_last_checkpoint(
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_validation_and_test_cases_are_not_trained_on(
     store: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +149,7 @@ def test_validation_and_test_cases_are_not_trained_on(
     assert all(0 < value < 1 for value in values if value)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_small_numbers_are_flushed_in_training_only(store: PreparedStore, tmp_path: Path) -> None:
     seen: list[float] = []
 
@@ -322,9 +325,10 @@ def test_a_value_missing_from_a_skipped_step_neither_adds_nor_forgives() -> None
     assert [bool(message) for message in messages] == [False] * 39 + [True]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_probe_on_labelled_cases_watches_the_run(tmp_path: Path) -> None:
     phantom.write(tmp_path / "phantoms", 16)
-    prepare([tmp_path / "phantoms" / "cases.csv"], tmp_path / "prepared")
+    prepare([tmp_path / "phantoms" / "cases.csv"], tmp_path / "prepared", PrepareConfig(spacing_mm=6.0))
     labelled = PreparedStore(tmp_path / "prepared")
     config = replace(small(steps=3), data=DataConfig(crop=(32, 32, 32)))
     pretrain(config, labelled, tmp_path / "run", labelled=labelled)

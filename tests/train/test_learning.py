@@ -43,7 +43,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> PreparedStore:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 def test_a_short_run_learns(phantoms: PreparedStore, tmp_path: Path) -> None:
     recipe = recipes.with_length(recipes.get("dagman-tiny"), STEPS, None)
     pretrain(config.override(recipe, {"optimisation.seed": SEED}), phantoms, tmp_path / "run", device="cpu")
@@ -57,7 +57,7 @@ def test_a_short_run_learns(phantoms: PreparedStore, tmp_path: Path) -> None:
     assert mean("image_error_ratio", first) > 1.05, "an untrained network is worse than the visible mean"
     assert 0.4 < mean("image_error_ratio", last) < 0.85, "the image term learns"
     for name in ("pooled_spread", "tokens_spread", "cls_spread"):
-        assert mean(name, last) > 0.5, f"{name}: no collapse"
+        assert 0.5 < mean(name, last) < 0.97, f"{name}: no collapse, and no random directions"
     for name, most in (("ampd", 0.85), ("aitd", 0.9), ("gitd", 0.9)):
         assert mean(f"{name}_loss_ratio", last) < most, f"{name}: the student follows the teacher"
     assert mean("attention_entropy", last) < mean("attention_entropy", first), "attention leaves uniform"

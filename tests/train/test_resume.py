@@ -62,13 +62,6 @@ def interrupted(config: PretrainConfig, store: PreparedStore, folder: Path, *sto
     return pretrain(config, store, folder, **how)
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For runs that are compared by rows and states: pictures at every stop would take most of the time."""
-    for drawing in ("draw", "draw_crops"):
-        monkeypatch.setattr(f"dagman.train.pretrain.{drawing}", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def whole(store: PreparedStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"

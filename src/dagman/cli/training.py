@@ -43,7 +43,7 @@ def pretrain(
     """Pretrain an encoder; stopped and started again with the same command, it goes on bit for bit.
 
     Args:
-        recipe: `dagman-tiny` (two CPU cores, minutes), `dagman-swin` (the paper's sizes, GPUs), or another.
+        recipe: `dagman-tiny` (a CPU, under an hour), `dagman-swin` (the paper's sizes, GPUs), or another.
         settings: Any setting by its dotted name, such as `--method.losses.ampd 0`; `dagman info RECIPE` lists them.
         data: A prepared store.
         output: The run folder.

@@ -136,7 +136,9 @@ class CoDistillation(nn.Module):
         watched["padding_ratio"] = views.padding.mean()
         for name, one in compared.items():
             watched |= {f"{name}_{what}": value for what, value in one.watched.items()}
-            watched[f"{name}_center_size"] = diagnostics.size(self.center(name)) / diagnostics.size(teacher.means[name])
+            if self.method.balance == "centering" or self._has_places(name):  # balancing takes a shared center away
+                size = diagnostics.size(self.center(name)) / diagnostics.size(teacher.means[name])
+                watched[f"{name}_center_size"] = size
             some = hidden.any(dim=1).float().mean() if name == "ampd" else 1.0
             watched[f"{name}_loss_ratio"] = one.loss.detach() / some / math.log(self.center(name).shape[-1])
         if self.student.voxel_head is not None:

@@ -37,7 +37,8 @@ MEANINGS: Mapping[str, str] = {
         for side in ("teacher", "student")
     },
     **{
-        f"{term}_center_size": "root mean square of the head's center / that of the batch's mean teacher logits"
+        f"{term}_center_size": "root mean square of the head's center / that of the batch's mean teacher logits; not "
+        "there where balancing takes a shared center away"
         for term in ("aitd", "ampd", "gitd")
     },
     "attention_hidden_ratio": "share of the guiding attention on cells hidden from the student",

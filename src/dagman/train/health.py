@@ -174,7 +174,8 @@ ALARMS = (
         limit="above 0.993 of ln N: what it hides is arbitrary, and a picture of it is noise",
         steps=50,
         first_ratio=0.5,
-        advice="take more steps or more volumes a step",
+        advice="raise encoder.attention.query_gain (of a Swin), lower optimisation.momentum, set encoder.hidden_token "
+        "zero, or take more steps or more volumes a step",
     ),
 )
 

@@ -1,0 +1,60 @@
+"""What three seeds say together: one interval for each question, over patients, seeds and untrained networks.
+
+    python benchmarks/learning_together.py --work WORK --data DATA [--json benchmarks/results/learning-together.json]
+
+Asks the last encoders of `learning_curve.py` (the runs named `tiny`) of both corpora, beside untrained networks and
+what needs no network.
+"""
+
+import argparse
+import functools
+import time
+from pathlib import Path
+
+import yaml
+
+import learning_baselines as baselines
+import learning_cases as cases
+import learning_curve as curve
+import learning_probes as probes
+from dagman import config, files
+from dagman.run import Run, describe_environment
+from dagman.train.settings import PretrainConfig
+
+CORPORA = ("phantoms", "real")
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    """Ask, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="that of `learning_curve.py`")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "learning-together.json")
+    given = parser.parse_args()
+    first = Run(given.work / "runs" / f"{CORPORA[0]}-tiny-seed{SEEDS[0]}")
+    chosen = config.from_dict(PretrainConfig, yaml.safe_load(first.config_file.read_text()))
+    questions = cases.phantom_crops(given.work / "phantom_crops_160.npz", 160)
+    questions |= cases.real_crops(given.data, given.work)
+    questions = {name: asked._replace(hu=asked.middle(chosen.data.crop[0])) for name, asked in questions.items()}
+    see = functools.partial(curve.see, questions=questions, device="cpu")
+    networks = baselines.networks(chosen, questions, given.work / "untrained", None, see)
+    plain = baselines.without_network(questions, chosen.data.window_hu)
+    rows = []
+    for corpus in CORPORA:
+        ends = [curve.last(given.work, f"{corpus}-tiny-seed{seed}") for seed in SEEDS]
+        answers = [baselines.ask(see(encoder), questions) for _, encoder in ends]
+        for key in answers[0]:
+            if key[1] == probes.TOGETHER:
+                runs = [one[key] for one in answers]
+                row = {"corpus": corpus, "steps": ends[0][0], "question": key[0], "labels": key[2]}
+                row["untrained"] = probes.together(runs, [one[key] for one in networks])
+                rows.append(row | {name: probes.together(runs, [asked[key]]) for name, asked in plain.items()})
+        print(f"{corpus}: asked", flush=True)
+    result = {"rows": rows, "date": time.strftime("%Y-%m-%d"), "machine": describe_environment()["versions"]}
+    files.write_json(given.json, result)
+    print(f"wrote {given.json}")
+
+
+if __name__ == "__main__":
+    main()
