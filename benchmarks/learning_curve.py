@@ -183,6 +183,12 @@ def curve(run: Run) -> list[dict[str, float]]:
     return points
 
 
+def alarms(run: Run) -> list[str]:
+    """What rang, in the words of the log."""
+    lines = run.log_file.read_text().splitlines()
+    return [line.partition("ALARM ")[2] for line in lines if "ALARM " in line]
+
+
 def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     """The command line, and the settings that it replaces."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -362,6 +368,7 @@ def main() -> None:
         "baselines": {kind: table(asked, networks, {}) for kind, asked in plain.items()},
         "chance": baselines.chance(questions, chosen.data.window_hu),
         "probes": [looks | {"rows": table(answers, networks, plain)} for answers, looks in probed],
+        "alarms": alarms(Run(arguments.work / "runs" / name)),
         "curve": curve(Run(arguments.work / "runs" / name)),
     }
     files.write_json(path, result)

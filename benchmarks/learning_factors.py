@@ -85,6 +85,8 @@ TODAY = {
         for name in (
             *("rate-1e-3", "centering", "one-pair-a-volume", "noisy-guide", "warmer-teacher", "one-patch-center"),
             *("no-warm-up", "prototypes-1024", "momentum-.996", "rate-2e-4"),
+            *("batch-4", "batch-4-times-4", "overlap-half", "query-gain-1", "cells-of-16", "embed-12", "crop-64"),
+            *("paper-noise", "eight-pairs-a-volume", "soft-tissue-window", "image-weight-3", "warm-up-.5"),
         )
     },
     "residual-position": {"encoder.attention.position": "residual"},

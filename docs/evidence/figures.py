@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from common import ROOT
-from learning import QUESTIONS, corpora, with_ratios
+from learning import QUESTIONS, asked, corpora, with_ratios
 from matplotlib.figure import Figure
 
 from dagman.figures import image, learning, progress
@@ -38,19 +38,29 @@ def scaling(result: dict[str, Any]) -> bytes:
     return image.png(figure)
 
 
+def run(result: dict[str, Any]) -> bytes:
+    """The panels of a run, the probe's with the organs of phantoms told from 32 labels."""
+    points = [with_ratios(result, point) for point in result["curve"]]
+    for probe in result["probes"]:
+        row = asked(probe["rows"], "organ", "all", 32)
+        if row:
+            ends = {f"probe_{end}": row["auc"][end] for end in ("low", "high")}
+            points.append({"step": max(1, probe["step"]), "probe_auc": row["auc"]["value"], **ends})
+    pairs = result["config"]["optimisation"]["batch_size"]
+    about = f"{result['volumes']} {result['corpus']}, seed {result['seed']}, {pairs} pairs of crops a step"
+    return progress.png(sorted(points, key=lambda point: point["step"]), f"dagman-tiny on {about}")
+
+
 def main() -> None:
     """Draw what there are results for."""
     if (RESULTS / "scaling.json").exists():
         (ROOT / "docs" / "scaling.png").write_bytes(scaling(json.loads((RESULTS / "scaling.json").read_text())))
         print("wrote docs/scaling.png")
     for corpus, found in corpora().items():
-        asked = {question: title for question, title in QUESTIONS.items() if question in found[0]["crops"]}
+        told = {question: title for question, title in QUESTIONS.items() if question in found[0]["crops"]}
         pictures = {
-            f"learning-probes-{corpus}.png": learning.png(found, asked),
-            f"learning-run-{corpus}.png": progress.png(
-                [with_ratios(found[0], point) for point in found[0]["curve"]],
-                f"dagman-tiny on {found[0]['volumes']} {corpus}, seed {found[0]['seed']}",
-            ),
+            f"learning-probes-{corpus}.png": learning.png(found, told),
+            f"learning-run-{corpus}.png": run(found[0]),
         }
         for name, picture in pictures.items():
             (ROOT / "docs" / name).write_bytes(picture)

@@ -349,7 +349,12 @@ def learning_look() -> str:
             body.append([corpus, f"`{column}`", *cells])
     lengths = {corpus: results[0]["steps"] for corpus, results in corpora().items()}
     trained = [[f"{row[0]}, {lengths[row[0]]} steps", *row[1:]] for row in body]
-    return rows(["trained on", "", *(f"step {step}" for step in LOOKED_AT)], trained)
+    watched = [run for run in learning("*-seed*.json") if "alarms" in run and run["config"]["recipe"] == "dagman-tiny"]
+    rang, steps = sum(bool(run["alarms"]) for run in watched), sum(run["steps"] for run in watched)
+    told = (
+        f"Alarms rang in {rang} of {len(watched)} runs of `dagman-tiny` ({steps:,} steps), those of other tables too."
+    )
+    return rows(["trained on", "", *(f"step {step}" for step in LOOKED_AT)], trained) + f"\n\n{told}"
 
 
 def learning_far() -> str:

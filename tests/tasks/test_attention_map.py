@@ -235,6 +235,22 @@ def test_planes_go_through_the_mask_or_the_most_attended_voxel_of_the_body():
     assert attention.centre(values, inside, mask) == (7, 2, 1)
 
 
+def test_planes_without_a_mask_show_the_body_and_do_not_graze_its_skin() -> None:
+    where = np.indices((40, 30, 20)) - np.array([20, 15, 10])[:, None, None, None]
+    body = (where**2 / np.array([18, 13, 9])[:, None, None, None] ** 2).sum(axis=0) <= 1
+    values = np.zeros(body.shape, np.float32)
+    values[20, 27, 10] = 9  # the skin of the back
+    values[25, 18, 12] = 3
+    x, y, z = attention.centre(values, body)
+    assert (x, y, z) == (25, 18, 12)
+    areas = body[x].sum(), body[:, y].sum(), body[:, :, z].sum()
+    most = (body.sum(axis=tuple({0, 1, 2} - {axis})).max() for axis in range(3))
+    assert all(2 * area >= largest for area, largest in zip(areas, most, strict=True))
+    lonely = np.zeros((3, 3, 3), bool)
+    lonely[[0, 1, 2], [0, 1, 2], [0, 1, 2]] = True
+    assert lonely[attention.centre(np.where(lonely, 1, 0).astype(np.float32), lonely)]
+
+
 def test_a_dicom_series_gets_its_map_on_its_own_rows_and_columns(tmp_path, real_data):
     folder = real_data / "dicom_series" / "lung_dx_A0002_B40f"
     (scan,), _ = index([folder])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from dagman.figures import image
 
@@ -89,7 +89,12 @@ PANELS = (
         curves={"attention_peak": "guides hiding", "clean_attention_peak": "teacher without noise"},
         lines=_EVEN,
     ),
-    Panel(title="Share of the guiding attention on hidden cells", curves={"attention_hidden_ratio": "share"}),
+    Panel(
+        title="Spread of the teacher's features by level",
+        curves={f"level{level}_spread": f"level {level}" for level in range(5)},
+        lines={"random directions = 1": 1.0},
+        span=(0.0, 1.05),
+    ),
     Panel(
         title="Hidden cells that the teacher had dropped / chance",
         curves={"hidden_dropped_excess": "share / share of all cells"},
@@ -172,8 +177,29 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
     if panel.span:
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, panel.span[0]), max(high, panel.span[1]))
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8, loc="best", framealpha=0.6)
+    _name(axes, logarithmic=panel.logarithmic)
+
+
+def _name(axes: Axes, *, logarithmic: bool) -> None:
+    """A legend in a space of its own above the curves; plain figures on an axis of less than two decades."""
+    lines = math.ceil(len(axes.get_legend_handles_labels()[1]) / 2)
+    room = (0.04 + 0.085 * lines) if lines else 0.0
+    low, high = axes.get_ylim()
+    if logarithmic:
+        if high < 100 * low:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(_plainly))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        high *= (high / low) ** (room / (1 - room))
+    else:
+        high += (high - low) * room / (1 - room)
+    axes.set_ylim(low, high)
+    if lines:
+        axes.legend(fontsize=8, loc="upper center", ncols=2, framealpha=0.6)
+
+
+def _plainly(value: float, _: int | None) -> str:
+    return f"{value:g}"
 
 
 def _judge(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -327,9 +327,17 @@ def centre(
     body: Bool[np.ndarray, "x y z"],
     mask: Bool[np.ndarray, "x y z"] | None = None,
 ) -> Triple:
-    """The voxel to cut planes through: the middle of the mask, else the body's most attended voxel."""
+    """The voxel to cut planes through: the middle of the mask, else the most attended one whose planes show the body.
+
+    These cut at least half as much of it as the plane that cuts most: what is attended most is often the skin, and
+    planes that touch it show air.
+    """
     if mask is not None and mask.any():
         x, y, z = (round(float(lines.mean())) for lines in np.nonzero(mask))
         return x, y, z
-    inside = np.where(body, values, 0)
+    shown = body.copy()
+    for axis in range(3):
+        area = body.sum(axis=tuple({0, 1, 2} - {axis}))
+        np.moveaxis(shown, axis, 0)[2 * area < area.max()] = False
+    inside = np.where(shown if shown.any() else body, values, 0)
     return _triple(tuple(int(index) for index in np.unravel_index(inside.argmax(), inside.shape)))

@@ -232,6 +232,7 @@ def draw(job: Job) -> None:
         from dagman.figures import progress
     except ImportError:
         return
-    title = f"{job.config.recipe}: {job.run.folder.name}"
+    pairs = job.config.optimisation.volumes_per_step(job.devices)
+    title = f"{job.config.recipe}: {job.run.folder.name}, {pairs} pairs of crops a step"
     picture = progress.png(job.run.metrics(), title)
     files.write_bytes(job.run.progress_file, picture)
