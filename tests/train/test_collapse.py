@@ -10,9 +10,10 @@ import pytest
 import torch
 from small_run import small
 
-from dagman import config, recipes
+from dagman import cli, config, recipes
 from dagman.ct.datasets import DataConfig
 from dagman.ct.store import PreparedStore
+from dagman.errors import ExitCode
 from dagman.pretext.codistill import CoDistillation
 from dagman.run import Run
 from dagman.train.pretrain import PretrainConfig, pretrain
@@ -122,6 +123,34 @@ def test_a_forced_collapse_rings_on_dagman_tiny(named: str, store: PreparedStore
     few = config.override(recipe, {"optimisation.batch_size": 2, "data.pairs_per_volume": 2})
     assert rang(few, named, store, tmp_path / "run", acting) == acting
     assert "aitd_center_size" not in Run(tmp_path / "run").metrics()[-1]
+
+
+@torch.no_grad()
+def blind(model: CoDistillation) -> None:
+    for network in (model.student, model.teacher):
+        network.encoder.patch_embed.proj.weight.zero_()
+        network.encoder.patch_embed.proj.bias.zero_()
+
+
+def test_a_run_that_ends_collapsed_is_written_and_ends_with_7(
+    store: PreparedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    update = CoDistillation.update_teacher
+
+    def then_blind(self: CoDistillation, momentum: float) -> None:
+        update(self, momentum)
+        blind(self)
+
+    monkeypatch.setattr(CoDistillation, "update_teacher", then_blind)
+    sizes = ["--encoder.embed-dim", "12", "--encoder.depths", "1,1,1,1", "--optimisation.batch-size", "2"]
+    sizes += ["--encoder.hidden-token", "zero", "--encoder.drop-path", "0", "--method.heads.num-prototypes", "64"]
+    command = ["pretrain", "dagman-tiny", *sizes, "--data", store.folder, "-o", tmp_path / "run", "--steps", "23"]
+    for _ in range(2):  # the second time it is complete
+        assert cli.run(list(map(str, command))) == ExitCode.UNHEALTHY
+        assert "E-UNHEALTHY" in (said := capsys.readouterr().err), said
+        assert "features that are the same of everything" in said
+    assert "ALARM features collapsed" in (tmp_path / "run" / "log.txt").read_text()
+    assert (tmp_path / "run" / "weights" / "model.safetensors").is_file()
 
 
 def test_a_short_healthy_run_rings_nothing(store: PreparedStore, tmp_path: Path) -> None:

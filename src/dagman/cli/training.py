@@ -82,6 +82,14 @@ def pretrain(
     if result.status == "stopped":
         return ExitCode.STOPPED
     say(f"wrote {output / 'weights'} and {output / 'progress.png'}")
+    if result.collapsed:
+        raise DagmanError(
+            "UNHEALTHY",
+            output,
+            "ended with features that are the same of everything",
+            "do as the ALARM lines of its log.txt say, and start anew with --fresh",
+            exit_code=ExitCode.UNHEALTHY,
+        )
     next_step(f"dagman embed --weights {output} -i {data} -o {output / 'features.csv'}")
     return ExitCode.OK
 

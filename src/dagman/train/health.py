@@ -1,6 +1,6 @@
 """The collapse watch: named alarms when a run's diagnostics have been bad for long enough, with what to change."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,12 @@ _ONE_HOT = (
     "with method.balance centering take sinkhorn; else raise that head's teacher temperature, or take more prototypes"
 )
 
+COLLAPSED = "features collapsed"
+
 ALARMS = (
     *(
         Alarm(
-            name="features collapsed",
+            name=COLLAPSED,
             column=column,
             is_bad=lambda value: value < 0.03,
             limit="below 0.03 (random directions: 1)",
@@ -213,3 +215,15 @@ class Watch:
                 lasting = f"for {alarm.steps} rows " if alarm.steps > 1 else ""
                 raised.append(f"ALARM {alarm.name}: {column} is {value:.4g}, {lasting}{alarm.limit}; {alarm.advice}")
         return raised
+
+    def ringing(self) -> set[str]:
+        """Names of the alarms whose state lasts."""
+        return {alarm.name for alarm in self._ringing}
+
+
+def collapsed(rows: Iterable[Mapping[str, Any]], total_steps: int) -> bool:
+    """Whether a run of these rows ended in a state in which its features are the same of everything."""
+    watch = Watch(total_steps)
+    for row in rows:
+        watch.see(row)
+    return COLLAPSED in watch.ringing()

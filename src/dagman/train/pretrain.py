@@ -20,7 +20,7 @@ from dagman.pretext.examination import TOGETHER, examine
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
 from dagman.tasks import watching
-from dagman.train import cost, engine
+from dagman.train import cost, engine, health
 from dagman.train.job import Job, Listener, batches, describe, draw, draw_crops, prepare, resume, save
 from dagman.train.record import Recorder
 from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
@@ -56,6 +56,8 @@ class Result:
     folder: Path
     stop_asked: bool = False
     """Whoever has more runs to do stops: a stop was asked for, in time for this run or too late to cut it short."""
+    collapsed: bool = False
+    """The run came to its end with features that are the same of everything."""
 
 
 def pretrain(
@@ -126,7 +128,15 @@ def pretrain(
 
 
 def _result(job: Job, status: Status, done: int, stop: engine.StopRequest) -> Result:
-    return Result(status=status, step=done, total_steps=job.total, folder=job.run.folder, stop_asked=stop.agreed)
+    collapsed = status != "stopped" and health.collapsed(job.run.metrics(), job.total)
+    return Result(
+        status=status,
+        step=done,
+        total_steps=job.total,
+        folder=job.run.folder,
+        stop_asked=stop.agreed,
+        collapsed=collapsed,
+    )
 
 
 def _loop(
