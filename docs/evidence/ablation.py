@@ -99,7 +99,7 @@ CLUSTERS = {
     "map: intra": ("map: distance within a class", 2),
     "map: inter": ("map: distance between classes", 2),
     "map: intra / inter": ("map: within / between", 3),
-    "silhouette": ("map: silhouette", 3),
+    "map: silhouette": ("map: silhouette", 3),
     "features: intra / inter": ("features: within / between", 3),
     "features: silhouette": ("features: silhouette", 3),
     "5-NN accuracy": ("5-NN accuracy among other patients", 3),

@@ -50,9 +50,11 @@ def demo() -> str:
         for row in result["probe"]
     ]
     first = result["probe"][0]
+    steps = f"{result['training']['steps']} steps of pretraining"
     note = (
         f"Malignant or benign nodule, {first['cases']} phantoms of {first['patients']} patients, "
-        f"{first['folds']} folds by patient, {result['training']['steps']} steps of pretraining. {machine(result)}."
+        f"{first['folds']} folds by patient, {steps}. Untrained: the AUC is of one encoder, the difference from any of "
+        f"three. {machine(result)}."
     )
     return rows(["features", "AUC", "sensitivity", "specificity", "AUC of pretrained minus this"], body) + "\n\n" + note
 

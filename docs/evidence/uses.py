@@ -40,7 +40,15 @@ def uses_cluster() -> str:
             f"{corpus}: {found['crops']} crops of {found['structures']} structures, {len(found['classes'])} classes, "
             f"patients: {found['patients']}"
         )
-    header = ["crops of", "features", "map: intra", "inter", "intra / inter", "features: intra / inter", "silhouette"]
+    header = [
+        "crops of",
+        "features",
+        "map: intra",
+        "inter",
+        "intra / inter",
+        "features: intra / inter",
+        "features: silhouette",
+    ]
     return rows([*header, "5-NN accuracy"], body) + f"\n\n{'; '.join(told)}. {machine(result)}."
 
 

@@ -40,3 +40,13 @@ def test_patients_that_nobody_named_are_not_counted(tmp_path, capsys):
     prepare([tmp_path / "scans"], tmp_path / "prepared", workers=1)
     assert run(["info", str(tmp_path / "prepared")]) == 0
     assert capsys.readouterr().out.startswith("1 prepared case, patients not named, 0 with a label, store ")
+
+
+def test_prepare_says_which_labels_it_found(tmp_path, capsys):
+    rows = ["case_id,image,label"]
+    for seed, label in enumerate(("metastasis", "none", "metastasis")):
+        save(tmp_path / "scans" / f"{seed}.nii.gz", seed)
+        rows.append(f"c{seed},{seed}.nii.gz,{label}")
+    (tmp_path / "scans" / "cases.csv").write_text("\n".join(rows))
+    assert run(["prepare", "-i", str(tmp_path / "scans" / "cases.csv"), "-o", str(tmp_path / "store")]) == 0
+    assert "labels: 2 metastasis, 1 without (none says that there is none)" in capsys.readouterr().err

@@ -92,3 +92,17 @@ def test_missing_fonts_do_not_interrupt_progress(caplog):
     with caplog.at_level(logging.WARNING):
         font_manager.findfont("no font of this name")
     assert not caplog.records
+
+
+def test_a_forecast_refuses_labelled_cases_that_could_not_watch_the_run(organ_store, tmp_path, capsys):
+    table = tmp_path / "cases.csv"
+    table.write_text("case_id,image,label\n")
+    command = ["pretrain", "dagman-tiny", *SMALL, "--data", str(organ_store.folder), "-o", str(tmp_path / "run")]
+    assert run([*command, "--dry-run", "--labelled", str(table)]) == ExitCode.USAGE
+    assert f"run `dagman prepare -i {table} -o prepared`" in capsys.readouterr().err
+    alike = tmp_path / "alike"
+    shutil.copytree(organ_store.folder, alike)
+    text = (alike / MANIFEST).read_text().replace('"label": "even"', '"label": "odd"')
+    (alike / MANIFEST).write_text(text.replace('"label":"even"', '"label":"odd"'))
+    assert run([*command, "--dry-run", "--labelled", str(alike)]) == ExitCode.USAGE
+    assert "E-LABEL labels: 1 classes over 5 cases (odd: 5)" in capsys.readouterr().err

@@ -87,6 +87,15 @@ def test_missing_labels_are_refused_or_left_out_and_counted(nothing):
     assert (chosen.case_ids, missing) == (("case_00", "case_01"), 6)
 
 
+def test_labels_are_told_with_the_words_that_say_there_is_none():
+    assert labels.told([None, "", None]) == ""
+    assert labels.told(["meta", " meta", "clean"]) == "labels: 2 meta, 1 clean"
+    assert labels.told(["meta", "none", "None", None]) == (
+        "labels: 1 meta, 3 without (None, none says that there is none)"
+    )
+    assert labels.told(list("aabcdefg")).endswith("1 c, 1 d, 1 e, 2 more classes")
+
+
 def test_repeated_cases_are_refused():
     with pytest.raises(DagmanError, match=r"E-LABEL.*1 cases in more than one row \(a\)"):
         labels.labelled(make(["0", "1", "0"], case_ids=["a", "b", "a"]))

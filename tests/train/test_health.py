@@ -338,3 +338,8 @@ def test_a_probe_on_labelled_cases_watches_the_run(tmp_path: Path) -> None:
     assert "probe_auc" not in between
     assert (last["probe_auc"], last["probe_low"], last["probe_high"]) == pytest.approx((auc.value, auc.low, auc.high))
     assert first["probe_low"] <= first["probe_auc"] <= first["probe_high"]
+    told = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "the probe's AUC is" in line]
+    assert [
+        f"step {step}: the probe's AUC is {row['probe_auc']:.3f} (" in line
+        for step, row, line in zip((1, 3), (first, last), told, strict=True)
+    ] == [True, True]

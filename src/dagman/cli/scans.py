@@ -137,10 +137,15 @@ def lidc(
 
 def _describe(summary: "Summary", output: Path) -> None:
     """Say what a preparation found and wrote."""
+    from dagman.ct.store import PreparedStore
+    from dagman.tasks import labels
     from dagman.train.cost import duration
 
     there = f", {summary.already_there} were there already" if summary.already_there else ""
     say(f"{summary.stored} cases prepared in {duration(summary.seconds)}{there}; wrote {output}")
+    stored = PreparedStore(output).rows if summary.exit_code is not ExitCode.NOTHING_USABLE else []
+    if said := labels.told([row.get("label") for row in stored]):
+        say(said)
     for note in summary.notes:
         say(note)
     if summary.rejected:

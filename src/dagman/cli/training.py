@@ -62,6 +62,7 @@ def pretrain(
         dry_run: Say what would be done and what it would cost, and stop.
     """
     from dagman.ct.store import PreparedStore, refuse_inside
+    from dagman.tasks import watching
     from dagman.train import pretrain as training
 
     seeded = [] if seed is None else ["--optimisation.seed", str(seed)]
@@ -69,6 +70,8 @@ def pretrain(
     store, watch = PreparedStore(data), PreparedStore(labelled) if labelled else None
     refuse_inside(output)
     if dry_run:
+        if watch is not None:
+            watching.check(watch, training.shown(chosen, store))
         _forecast(chosen, store, devices, device)
         return ExitCode.OK
     if fresh and output.exists():
@@ -90,7 +93,7 @@ def pretrain(
             "do as the ALARM lines of its log.txt say, and start anew with --fresh",
             exit_code=ExitCode.UNHEALTHY,
         )
-    next_step(f"dagman embed --weights {output} -i {data} -o {output / 'features.csv'}")
+    next_step(f"dagman embed --weights {output} -i {labelled or data} -o {output / 'features.csv'}")
     return ExitCode.OK
 
 

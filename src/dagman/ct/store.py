@@ -108,13 +108,14 @@ class PreparedStore:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
             begun = (self.folder / SETTINGS).is_file()
+            scans = self.folder if self.folder.is_file() else "SCANS"
             raise DagmanError(
                 "STORE",
                 self.folder,
                 f"is no finished store: it holds no {MANIFEST}" if self.folder.exists() else "does not exist",
                 "run the same `dagman prepare` again until it ends"
                 if begun
-                else "run `dagman prepare -i SCANS -o prepared` and give that folder",
+                else f"run `dagman prepare -i {scans} -o prepared` and give that folder",
             )
         self.settings = _read_settings(self.folder / SETTINGS)
         self.rows: list[dict[str, Any]] = read_lines(

@@ -1,4 +1,7 @@
-"""Maps of labelled features side by side: a colour and a shape for each class, the same in every map."""
+"""Maps of labelled features side by side: a colour and a shape for each class, the same in every map.
+
+Where there are more classes than colours, marks of the others are open. Classes of many crops lie below those of few.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -62,17 +65,17 @@ def png(panels: Sequence[Panel]) -> bytes:
     for plot, panel in zip(axes, panels, strict=False):
         _draw(plot, panel, names)
     handles = [
-        Line2D([], [], linestyle="", marker=style[1], color=style[0], markersize=7, label=name)
-        for name, style in zip(names, map(_style, range(len(names))), strict=True)
+        Line2D([], [], linestyle="", marker=marker, color=colour, markerfacecolor=face, markersize=7, label=name)
+        for name, (colour, marker, face) in zip(names, map(_style, range(len(names))), strict=True)
     ]
     figure.legend(handles=handles, loc="lower center", ncol=columns, fontsize=10, frameon=False, columnspacing=1.0)
     return image.png(figure)
 
 
-def _style(number: int) -> tuple[str, str]:
-    """Colour and shape: neighbours in the list differ in both."""
+def _style(number: int) -> tuple[str, str, str]:
+    """Colour, shape and the colour inside: neighbours in the list differ in the first two."""
     turn, colour = divmod(number, len(COLOURS))
-    return COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)]
+    return COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)], "none" if turn % 2 else COLOURS[colour]
 
 
 def _draw(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
@@ -83,8 +86,9 @@ def _draw(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
         axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", color="grey")
         return
     labels = np.array(panel.labels)
-    for number, name in enumerate(names):
-        colour, marker = _style(number)
-        here = panel.map[labels == name]
-        axes.scatter(here[:, 0], here[:, 1], color=colour, marker=marker, s=26, linewidths=0.3, edgecolors="white")
+    for number in sorted(range(len(names)), key=lambda number: -int((labels == names[number]).sum())):
+        colour, marker, face = _style(number)
+        here = panel.map[labels == names[number]]
+        edge, width = ("white", 0.3) if face == colour else (colour, 1.0)
+        axes.scatter(here[:, 0], here[:, 1], facecolors=face, marker=marker, s=24, edgecolors=edge, linewidths=width)
     axes.margins(0.06)

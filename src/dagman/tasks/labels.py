@@ -130,6 +130,23 @@ def _number(word: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def told(labels: Sequence[str | None]) -> str:
+    """How many cases have which label, and how many count as unlabelled, with the words that make them so.
+
+    Empty where no case has any.
+    """
+    counts = collections.Counter(label.strip() for label in labels if label and not _is_missing(label))
+    without = collections.Counter((label or "").strip() for label in labels if _is_missing(label))
+    words = sorted(without.keys() - {""})
+    if not counts and not words:
+        return ""
+    said = [f"{count} {word}" for word, count in sorted(counts.items(), key=lambda item: -item[1])[:5]]
+    said += [f"{len(counts) - 5} more classes"] if len(counts) > 5 else []
+    if without.total():
+        said.append(f"{without.total()} without" + (f" ({', '.join(words)} says that there is none)" if words else ""))
+    return "labels: " + ", ".join(said)
+
+
 def _is_missing(label: str | None) -> bool:
     return label is None or label.strip().lower() in MISSING
 

@@ -222,7 +222,9 @@ def draw_crops(job: Job, step: int, images: Tensor) -> None:
         sheet.Scene(image, attention, hidden, dropped, None if guess is None else np.where(hidden, guess, image))
         for image, attention, hidden, dropped, guess in zip(*parts, guesses, strict=True)
     ]
-    picture = sheet.png(scenes, f"{job.config.recipe}: {job.run.folder.name}, step {step + 1}")
+    across_mm = images.shape[-1] * float(job.store.settings["spacing_mm"])
+    title = f"{job.config.recipe}: {job.run.folder.name}, step {step + 1}, crops of {across_mm:g} mm"
+    picture = sheet.png(scenes, title)
     files.write_bytes(job.run.pictures / f"step-{step + 1:08d}.png", picture)
 
 

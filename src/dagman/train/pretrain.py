@@ -20,6 +20,7 @@ from dagman.pretext.examination import TOGETHER, examine
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
 from dagman.tasks import watching
+from dagman.tasks.statistics import Estimate
 from dagman.train import cost, engine, health
 from dagman.train.job import Job, Listener, batches, describe, draw, draw_crops, prepare, resume, save
 from dagman.train.record import Recorder
@@ -35,6 +36,8 @@ PICTURED = 4
 """Crops of `pictures/`."""
 EXAMINED = 64
 """Crops of an examination."""
+WIDE, TOO_FEW = 0.5, "so few cases tell next to nothing"
+"""From where to where a probe's interval reaches when it is said so."""
 _MEMORY_ADVICE = (
     "lower optimisation.batch_size and raise optimisation.accumulate by the same factor, then lower data.crop, "
     "and start a new run"
@@ -99,8 +102,7 @@ def pretrain(
     """
     refuse_inside(folder)
     if labelled is not None:
-        spacing_mm = float(store.settings["spacing_mm"])
-        watching.check(labelled, Preparation(spacing_mm=spacing_mm, crop=config.data.crop))
+        watching.check(labelled, shown(config, store))
     fabric = engine.fabric(devices, config.optimisation.precision, device)
     lock = files.folder_lock(folder) if fabric.is_global_zero else contextlib.nullcontext()
     stopping = engine.StopRequest(aloud=fabric.is_global_zero)
@@ -125,6 +127,11 @@ def pretrain(
             return _result(job, "stopped", done, stop)
         job.say(f"finished {job.total} steps")
         return _result(job, "finished", done, stop)
+
+
+def shown(config: PretrainConfig, store: PreparedStore) -> Preparation:
+    """What cases that watch the run must be prepared like."""
+    return Preparation(spacing_mm=float(store.settings["spacing_mm"]), crop=config.data.crop)
 
 
 def _result(job: Job, status: Status, done: int, stop: engine.StopRequest) -> Result:
@@ -158,7 +165,7 @@ def _loop(
                 row["validation_amip"] = _validate(job, step)
             looked = done % job.config.optimisation.examine_every == 0 or done in (1, job.total)
             if looked and job.fabric.is_global_zero:
-                row |= _examine(job, step) | ({} if labelled is None else _probe(job, labelled))
+                row |= _examine(job, step) | ({} if labelled is None else _probe(job, step, labelled))
             if due or looked:  # which takes long: a stop that was asked for meanwhile needs no further step
                 _agree(job, stop)
             recorder.add(row, durable=due or stop.agreed or job.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW)
@@ -360,8 +367,13 @@ def _checkpoint(job: Job, done: int, *, last: bool) -> None:
     job.fabric.barrier()
 
 
-def _probe(job: Job, labelled: PreparedStore) -> dict[str, float | None]:
+def _probe(job: Job, step: int, labelled: PreparedStore) -> dict[str, float | None]:
     """AUC of a linear probe on all features of the teacher about labelled cases, with its interval."""
     encoder = job.module.teacher.encoder
     auc = watching.probe(encoder, labelled, which=watching.features_of(encoder), device=job.fabric.device)
+    job.say(f"step {step + 1}: the probe's AUC is {auc}" + (f"; {TOO_FEW}" if _is_wide(auc) else ""))
     return {"probe_auc": auc.value, "probe_low": auc.low, "probe_high": auc.high}
+
+
+def _is_wide(auc: Estimate) -> bool:
+    return auc.low is not None and auc.high is not None and auc.high - auc.low > WIDE
