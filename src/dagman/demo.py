@@ -19,7 +19,7 @@ from dagman.nets.weights import load_encoder
 from dagman.run import Run, describe_environment
 from dagman.tasks import classify, predictions
 from dagman.tasks.attention import explain
-from dagman.tasks.embed import embed, untrained, voxels
+from dagman.tasks.embed import embed, in_turn, untrained, voxels
 from dagman.train.cost import duration
 from dagman.train.pretrain import Listener, Result, pretrain
 
@@ -71,7 +71,7 @@ def run(
         DagmanError: What any of the verbs raises; `E-NODATA` where no scan can be used.
     """
     _claim(folder, data)
-    source = data or _phantoms(folder / "phantoms", say)
+    source = data or _phantoms(folder / "phantoms", say, progress)
     say(f"1/4 Preparing {source}")
     with progress("Preparing") as tell:
         summary = prepare([source], folder / "prepared", progress=tell)
@@ -95,7 +95,7 @@ def run(
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_environment()["versions"],
         "training": _training(Run(folder / "run")),
-        "probe": _probe(encoder, store, folder, say),
+        "probe": _probe(encoder, store, folder, say, progress),
     }
     say("4/4 Looking at its attention")
     pictures = _pictures(encoder, source, folder / "attention", say)
@@ -124,11 +124,12 @@ def _claim(folder: Path, data: Path | None) -> None:
     files.write_text(note, source)
 
 
-def _phantoms(folder: Path, say: Say) -> Path:
+def _phantoms(folder: Path, say: Say, progress: Show) -> Path:
     table = folder / "cases.csv"
     if not table.exists():
         say(f"0/4 Painting {NUM_PHANTOMS} synthetic chest CTs with benign and malignant nodules")
-        phantom.write(folder, NUM_PHANTOMS, workers=-1)
+        with progress("Painting") as tell:
+            phantom.write(folder, NUM_PHANTOMS, workers=-1, progress=tell)
         shown = [
             (f"case {case}", made.volume, made.nodule_mask) for case in range(4) for made in [phantom.make(0, case)]
         ]
@@ -145,18 +146,23 @@ def _training(run: Run) -> dict[str, Any]:
     return {"steps": rows[-1]["step"] if rows else 0, **means}
 
 
-def _probe(encoder: Encoder, store: PreparedStore, folder: Path, say: Say) -> list[dict[str, Any]]:
+def _probe(encoder: Encoder, store: PreparedStore, folder: Path, say: Say, progress: Show) -> list[dict[str, Any]]:
     """Probe the pretrained encoder, the same encoder untrained, and raw voxels; empty without usable labels."""
     classes = {row.get("label") for row in store.rows} - {None}
     if len(classes) != 2:
         say(f"    no probe: {len(classes)} classes of labels; a CSV with a label column of two classes gives one")
         return []
-    tables = {
-        "pretrained": embed(encoder, store),
-        "untrained": embed(untrained(encoder), store),
-        "raw voxels": voxels(store, encoder.preparation),
-    }
-    others = [embed(untrained(encoder, seed), store) for seed in range(1, NUM_UNTRAINED)]
+    encoders = [encoder, *(untrained(encoder, seed) for seed in range(NUM_UNTRAINED))]
+    with progress("Embedding") as tell:
+
+        def heard(done: int, total: int) -> None:
+            tell(done, total, "")
+
+        first, second, *others = [
+            embed(one, store, progress=partial(in_turn, heard, number, len(encoders)))
+            for number, one in enumerate(encoders)
+        ]
+    tables = {"pretrained": first, "untrained": second, "raw voxels": voxels(store, encoder.preparation)}
     probe = partial(classify.probe, positive=max(map(str, classes)), unlabelled="leave_out")
     try:
         results = {name: probe(table) for name, table in tables.items()}

@@ -11,11 +11,9 @@ import torch
 from small_run import small, write_store
 from test_resume import rows
 
-from dagman import recipes
-from dagman.ct import phantom
+from dagman import files, recipes
 from dagman.ct.datasets import DataConfig, ViewsDataset
-from dagman.ct.prepare import PrepareConfig, prepare
-from dagman.ct.store import PreparedStore
+from dagman.ct.store import MANIFEST, PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.weights import load_encoder
 from dagman.pretext import examination
@@ -327,9 +325,11 @@ def test_a_value_missing_from_a_skipped_step_neither_adds_nor_forgives() -> None
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_probe_on_labelled_cases_watches_the_run(tmp_path: Path) -> None:
-    phantom.write(tmp_path / "phantoms", 16)
-    prepare([tmp_path / "phantoms" / "cases.csv"], tmp_path / "prepared", PrepareConfig(spacing_mm=6.0))
-    labelled = PreparedStore(tmp_path / "prepared")
+    folder = write_store(tmp_path / "prepared", [None] * 8).folder
+    cases = enumerate(files.read_lines(folder / MANIFEST))
+    said = [row | {"patient": f"p{case}", "label": ("benign", "malignant")[case % 2]} for case, row in cases]
+    files.write_text(folder / MANIFEST, "".join(map(files.json_line, said)))
+    labelled = PreparedStore(folder)
     config = replace(small(steps=3), data=DataConfig(crop=(32, 32, 32)))
     pretrain(config, labelled, tmp_path / "run", labelled=labelled)
     table = embed(load_encoder(tmp_path / "run"), labelled, which="all")

@@ -9,6 +9,7 @@ balanced over each pair of patients. Size and mean HU do not tell them apart: th
 import csv
 import gzip
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +172,14 @@ def _noise(canvas: Canvas, body: np.ndarray, rng: np.random.Generator) -> np.nda
     return dose * wide * (0.45 + 0.75 * depth) * (fine + 0.3 * depth * coarse)  # type: ignore[no-any-return]
 
 
-def write(folder: Path, num_cases: int, *, seed: int = 0, workers: int = 1) -> Path:
+def write(
+    folder: Path,
+    num_cases: int,
+    *,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Path:
     """Write a cohort of phantoms as NIfTI images, masks of the main nodules and a table for `dagman prepare`.
 
     Args:
@@ -179,13 +187,19 @@ def write(folder: Path, num_cases: int, *, seed: int = 0, workers: int = 1) -> P
         num_cases: Scans; about three quarters as many patients.
         seed: The cohort's.
         workers: Processes; -1 for one on each core.
+        progress: Called with (scans painted, scans in all, the name of the last).
 
     Returns:
         The table `cases.csv`: case_id, image, label (`benign` or `malignant`), mask, patient.
     """
     from joblib import Parallel, delayed
 
-    rows = Parallel(n_jobs=workers)(delayed(_write_case)(folder, seed, case) for case in range(num_cases))
+    rows = []
+    cases = (delayed(_write_case)(folder, seed, case) for case in range(num_cases))
+    for row in Parallel(n_jobs=workers, return_as="generator")(cases):
+        rows.append(row)
+        if progress:
+            progress(len(rows), num_cases, row[0])
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([["case_id", "image", "label", "mask", "patient"], *rows])
     files.write_text(folder / "cases.csv", table.getvalue())

@@ -377,7 +377,7 @@ def panel(name: str, one: Clusters) -> figure.Panel:
         for value, word in (
             ("map_intra", "intra"),
             ("map_inter", "inter"),
-            ("silhouette", "silhouette"),
+            ("silhouette", "silhouette of the features"),
             ("knn", "k-NN"),
         )
     ]
