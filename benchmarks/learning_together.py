@@ -2,8 +2,8 @@
 
     python benchmarks/learning_together.py --work WORK --data DATA [--json benchmarks/results/learning-together.json]
 
-Asks the last encoders of `learning_curve.py` (the runs named `tiny`) of both corpora, beside untrained networks and
-what needs no network.
+Asks the last encoders of `learning_curve.py` (the runs named `tiny`, and `tiny-half` of fewer scans), beside untrained
+networks and what needs no network.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from dagman import config, files
 from dagman.run import Run, describe_environment
 from dagman.train.settings import PretrainConfig
 
-CORPORA = ("phantoms", "real")
+RUNS = {"phantoms": "phantoms-tiny", "real": "real-tiny", "half": "real-tiny-half"}
+"""Name in the tables to that of the runs; of half the sarcomas."""
 SEEDS = (0, 1, 2)
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "learning-together.json")
     given = parser.parse_args()
-    first = Run(given.work / "runs" / f"{CORPORA[0]}-tiny-seed{SEEDS[0]}")
+    first = Run(given.work / "runs" / f"{RUNS['phantoms']}-seed{SEEDS[0]}")
     chosen = config.from_dict(PretrainConfig, yaml.safe_load(first.config_file.read_text()))
     questions = cases.phantom_crops(given.work / "phantom_crops_160.npz", 160)
     questions |= cases.real_crops(given.data, given.work)
@@ -41,8 +42,8 @@ def main() -> None:
     networks = baselines.networks(chosen, questions, given.work / "untrained", None, see)
     plain = baselines.without_network(questions, chosen.data.window_hu)
     rows = []
-    for corpus in CORPORA:
-        ends = [curve.last(given.work, f"{corpus}-tiny-seed{seed}") for seed in SEEDS]
+    for corpus, name in RUNS.items():
+        ends = [curve.last(given.work, f"{name}-seed{seed}") for seed in SEEDS]
         answers = [baselines.ask(see(encoder), questions) for _, encoder in ends]
         for key in answers[0]:
             if key[1] == probes.TOGETHER:

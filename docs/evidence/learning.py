@@ -269,6 +269,25 @@ def learning_short() -> str:
 
 
 @of_runs
+def learning_size() -> str:
+    """What runs on fewer and more scans gained, on scans that none of them saw; 32 labels and all."""
+    found = {(row["corpus"], row["question"], row["labels"]): row for row in load("learning-together")["rows"]}
+    sizes = {"half": "32 real CTs", "real": "52 real CTs", "phantoms": "160 phantoms"}
+    body = []
+    for corpus, meaning in sizes.items():
+        if (corpus, "organ", 32) not in found:
+            return NOT_YET
+        asked_of = [
+            found[corpus, question, labels] for question in ("organ", "malignancy", "nodule") for labels in (32, None)
+        ]
+        body.append([meaning, str(asked_of[0]["steps"]), *(gain(row["untrained"]) for row in asked_of)])
+    header = [
+        f"{question}, {labels} labels" for question in ("organ", "malignancy", "nodule") for labels in (32, "all")
+    ]
+    return rows(["pretrained on", "steps", *header], body)
+
+
+@of_runs
 def learning_null() -> str:
     """How untrained encoders compare with each other: what no training gives, measured as gains are."""
     tables, body = next(iter(corpora().values()))[0]["untrained"], []

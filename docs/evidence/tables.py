@@ -115,6 +115,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-answer": learning.learning_answer,
     "learning-claims": learning.learning_claims,
     "learning-null": learning.learning_null,
+    "learning-size": learning.learning_size,
     "learning-short": learning.learning_short,
     "learning-today": factors.learning_today,
     "learning-when": learning.learning_when,
