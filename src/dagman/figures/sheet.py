@@ -75,7 +75,7 @@ def png(scenes: Sequence[Scene], title: str) -> bytes:
     if shown is not None:
         bar = figure.colorbar(shown, cax=figure.add_axes((0.95, 0.1, 0.01, 0.75)), ticks=range(-OCTAVES, OCTAVES + 1))
         bar.ax.set_yticklabels(["\u2264 1/4", "1/2", "1", "2", "\u2265 4"])
-        bar.ax.set_title("attention,\ntimes\nuniform", fontsize=8)
+        bar.ax.set_title("attention /\nuniform", fontsize=7)
     return image.png(figure)
 
 
