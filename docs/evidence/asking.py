@@ -5,7 +5,7 @@ from typing import Any
 
 import scipy.optimize
 from common import NOT_YET, load, machine, measured, number, rows
-from learning import BASELINES, STOPS, apart, corpora, end_of, gain, of_runs
+from learning import BASELINES, QUESTIONS, STOPS, apart, corpora, end_of, gain, of_runs
 
 
 @of_runs
@@ -124,3 +124,47 @@ def learning_levels() -> str:
         rows(["features", *header], body)
         + f"\n\nThree seeds; levels of two tokens a side have no other middle. {machine(result)}."
     )
+
+
+@of_runs
+def learning_answer() -> str:
+    """Yes or no: whether three seeds together, trained on real CTs, tell more than what costs nothing; 32 labels."""
+    found = {(row["corpus"], row["question"], row["labels"]): row for row in load("learning-together")["rows"]}
+    body = []
+    for question, meaning in QUESTIONS.items():
+        row = found["real", question, 32]
+        body.append(
+            [meaning, number(row["untrained"]["first"], 2), *(verdict(row[name]) for name in ("untrained", *BASELINES))]
+        )
+    header = [
+        "32 labels, pretrained on real CTs",
+        "AUC",
+        "more than untrained encoders?",
+        *(f"than {name}?" for name in BASELINES),
+    ]
+    return rows(header, body)
+
+
+def verdict(estimate: dict[str, Any]) -> str:
+    """Yes or no where the interval lies apart from 0, and the difference."""
+    said = "**yes**" if estimate["low"] > 0 else "**less**" if estimate["high"] < 0 else "not apart"
+    return f"{said}: {estimate['value']:+.2f} ({estimate['low']:+.2f} to {estimate['high']:+.2f})"
+
+
+@of_runs
+def learning_size() -> str:
+    """What runs on fewer and more scans gained, on scans that none of them saw; 32 labels and all."""
+    found = {(row["corpus"], row["question"], row["labels"]): row for row in load("learning-together")["rows"]}
+    sizes = {"half": "32 real CTs", "real": "52 real CTs", "phantoms": "160 phantoms"}
+    body = []
+    for corpus, meaning in sizes.items():
+        if (corpus, "organ", 32) not in found:
+            return NOT_YET
+        asked_of = [
+            found[corpus, question, labels] for question in ("organ", "malignancy", "nodule") for labels in (32, None)
+        ]
+        body.append([meaning, str(asked_of[0]["steps"]), *(gain(row["untrained"]) for row in asked_of)])
+    header = [
+        f"{question}, {labels} labels" for question in ("organ", "malignancy", "nodule") for labels in (32, "all")
+    ]
+    return rows(["pretrained on", "steps", *header], body)
