@@ -35,7 +35,7 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/dagman demo --output $(DEMO) $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))

@@ -343,7 +343,9 @@ def learning_far() -> str:
         found = [asked(probe["rows"], question, "all", 32) for probe in result["probes"]]
         cells = [interval(row["above untrained"]) if row else "" for row in found]
         body.append([f"{meaning}: above untrained, 32 labels", *cells])
-    told = f"One seed, {minutes(result) / 60:.1f} hours of training"
+    settings = result["config"]["optimisation"]
+    told = f"One seed, {settings['batch_size']} pairs a step in {settings['precision']}, "
+    told += f"{minutes(result) / 60:.1f} hours of training"
     return rows(["", *(f"step {step:,}" for step in steps)], body) + f"\n\n{told}. {machine(result)}."
 
 

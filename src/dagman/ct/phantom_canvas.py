@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 
 NAMES = {
     1: "body",
@@ -66,11 +67,12 @@ class Canvas:
         for axis in self.axes:
             knots = np.arange(axis[0] - 2 * length_mm, axis[-1] + 2 * length_mm, length_mm)
             basis = np.exp(-0.5 * ((axis[:, None] - knots) / (0.7 * length_mm)) ** 2)
+            basis[basis < 1e-30] = 0  # too little to move a bit, and slow to multiply where it is denormal
             weights.append((basis / np.linalg.norm(basis, axis=1, keepdims=True)).astype(np.float32))
         x, y, z = weights
         field = rng.standard_normal((x.shape[1], y.shape[1], z.shape[1]), dtype=np.float32)
-        field = np.tensordot(x, field, axes=1)
-        return (y @ field) @ z.T  # type: ignore[no-any-return]
+        with threadpool_limits(1, "blas"):  # the products are small: threads would wait for one another
+            return (y @ np.tensordot(x, field, axes=1)) @ z.T  # type: ignore[no-any-return]
 
     def around(self, low: Point | np.ndarray, high: Point | np.ndarray) -> Slices:
         """Voxels that may hold the patient's box from `low` to `high` (warp and rotation allowed for)."""

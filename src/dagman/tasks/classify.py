@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
+from threadpoolctl import threadpool_limits
 
 from dagman.errors import DagmanError
 from dagman.tasks import cohort as cohorts
@@ -172,10 +173,11 @@ def fit(
     threshold the one with the best balanced accuracy of its out-of-fold probabilities.
     """
     numbers = classes.astype(np.int64)
-    outside = np.stack([_outside(features, numbers, fold, strength) for strength in STRENGTHS])
-    likelihood = outside[:, np.arange(len(numbers)), numbers]
-    best = int(np.argmin(-np.log(np.maximum(likelihood, 1e-12)).mean(axis=1)))
-    model = _pipeline(STRENGTHS[best]).fit(features, numbers)
+    with threadpool_limits(1, "blas"):  # the products of small studies: threads would wait for one another
+        outside = np.stack([_outside(features, numbers, fold, strength) for strength in STRENGTHS])
+        likelihood = outside[:, np.arange(len(numbers)), numbers]
+        best = int(np.argmin(-np.log(np.maximum(likelihood, 1e-12)).mean(axis=1)))
+        model = _pipeline(STRENGTHS[best]).fit(features, numbers)
     cut = threshold(outside[best, :, 1], numbers == 1) if outside.shape[2] == 2 else 0.5
     return Probe(model=model, strength=STRENGTHS[best], threshold=cut)
 
