@@ -143,7 +143,8 @@ def together(runs: Sequence[Scores], others: Sequence[Scores]) -> dict[str, Any]
     """How much the mean AUC of some runs lies above that of others, with one 95 % interval for all of them.
 
     Each resample draws patients, runs and others again. Draws of n runs vary by less than runs do, by the square root
-    of (n - 1) / n: their distances from their mean are stretched by as much.
+    of (n - 1) / n: their distances from their mean are stretched by as much. And resamples of a few runs know nothing
+    of how little a few runs say of their variance: `by_t` widens the interval by that.
     """
     people, person = np.unique(runs[0].patients, return_inverse=True)
     draws = generator(0, "learning.together")
@@ -155,6 +156,28 @@ def together(runs: Sequence[Scores], others: Sequence[Scores]) -> dict[str, Any]
         shares = draws.multinomial(many, np.full(many, 1 / many), statistics.RESAMPLES).T / many
         parts.append(mean + ((resampled - mean) * shares).sum(axis=0) * (many / max(1, many - 1)) ** 0.5)
     low, high = np.nanquantile(parts[0] - parts[1], (0.025, 0.975))
-    first, second = (np.mean([one.statistic(once)[0] for one in some]) for some in (runs, others))
+    each = [[float(one.statistic(once)[0]) for one in some] for some in (runs, others)]
+    first, second = map(np.mean, each)
+    low, high = by_t(first - second, (low, high), each)
     found = {"value": first - second, "low": low, "high": high, "first": first, "second": second}
     return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def by_t(value: float, ends: tuple[float, float], each: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """An interval with normal tails in what comes of a few runs, with those of Student's t in their place.
+
+    Args:
+        value: The difference of two means.
+        ends: Of its 95 % interval.
+        each: The values behind either mean; one alone is no draw.
+    """
+    from scipy.stats import norm, t
+
+    normal, more = float(norm.ppf(0.975)), 0.0
+    for values in each:
+        if len(values) > 1:
+            more += (
+                (float(t.ppf(0.975, len(values) - 1)) ** 2 - normal**2) * float(np.var(values, ddof=1)) / len(values)
+            )
+    low, high = (float(np.sign(end - value) * np.hypot(end - value, more**0.5)) for end in ends)
+    return value + low, value + high

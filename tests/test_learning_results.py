@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from dagman.train.settings import PretrainConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import learning_curve
 import learning_methods
+import learning_probes
 
 RESULTS = Path(learning_curve.__file__).parent / "results" / "learning"
 AT = [100, 300, 600]
@@ -58,3 +60,12 @@ def test_results_name_what_they_are() -> None:
     for path in RESULTS.glob("*.json"):
         found = json.loads(path.read_text())
         assert path.stem == f"{found['corpus']}-{found['name']}-seed{found['seed']}"
+
+
+def test_an_interval_over_three_seeds_is_as_wide_as_students_t_says() -> None:
+    scores = [0.70, 0.74, 0.72]
+    wide, error = statistics.stdev(scores) / 3**0.5, 1.959964 * statistics.stdev(scores) / 3**0.5
+    low, high = learning_probes.by_t(0.22, (0.22 - error, 0.22 + error), [scores, [0.5]])
+    assert (0.22 - low) / wide == pytest.approx(4.302653)
+    assert (high - 0.22) / wide == pytest.approx(4.302653)
+    assert learning_probes.by_t(0.2, (0.1, 0.4), [[0.7], [0.5]]) == pytest.approx((0.1, 0.4))
