@@ -102,7 +102,7 @@ def learning_levels() -> str:
     found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         found.setdefault((row["features"], row["labels"]), []).append(row)
-    corpora = list(dict.fromkeys(row["corpus"] for row in result["rows"]))
+    trained_on = list(dict.fromkeys(row["corpus"] for row in result["rows"]))
     for features in dict.fromkeys(row["features"] for row in result["rows"]):
         whole = found.get((features.removesuffix(", middle"), 32), [])
         if features.endswith(", middle") and [row["auc"] for row in whole] == [
@@ -113,12 +113,14 @@ def learning_levels() -> str:
         for labels in (32, None):
             rows_of = found[features, labels]
             cells.append(number(rows_of[0]["untrained"], 3))
-            cells += [apart([row["above untrained"] for row in rows_of if row["corpus"] == name]) for name in corpora]
+            cells += [
+                apart([row["above untrained"] for row in rows_of if row["corpus"] == name]) for name in trained_on
+            ]
         body.append([features, *cells])
     header = [
         f"{labels} labels: {what}"
         for labels in (32, "all")
-        for what in ("untrained", *(f"{name}, above it" for name in corpora))
+        for what in ("untrained", *(f"{name}, above it" for name in trained_on))
     ]
     return (
         rows(["features", *header], body)

@@ -1,4 +1,4 @@
-"""Tables that lay settings and methods side by side: `docs/learning.md`."""
+"""Tables that lay settings and methods side by side: `docs/learning-factors.md`."""
 
 import math
 import re
@@ -7,7 +7,9 @@ from typing import Any
 
 import scipy.stats
 from common import NOT_YET, RESULTS, ROOT, interval, load, machine, measured, number, rows
-from learning import asked, end_of, gained, learning, mean_auc, range_of
+from learning import QUESTIONS, asked, end_of, gain, gained, learning, mean_auc, range_of
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 COLUMNS = {
     "image error": "image_error_ratio",
@@ -23,18 +25,15 @@ COLUMNS = {
     "spread": "pooled_spread",
 }
 """What short runs are told apart by."""
-QUESTIONS = ("organ", "malignancy", "tumour", "side", "nodule")
-"""That every method is asked."""
-
-
+LONGER = {"image error": "image_error_ratio", "AMPD / ln K": "ampd_loss_ratio", "AITD / ln K": "aitd_loss_ratio"}
+LONGER |= {"GITD / ln K": "gitd_loss_ratio", "attention": "attention_entropy", "spread": "pooled_spread"}
+"""What runs of 1,000 steps and more are told apart by."""
 LONG = {"tiny": "the recipe", "long-paper-weights": "weights .1 of AMPD, AITD and GITD (paper)"}
 LONG |= {"long-learned-token": "a learned hidden token (the authors' code)"}
 
 
 def learning_long() -> str:
     """Settings at the length at which the recipe works, 1,000 steps on the real CTs."""
-    columns = {"image error": "image_error_ratio", "AMPD / ln K": "ampd_loss_ratio", "AITD / ln K": "aitd_loss_ratio"}
-    columns |= {"GITD / ln K": "gitd_loss_ratio", "attention": "attention_entropy", "spread": "pooled_spread"}
     body = []
     for name, meaning in LONG.items():
         for result in learning("real-*-seed*.json", name=name):
@@ -42,32 +41,60 @@ def learning_long() -> str:
                 continue
             end, table = end_of(result), result["probes"][-1]["rows"]
             gains = [gained([table], question) for question in QUESTIONS]
-            shown = [number(end[column], 3 if column == "attention_entropy" else 2) for column in columns.values()]
-            body.append([meaning, str(result["seed"]), *shown, *(gain.removesuffix(" of 1") for gain in gains)])
-    header = ["what", "seed", *columns, *(f"{question}: gain" for question in QUESTIONS)]
+            shown = [number(end[column], _digits(column)) for column in LONGER.values()]
+            body.append([meaning, str(result["seed"]), *shown, *(told.removesuffix(" of 1") for told in gains)])
+    header = ["what", "seed", *LONGER, *(f"{question}: gain" for question in QUESTIONS)]
     return rows(header, body) if body else NOT_YET
 
 
 def learning_older() -> str:
     """Longer runs of the recipe as it was: a learned hidden token, bf16."""
-    columns = {"image error": "image_error_ratio", "AMPD / ln K": "ampd_loss_ratio", "AITD / ln K": "aitd_loss_ratio"}
-    columns |= {"GITD / ln K": "gitd_loss_ratio", "attention": "attention_entropy", "spread": "pooled_spread"}
     body = []
     for result in learning("*-learned-token-seed*.json", name="learned-token"):
         end = end_of(result)
-        shown = [number(end[column], 3 if column == "attention_entropy" else 2) for column in columns.values()]
+        shown = [number(end[column], _digits(column)) for column in LONGER.values()]
         organ = asked(result["probes"][-1]["rows"], "organ", "all", 32)
         more = interval(organ["above untrained"]) if organ else ""
         body.append([result["corpus"], str(result["seed"]), str(result["steps"]), *shown, more])
-    header = ["trained on", "seed", "steps", *columns, "organ, 32 labels: above one untrained encoder"]
+    header = ["trained on", "seed", "steps", *LONGER, "organ, 32 labels: above one untrained encoder"]
     return rows(header, body) if body else NOT_YET
 
 
+def _digits(column: str) -> int:
+    return 3 if column == "attention_entropy" else 2
+
+
+def older() -> dict[str, list[dict[str, Any]]]:
+    """Name of a factor to its runs of the recipe as it was."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in sorted(learning("*-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is"):
+        found.setdefault(result["name"].removeprefix("factor-"), []).append(result)
+    return found
+
+
+def _alike(factors: dict[str, list[dict[str, Any]]]) -> list[dict[str, float]]:
+    """How the runs of the recipe as it was ended that differ in seed or rounding alone."""
+    return [end_of(result) for name in ("as-it-is", "float32") for result in factors[name]]
+
+
+def set_apart(name: str) -> list[str]:
+    """In which figures the runs with a factor of the older recipe leave the band of those without, all seeds."""
+    factors = older()
+    same, ends = _alike(factors), [end_of(result) for result in factors[name]]
+    found = []
+    for told, column in COLUMNS.items():
+        values = [end[column] for end in ends if column in end]
+        if values and all("**" in emboldened(end, same, column) for end in ends):
+            found.append(f"{told} {range_of(values, _digits(column))}")
+    return found
+
+
 def learning_factors() -> str:
-    """One factor at a time."""
-    results = sorted(learning("*-factor-*.json"), key=lambda result: result["name"] != "factor-as-it-is")
-    several = {result["name"] for result in results if result["seed"]}
-    same = [end_of(result) for result in results if result["name"] in ("factor-as-it-is", "factor-float32")]
+    """One factor at a time, of the recipe as it was."""
+    factors = older()
+    if not factors:
+        return NOT_YET
+    results, same = [result for runs in factors.values() for result in runs], _alike(factors)
     body = []
     for result in results:
         end = end_of(result)
@@ -75,11 +102,10 @@ def learning_factors() -> str:
         changed = _changed(settings)
         if result["altered"]:
             changed = ", ".join([changed, altered(result["altered"])]).removeprefix(", ")
-        shown = [apart(end, same, column, 3 if column == "attention_entropy" else 2) for column in COLUMNS.values()]
-        seed = f", seed {result['seed']}" if result["name"] in several else ""
-        body.append([result["name"].removeprefix("factor-") + seed, changed, *shown])
-    if not results:
-        return NOT_YET
+        shown = [emboldened(end, same, column) for column in COLUMNS.values()]
+        name = result["name"].removeprefix("factor-")
+        seed = f", seed {result['seed']}" if len(factors[name]) > 1 else ""
+        body.append([name + seed, changed, *shown])
     first = results[0]
     told = (
         f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), seed 0 where no other is named, in "
@@ -100,38 +126,71 @@ def _changed(settings: dict[str, str]) -> str:
     return ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in settings.items())
 
 
+def today() -> dict[str, dict[int, dict[str, Any]]]:
+    """Name of a factor to its runs of the recipe as it is, by seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in sorted(learning("*-today-*.json"), key=lambda result: result["name"] != "today-as-it-is"):
+        found.setdefault(result["name"].removeprefix("today-"), {})[result["seed"]] = result
+    return found
+
+
 def learning_today() -> str:
-    """One factor at a time of the recipe as it is, with a probe at the end: mean and range over the seeds."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for result in learning("*-today-*.json"):
-        found.setdefault(result["name"].removeprefix("today-"), []).append(result)
-    body = []
-    for name, runs in sorted(found.items(), key=lambda item: item[0] != "as-it-is"):
-        ends = [end_of(run) for run in runs]
+    """One factor at a time of the recipe as it is, with a probe at the end: lowest to highest of the seeds."""
+    from learning_factors import TODAY
+
+    found, body = today(), []
+    if not found:
+        return NOT_YET
+    for name, runs in found.items():
+        ends = [end_of(run) for run in runs.values()]
         shown = [
-            range_of(values, 3 if column == "attention_entropy" else 2) if values else ""
+            range_of(values, _digits(column)) if values else ""
             for column in COLUMNS.values()
             for values in [[end[column] for end in ends if column in end]]
         ]
-        gains = [asked(run["probes"][-1]["rows"], "organ", "all", 32) for run in runs]
-        above = [gain["above untrained"] for gain in gains if gain]
+        above = [_organ(run)["above untrained"] for run in runs.values()]
         apart_of = sum(one["low"] > 0 for one in above), sum(one["high"] < 0 for one in above)
         told = range_of([one["value"] for one in above], 3)
         told += "".join(f" ({count}{sign})" for count, sign in zip(apart_of, "+-", strict=True) if count)
-        body.append([name, _changed(runs[0]["settings"]), str(len(runs)), *shown, told])
-    if not body:
-        return NOT_YET
-    first = next(iter(found.values()))[0]
+        changed = _changed(next(iter(runs.values()))["settings"])
+        body.append([name, changed, str(len(runs)), *shown, told, paired(name)])
+    first = found["as-it-is"][0]
+    made = [(f"{name}, seed {seed}", machine(run)) for name, runs in found.items() for seed, run in runs.items()]
+    elsewhere = "".join(f"; {name}: {where}" for name, where in made if where != machine(first))
     told = (
         f"{first['steps']} steps on {first['volumes']} volumes ({first['corpus']}), lowest to highest of the seeds; of "
-        "how many the interval lies above (+) or below (-) 0"
+        "how many the interval lies above (+) or below (-) 0. Last column: mean of the differences between runs of one "
+        f"seed, 95 % interval by Student's t; one seed has none. {machine(first)}{elsewhere}."
     )
-    header = ["factor", "value", "seeds", *COLUMNS, "organ, 32 labels: above untrained"]
-    return rows(header, body) + f"\n\n{told}. {machine(first)}."
+    missing = [name for name in TODAY if name not in found]
+    few = [name for name, runs in found.items() if len(runs) < len(found["as-it-is"])]
+    told += f"\n\n**Not run**: {', '.join(f'`{name}`' for name in missing) or 'none'}. " if missing else "\n\n"
+    told += f"**Of fewer seeds than the recipe**: {', '.join(f'`{name}`' for name in few) or 'none'}."
+    header = ["factor", "value", "seeds", *COLUMNS, "organ, 32 labels: above untrained", "organ: above `as-it-is`"]
+    return rows(header, body) + f"\n\n{told}"
 
 
-def apart(end: dict[str, float], same: list[dict[str, float]], column: str, digits: int) -> str:
+def _organ(run: dict[str, Any]) -> Any:
+    return asked(run["probes"][-1]["rows"], "organ", "all", 32)
+
+
+def paired(name: str) -> str:
+    """How far organs end above the recipe as it is, seed by seed."""
+    runs, plain = today()[name], today()["as-it-is"]
+    if name == "as-it-is":
+        return ""
+    less = [_organ(run)["auc"]["value"] - _organ(plain[seed])["auc"]["value"] for seed, run in runs.items()]
+    mean, many = sum(less) / len(less), len(less)
+    if many == 1:
+        return f"{mean:+.3f}"
+    error = math.sqrt(sum((one - mean) ** 2 for one in less) / (many - 1) / many)
+    far = scipy.stats.t.ppf(0.975, many - 1) * error
+    return gain({"value": mean, "low": mean - far, "high": mean + far})
+
+
+def emboldened(end: dict[str, float], same: list[dict[str, float]], column: str) -> str:
     """A figure; bold outside the 95 % prediction interval of the runs that differ in seed or rounding alone."""
+    digits = _digits(column)
     value, others = number(end.get(column), digits), [one[column] for one in same]
     mean, many = sum(others) / len(others), len(others)
     spread = math.sqrt(sum((other - mean) ** 2 for other in others) / (many - 1) * (1 + 1 / many))
@@ -141,7 +200,6 @@ def apart(end: dict[str, float], same: list[dict[str, float]], column: str, digi
 
 def altered(name: str) -> str:
     """What a change that is no setting does, in the words of the benchmark."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     from learning_alterations import ALTERATIONS
 
     said = (ALTERATIONS[name].__doc__ or name).strip().rstrip(".")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 import ablation
+import alarms
 import asking
 import contract
 import factors
@@ -20,7 +21,16 @@ DOCUMENTS = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("learning", "ablation", "uses", "classification", "segmentation", "performance", "paper-to-code")
+        for name in (
+            "learning",
+            "learning-factors",
+            "ablation",
+            "uses",
+            "classification",
+            "segmentation",
+            "performance",
+            "paper-to-code",
+        )
     ),
 )
 
@@ -93,6 +103,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-older": factors.learning_older,
     "tiny-settings": tiny.tiny_settings,
     "learning-broken": factors.learning_broken,
+    "learning-alarms": alarms.learning_alarms,
     "learning-attention": asking.learning_attention,
     "learning-half": asking.learning_half,
     "learning-heads": learning.learning_heads,
