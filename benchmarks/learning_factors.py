@@ -12,11 +12,14 @@ every n-th run, for n processes side by side.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import learning_alterations as alterations
+import learning_curve as curve
+from dagman import config, recipes
 
 FACTORS: dict[str, dict[str, str]] = {
     "as-it-is": {},
@@ -105,8 +108,20 @@ TODAY = {
     },
 }
 """The same of the recipe as it is."""
+TODAY_STEPS = 300
 BASE = {"optimisation.precision": "bf16", "encoder.hidden_token": "learned"}
 """Of all runs but those about it: the recipe as it was before this table changed its hidden token."""
+
+
+def done(path: Path, name: str, settings: dict[str, str] | None) -> bool:
+    """Whether the result is there; one of today's recipe must be of these settings, others are of what was then."""
+    if settings is None or not path.exists():
+        return path.exists()
+    seed = json.loads(path.read_text())["seed"]
+    chosen = config.override(recipes.with_length(recipes.get("dagman-tiny"), TODAY_STEPS, None), settings)
+    chosen = config.override(chosen, {"optimisation.seed": seed})
+    corpus = path.name.partition("-")[0]
+    return curve.is_done(path, curve.about(name, corpus, seed, chosen, settings=settings), chosen, [])
 
 
 def main() -> None:
@@ -125,9 +140,10 @@ def main() -> None:
     corpus = "real" if arguments.data else "phantoms"
     part, parts = map(int, arguments.part.split("/"))
     factors, prefix = (TODAY, "today") if arguments.today else (FACTORS, "factor")
-    steps, questions = (300, ["organ"]) if arguments.today else (2 * alterations.HALF, [])
+    steps, questions = (TODAY_STEPS, ["organ"]) if arguments.today else (2 * alterations.HALF, [])
     for name, settings in list(factors.items())[part::parts]:
-        if (results / f"{corpus}-{prefix}-{name}-seed{arguments.seed}.json").exists():
+        path = results / f"{corpus}-{prefix}-{name}-seed{arguments.seed}.json"
+        if done(path, f"{prefix}-{name}", settings if arguments.today else None):
             continue
         script = Path(__file__).with_name("learning_curve.py")
         common = ["--work", arguments.work, "--steps", steps, "--seed", arguments.seed, "--results", results]

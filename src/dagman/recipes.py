@@ -84,7 +84,7 @@ def _full(name: str) -> PretrainConfig:
 
 
 def _tiny(name: str) -> PretrainConfig:
-    """The method for a CPU and less than an hour; docs/learning.md says why each value differs.
+    """The method for a CPU and less than an hour; docs/learning-factors.md says why each value differs.
 
     Many small crops a step, in a window that shows lungs too; attention heads of the Swin as wide as the paper's;
     heavier distillation; targets that place alone cannot answer, balanced over the views of four volumes; hidden
