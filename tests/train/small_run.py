@@ -60,7 +60,7 @@ def small(**changes: Any) -> PretrainConfig:
     }
     return PretrainConfig(
         recipe="small",
-        data=DataConfig(crop=(32, 64, 64)),
+        data=DataConfig(crop=(32, 32, 64)),
         encoder=SwinConfig(
             embed_dim=12, depths=(2, 2, 2, 2), num_heads=(2, 2, 4, 4), attention=AttentionConfig(num_blocks=1)
         ),

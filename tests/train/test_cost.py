@@ -36,7 +36,7 @@ def test_operations_are_those_that_pytorch_counts(config, crop, tolerance, monke
 
 
 def test_the_paper_size_is_extrapolated_by_operations() -> None:
-    factor = cost.encoder_flops(SwinConfig(), (128, 128, 128)) / cost.encoder_flops(small().encoder, (32, 64, 64))
+    factor = cost.encoder_flops(SwinConfig(), (128, 128, 128)) / cost.encoder_flops(small().encoder, small().data.crop)
     line = cost.time_line(small(batch_size=2), cost.Measured(1.0, 0.5, 0.25), 30, 10, 1)
     assert line.startswith(
         "about 2.00 s a step, 60 s in all without examinations (step 1, every 100, the last), probes and pictures; "
