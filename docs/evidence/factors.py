@@ -304,11 +304,21 @@ def learning_broken() -> str:
     found = measured("learning-broken")
     if found is None:
         return NOT_YET
-    body = [
-        [row["what"], str(row["seed"]), f"red: {row['by']}" if row["red"] else "green", str(row["seconds"])]
-        for row in found["rows"]
-    ]
-    return rows(["change", "seed", "the test", "seconds"], body) + f"\n\n{machine(found)}."
+    bands = {  # the test's name of a figure: what it is called here, with its band in `tests/train/test_learning.py`
+        "image_error_ratio": "image error: .4 to .85",
+        "pooled_spread": "pooled spread: .5 to .97",
+        "cls_spread": "[CLS] spread: .5 to .97",
+        "ampd_loss_ratio": "AMPD / ln K: below .85",
+        "aitd_loss_ratio": "AITD / ln K: below .9",
+        "attention_entropy": "attention: below .99",
+        "aitd_image_nats": "nats of [CLS] targets: above 1.5",
+    }
+    body = []
+    for row in found["rows"]:
+        figures = [number(row["figures"][name], 3 if name == "attention_entropy" else 2) for name in bands]
+        verdict = f"red: {row['by']}" if row["red"] else "green"
+        body.append([row["what"], str(row["seed"]), verdict, *figures, str(row["seconds"])])
+    return rows(["change", "seed", "the test", *bands.values(), "seconds"], body) + f"\n\n{machine(found)}."
 
 
 def _mean(values: list[float]) -> str:
