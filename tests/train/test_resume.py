@@ -274,6 +274,7 @@ def test_two_at_once_in_one_folder_the_second_is_told(store: PreparedStore, tmp_
         pretrain(small(), store, tmp_path / "run")
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
 def test_workers_change_no_row(store: PreparedStore, whole: Path, tmp_path: Path) -> None:
     pretrain(small(), store, tmp_path / "run", workers=2)
     assert rows(tmp_path / "run") == rows(whole)
