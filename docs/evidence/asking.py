@@ -5,7 +5,7 @@ from typing import Any
 
 import scipy.optimize
 from common import NOT_YET, load, machine, measured, number, rows
-from learning import BASELINES, QUESTIONS, STOPS, apart, corpora, end_of, gain, of_runs
+from learning import BASELINES, QUESTIONS, STOPS, apart, asked, corpora, end_of, gain, learning, of_runs
 
 
 @of_runs
@@ -92,6 +92,28 @@ def learning_half() -> str:
     header = ["half of the scans that", "patients", "labels", "untrained", *BASELINES.values()]
     header += ["saw all: above untrained", "left half out: above untrained", "saw all less left half out"]
     return rows(header, body) + f"\n\n1000 steps, three seeds of each kind. {machine(result)}."
+
+
+SIDE = {
+    "dagman-tiny": "the recipe",
+    "side-pooled-3": "pooled features of stage 3 distilled, and not of stage 4",
+    "side-no-aitd": "without AITD",
+    "side-no-sa": "without AITD and semantic attention, hiding at random",
+    "smit-swin-tiny": "SMIT: the same without noise, and pooled features of stage 3",
+}
+"""From the recipe to the one compared method whose features tell sides better, in steps."""
+
+
+def learning_side() -> str:
+    """Left or right of the body, from the recipe to SMIT: each kind of feature above untrained ones."""
+    kinds, body = {"pooled": "pooled", "cells": "mean cell", "cls": "[CLS]", "all": "all"}, []
+    for name, meaning in SIDE.items():
+        for result in learning("real-*-seed0.json", name=name):
+            found = [asked(result["probes"][-1]["rows"], "side", kind, 32) for kind in kinds]
+            body.append(
+                [meaning, str(result["steps"]), *(gain(row["above untrained"]) if row else "" for row in found)]
+            )
+    return rows(["one seed, 32 labels", "steps", *kinds.values()], body)
 
 
 def learning_levels() -> str:

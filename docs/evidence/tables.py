@@ -112,6 +112,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-methods": factors.learning_methods,
     "learning-methods-auc": factors.learning_methods_auc,
     "learning-levels": asking.learning_levels,
+    "learning-side": asking.learning_side,
     "learning-pairs": asking.learning_pairs,
     "learning-parts": learning.learning_parts,
     "learning-probes": learning.learning_probes,
