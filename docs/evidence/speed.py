@@ -31,6 +31,25 @@ def bench() -> str:
     return f"`make bench` took {sum(result['seconds'].values()) / 60:.0f} minutes ({took}). {machine(result)}."
 
 
+def threads() -> str:
+    """What threads cost where products are too small for them."""
+    result = measured("threads")
+    if result is None:
+        return NOT_YET
+    body = [
+        [
+            row["work"],
+            "every core busy" if row["busy"] else "no other work",
+            number(row["one"], 2),
+            number(row["free"], 2),
+            number(row["free"] / row["one"], 1),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["what", "beside", "s with one thread", "s with the library's own number", "times as long"]
+    return rows(header, body) + f"\n\n{machine(result)}."
+
+
 def step() -> str:
     """Whole pretraining steps beside MONAI's Swin put together plainly."""
     result = load("step")

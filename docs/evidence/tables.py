@@ -93,6 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "contract": contract.contract,
     "demo": demo,
     "bench": speed.bench,
+    "threads": speed.threads,
     "gpu-aims": speed.gpu_aims,
     "gpu-clocks": speed.gpu_clocks,
     "gpu-proofs": speed.gpu_proofs,
