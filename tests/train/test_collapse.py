@@ -162,5 +162,5 @@ def test_a_short_healthy_run_rings_nothing(store: PreparedStore, tmp_path: Path)
 @pytest.mark.parametrize("seed", range(5))
 def test_healthy_seeds_ring_nothing(seed: int, store: PreparedStore, tmp_path: Path) -> None:
     """`dagman-tiny` itself on phantoms: `test_learning.py`."""
-    pretrain(small_crops(steps=52, batch_size=2, seed=seed), store, tmp_path / "run")
+    pretrain(small_crops(steps=52, batch_size=4, seed=seed), store, tmp_path / "run")
     assert "ALARM" not in (tmp_path / "run" / "log.txt").read_text()

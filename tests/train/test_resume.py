@@ -238,15 +238,17 @@ def test_changed_settings_are_refused_with_the_difference(
 
 
 def test_how_often_a_run_is_examined_changes_nothing_else_and_may_change(
-    store: PreparedStore, whole: Path, tmp_path: Path
+    store: PreparedStore, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr("dagman.train.pretrain.draw_crops", lambda _, step, *__: drawn.append(step + 1))
     interrupted = pretrain(small(examine_every=2), store, tmp_path, listeners=[StopAfter(3)])
     assert (interrupted.status, interrupted.step) == ("stopped", 4)
     assert pretrain(small(examine_every=5), store, tmp_path).status == "finished"
     assert Run(tmp_path).config()["optimisation"]["examine_every"] == 5
     found, expected = rows(tmp_path), rows(whole)
     looked = set(expected[0]) - set(expected[1])
-    assert [row["step"] for row in found if looked & row.keys()] == [1, 2, 4, 5, 6]
+    assert [row["step"] for row in found if looked & row.keys()] == drawn == [1, 2, 4, 5, 6]
     shared = [[{name: row[name] for name in row if name not in looked} for row in both] for both in (found, expected)]
     assert shared[0] == shared[1]
     assert final_state(tmp_path) == final_state(whole)
