@@ -136,7 +136,8 @@ def uses_classify() -> str:
             overlap = middle["result"]["pretraining_overlap"]
             saw = overlap["same_voxels"]["count"] + overlap["same_patient"]["count"] if overlap["known"] else "unknown"
             counts = f"{middle['result']['cases']} ({min(middle['result']['classes'].values())} of the rarer)"
-            scores = [interval(middle["result"][score]) for score in ("auc", "balanced_accuracy", "brier")]
+            scored = _predictions(middle).scores
+            scores = [interval(vars(scored[score])) for score in ("auc", "balanced_accuracy", "brier")]
             more = [
                 _gain(found, study, start, UNTRAINED[start]) if start in UNTRAINED else "",
                 _gain(found, study, "fine-tuned", start) if start != "fine-tuned" else "",

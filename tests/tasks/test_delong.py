@@ -36,7 +36,7 @@ def test_equal_scores_differ_by_nothing():
     assert delong.compare(first, first * 2 + 1, positive) == pytest.approx((0.721142857, 0.721142857, 0.0, 1.0))
 
 
-def test_folds_are_weighted_by_their_pairs_and_their_variances_add():
+def test_folds_are_weighted_by_their_pairs_and_their_variances_add_widened_as_models_share_cases():
     first, second, positive = drawn(1, 90)
     fold = np.arange(90) % 3
     whole = delong.compare(first, second, positive, fold)
@@ -44,7 +44,8 @@ def test_folds_are_weighted_by_their_pairs_and_their_variances_add():
     pairs = np.array([positive[fold == k].sum() * (~positive[fold == k]).sum() for k in range(3)])
     share = pairs / pairs.sum()
     assert whole.first == pytest.approx(np.sum(share * [part.first for part in parts]))
-    assert whole.standard_error**2 == pytest.approx(np.sum(share**2 * [part.standard_error**2 for part in parts]))
+    apart = np.sum(share**2 * [part.standard_error**2 for part in parts])
+    assert whole.standard_error**2 == pytest.approx(2 * apart)
 
 
 def test_its_p_is_uniform_where_nothing_differs():

@@ -113,6 +113,26 @@ def test_intervals_cover_the_truth_in_93_to_97_percent_of_simulated_studies():
     assert 0.93 <= hits / studies <= 0.97
 
 
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_scores_of_folds_that_learnt_from_each_other_vary_together(folds):
+    """Differences between the classes that are chance, in each fold: a model follows those of all other folds."""
+    rng = np.random.default_rng(0)
+    found = rng.normal(size=(4000, folds, 64))
+    learnt = found.sum(axis=1, keepdims=True) - found
+    scores = (found * learnt).sum(axis=2) / np.linalg.norm(learnt, axis=2)
+    apart = scores.mean(axis=1).var() / (scores.var() / folds)
+    assert apart == pytest.approx(statistics.widening(folds) ** 2, rel=0.1)
+
+
+def test_folds_widen_an_interval_and_change_no_score():
+    rng = np.random.default_rng(0)
+    positive = rng.random(300) < 0.5
+    statistic = partial(statistics.auc, positive + rng.normal(size=300), positive)
+    one, three = (statistics.estimate(statistic, np.arange(300), positive, seed=0, models=n) for n in (1, 3))
+    assert (three.high - three.low) / (one.high - one.low) == pytest.approx(statistics.widening(3), rel=0.1)
+    assert three.value == one.value
+
+
 def test_a_mean_leaves_out_what_has_no_value_and_counts_weights():
     values = np.array([1.0, np.nan, 4.0])
     assert statistics.mean(values, np.array([[1.0, 5.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 0.0]])) == pytest.approx(

@@ -13,7 +13,8 @@ from dagman.tasks.table import write_rows
 
 NOTE = (
     "Intervals draw patients again, the same for all; DeLong's p takes cases as independent, so there is none where a "
-    "patient has several. Models are not fitted again."
+    "patient has several. Models are not fitted again; that those of a cross-validation share training cases, both "
+    "allow for (Nadeau and Bengio)."
 )
 
 

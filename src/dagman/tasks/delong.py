@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from dagman.tasks.statistics import widening
+
 
 class DeLong(NamedTuple):
     """Two AUCs, their difference and how sure it is."""
@@ -32,7 +34,8 @@ def compare(
         second: Other scores of the same cases.
         positive: Truth.
         strata: Only pairs within one stratum count (folds): the AUC is the mean over strata weighted by their pairs,
-            and so are the variances, as different strata have no case in common.
+            and the variances add, as no two strata test the same case, and are widened, as their models share what they
+            learnt from (`statistics.widening`).
 
     Reference:
         DeLong et al., Biometrics 1988; mid-ranks as Sun and Xu, IEEE Signal Processing Letters 2014.
@@ -51,7 +54,7 @@ def compare(
         found, covariance = _one(np.stack([first[rows], second[rows]]), positive[rows])
         aucs += weight * found
         variance += weight**2 * float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
-    error = float(np.sqrt(max(variance, 0.0)))
+    error = widening(len(inside)) * float(np.sqrt(max(variance, 0.0)))
     apart = float(aucs[0] - aucs[1])
     if error < 1e-12 < abs(apart):
         return None  # both separate their classes so plainly that no variance can be told from these cases

@@ -144,7 +144,7 @@ class Predictions:
         """A score with its interval over patients."""
         if classes is None:
             classes = self.positive if len(self.names) == 2 else self.labels
-        return statistics.estimate(statistic, self.groups, classes, seed=self.seed)
+        return statistics.estimate(statistic, self.groups, classes, seed=self.seed, models=len(self.thresholds))
 
     def _balanced(self, weights: np.ndarray) -> np.ndarray:
         called = self.called
@@ -171,12 +171,21 @@ def summary(found: Predictions) -> dict[str, Any]:
         "warning": None if found.group_by == "patient" else "not grouped by patient: scores may be too good",
         "folds": len(found.thresholds),
         "seed": found.seed,
-        "interval": f"95 %, bias-corrected and accelerated bootstrap over {found.group_by}s, models not fitted again",
+        "interval": f"95 %, bias-corrected and accelerated bootstrap over {found.group_by}s{_widened(found)}",
         **{name: vars(score) for name, score in found.scores.items()},
         **({} if binary else _class_values(found)),
         "fold_auc": found.fold_auc(),
         "thresholds": list(found.thresholds) if binary else None,
     }
+
+
+def _widened(found: Predictions) -> str:
+    """What was done about folds whose models share training cases."""
+    if len(found.thresholds) == 1:
+        return ", models not fitted again"
+    return (
+        f", {statistics.widening(len(found.thresholds)):.2f} times as wide, as the folds' models share training cases"
+    )
 
 
 def _class_values(found: Predictions) -> dict[str, Any]:
@@ -301,6 +310,8 @@ def difference_from_one_of(first: Predictions, others: Sequence[Predictions]) ->
     Raises:
         DagmanError: `E-COMPARE`, exit code 4, when they do not share cases, labels and folds.
     """
+    from scipy.special import ndtr, ndtri
+
     for other in others:
         check_comparable(first, other)
     people, person = np.unique(first.groups, return_inverse=True)
@@ -315,7 +326,8 @@ def difference_from_one_of(first: Predictions, others: Sequence[Predictions]) ->
         return Estimate(value=None, why=first.auc().why)
     if first.auc().low is None:
         return Estimate(value=value, why=first.auc().why)
-    low, high = np.nanquantile(gained, (0.025, 0.975))
+    ends = ndtr(statistics.widening(len(first.thresholds)) * ndtri(np.array([0.025, 0.975])))
+    low, high = np.nanquantile(gained, ends)
     return Estimate(value=value, low=float(low), high=float(high))
 
 
