@@ -155,9 +155,10 @@ def together(runs: Sequence[Scores], others: Sequence[Scores]) -> dict[str, Any]
         mean, many = resampled.mean(axis=0), len(some)
         shares = draws.multinomial(many, np.full(many, 1 / many), statistics.RESAMPLES).T / many
         parts.append(mean + ((resampled - mean) * shares).sum(axis=0) * (many / max(1, many - 1)) ** 0.5)
-    low, high = np.nanquantile(parts[0] - parts[1], (0.025, 0.975))
+    ends = np.nanquantile(parts[0] - parts[1], (0.025, 0.975))
     each = [[float(one.statistic(once)[0]) for one in some] for some in (runs, others)]
     first, second = map(np.mean, each)
+    low, high = first - second + statistics.widening(2) * (ends - (first - second))
     low, high = by_t(first - second, (low, high), each)
     found = {"value": first - second, "low": low, "high": high, "first": first, "second": second}
     return {name: round(float(value), 4) for name, value in found.items()}

@@ -211,7 +211,7 @@ def _report(found: dict[str, Any], folder: Path, pictures: list[Path], say: Say)
         say("")
         say(
             f"{first['positive_label']} or {first['negative_label']}: {first['cases']} cases of {first['patients']} "
-            f"patients, {first['folds']} folds by patient, 95 % intervals by patient bootstrap"
+            f"patients, {first['folds']} folds by patient, 95 % intervals by patient bootstrap, widened for folds"
         )
         say(f"  {'features':12s} {'AUC':24s} pretrained minus this")
         for row in rows:

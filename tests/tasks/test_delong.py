@@ -36,10 +36,10 @@ def test_equal_scores_differ_by_nothing():
     assert delong.compare(first, first * 2 + 1, positive) == pytest.approx((0.721142857, 0.721142857, 0.0, 1.0))
 
 
-def test_folds_are_weighted_by_their_pairs_and_their_variances_add_widened_as_models_share_cases():
+def test_folds_are_weighted_by_their_pairs_and_their_variances_add_doubled_for_models_in_turn():
     first, second, positive = drawn(1, 90)
     fold = np.arange(90) % 3
-    whole = delong.compare(first, second, positive, fold)
+    whole = delong.compare(first, second, positive, fold, models=3)
     parts = [delong.compare(first[fold == k], second[fold == k], positive[fold == k]) for k in range(3)]
     pairs = np.array([positive[fold == k].sum() * (~positive[fold == k]).sum() for k in range(3)])
     share = pairs / pairs.sum()

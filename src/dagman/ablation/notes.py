@@ -11,7 +11,10 @@ PAPER = (
     "way to expect, not how much."
 )
 ANOTHER = "The paper's AUC is of malignancy, mostly after fine-tuning: another quantity than this probe's."
-INTERVALS = "Intervals draw patients again, the same for all runs, and keep what was fitted. One seed gives no range."
+INTERVALS = (
+    "Intervals draw patients again, the same for all runs, and keep what was fitted; those of folds have their "
+    "standard error times 1.41, as each fold's cases taught what tests the others. One seed gives no range."
+)
 TUNING = "AUC after fine-tuning (`--finetune STEPS`)"
 FEATURES = {"all": "all features (pooled, cells and [CLS])", "pooled": "pooled features"}
 

@@ -101,7 +101,8 @@ def probed(place: Path) -> Probed | None:
     if not told:
         return None
     found = predictions.read(place) if told["predicted"] else None
-    return Probed(auc=Estimate(**told["auc"]), features=told["features"], study=told["study"], predictions=found)
+    auc = found.auc() if found else Estimate(**told["auc"])
+    return Probed(auc=auc, features=told["features"], study=told["study"], predictions=found)
 
 
 def tuning(steps: int) -> classify.ClassifyConfig:
@@ -135,8 +136,10 @@ def finetune(
 
 def tuned(place: Path) -> Judged | None:
     """What `finetune` found; None where it has not ended."""
-    told = kept(place / predictions.RESULT)
-    return Judged(auc=Estimate(**told["auc"]), predictions=predictions.read(place)) if told else None
+    if not kept(place / predictions.RESULT):
+        return None
+    found = predictions.read(place)
+    return Judged(auc=found.auc(), predictions=found)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

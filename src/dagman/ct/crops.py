@@ -182,12 +182,13 @@ def _mask_centroid(store: PreparedStore, row: int) -> np.ndarray | None:
 def near(store: PreparedStore, row: int, crop: Triple, shift_ratio: float, draws: np.random.Generator) -> Triple:
     """First voxel of a random crop: near the centroid of a case's mask, or anywhere in a volume without one.
 
+    A volume without a mask that is no longer than the crop stays in its middle: someone has cut it to what it shows.
+
     Args:
         store: Where the volume lies.
         row: Its row.
         crop: Voxels (x, y, z).
-        shift_ratio: Of each side, by which a crop may miss the centroid of the mask, or the middle of a volume no
-            longer than it.
+        shift_ratio: Of each side, by which a crop may miss the centroid of the mask.
         draws: Source of the draws.
 
     Raises:
@@ -198,7 +199,7 @@ def near(store: PreparedStore, row: int, crop: Triple, shift_ratio: float, draws
     found = []
     for first, num, side in zip(middle, store.shape(row), crop, strict=True):
         reach = int(shift_ratio * side)
-        low, high = (first - reach, first + reach) if masked or num <= side else first_corners(num, side)
+        low, high = (first - reach, first + reach) if masked else first_corners(num, side)
         found.append(int(draws.integers(low, high + 1)))
     return found[0], found[1], found[2]
 

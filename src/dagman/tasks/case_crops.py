@@ -31,8 +31,9 @@ class CaseCrops(Dataset[CaseCrop]):
     """A crop of a case and its class by global sample number, without end; a sample depends on the seed and its number.
 
     Every case is visited once before any is visited again. The crop is centred on the centroid of the case's mask where
-    there is one, up to an eighth of its side off, and lies anywhere in the volume where there is none; it may be
-    mirrored along each axis, and its intensities are scaled and shifted by up to a tenth.
+    there is one, up to an eighth of its side off, and lies anywhere in the volume where there is none, in the middle of
+    one no longer than the crop; it may be mirrored along each axis, and its intensities are scaled and shifted by up to
+    a tenth.
 
     Args:
         store: The volumes.

@@ -3,9 +3,8 @@
 Whatever is chosen (scaling, regularisation, threshold) is chosen by `fit` from the rows it is given, and `fit` is given
 training rows only.
 
-The intervals draw patients again and keep the fitted probes, and are widened in cross-validation, whose probes share
-training cases (`statistics.widening`): under random labels no fewer than 94 % of them hold 0.5
-(`tests/tasks/test_classify.py`).
+The intervals draw patients again and keep the fitted probes, and are widened in cross-validation, where each fold's
+cases taught the probes that test the others (`statistics.widening`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -24,6 +24,7 @@ def compare(
     second: Float[np.ndarray, " cases"],
     positive: Bool[np.ndarray, " cases"],
     strata: Int[np.ndarray, " cases"] | None = None,
+    models: int = 1,
 ) -> DeLong | None:
     """DeLong's test; None where a stratum that holds pairs has fewer than two cases of a class, or nothing varies.
 
@@ -34,8 +35,9 @@ def compare(
         second: Other scores of the same cases.
         positive: Truth.
         strata: Only pairs within one stratum count (folds): the AUC is the mean over strata weighted by their pairs,
-            and the variances add, as no two strata test the same case, and are widened, as their models share what they
-            learnt from (`statistics.widening`).
+            and the variances add, as no two strata test the same case.
+        models: That gave the scores, the folds of a cross-validation: the standard error is widened
+            (`statistics.widening`).
 
     Reference:
         DeLong et al., Biometrics 1988; mid-ranks as Sun and Xu, IEEE Signal Processing Letters 2014.
@@ -54,7 +56,7 @@ def compare(
         found, covariance = _one(np.stack([first[rows], second[rows]]), positive[rows])
         aucs += weight * found
         variance += weight**2 * float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
-    error = widening(len(inside)) * float(np.sqrt(max(variance, 0.0)))
+    error = widening(models) * float(np.sqrt(max(variance, 0.0)))
     apart = float(aucs[0] - aucs[1])
     if error < 1e-12 < abs(apart):
         return None  # both separate their classes so plainly that no variance can be told from these cases

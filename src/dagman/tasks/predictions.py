@@ -171,21 +171,13 @@ def summary(found: Predictions) -> dict[str, Any]:
         "warning": None if found.group_by == "patient" else "not grouped by patient: scores may be too good",
         "folds": len(found.thresholds),
         "seed": found.seed,
-        "interval": f"95 %, bias-corrected and accelerated bootstrap over {found.group_by}s{_widened(found)}",
+        "interval": f"95 %, bias-corrected and accelerated bootstrap over {found.group_by}s, models not fitted again"
+        + (statistics.WIDENED if len(found.thresholds) > 1 else ""),
         **{name: vars(score) for name, score in found.scores.items()},
         **({} if binary else _class_values(found)),
         "fold_auc": found.fold_auc(),
         "thresholds": list(found.thresholds) if binary else None,
     }
-
-
-def _widened(found: Predictions) -> str:
-    """What was done about folds whose models share training cases."""
-    if len(found.thresholds) == 1:
-        return ", models not fitted again"
-    return (
-        f", {statistics.widening(len(found.thresholds)):.2f} times as wide, as the folds' models share training cases"
-    )
 
 
 def _class_values(found: Predictions) -> dict[str, Any]:
@@ -316,7 +308,9 @@ def difference_from_one_of(first: Predictions, others: Sequence[Predictions]) ->
         check_comparable(first, other)
     people, person = np.unique(first.groups, return_inverse=True)
     draws = generator(first.seed, "predictions.one_of")
-    weights = draws.multinomial(len(people), np.full(len(people), 1 / len(people)), statistics.RESAMPLES)
+    models = len(first.thresholds)
+    resamples = statistics.RESAMPLES if models == 1 else statistics.FARTHER * statistics.RESAMPLES
+    weights = draws.multinomial(len(people), np.full(len(people), 1 / len(people)), resamples)
     counted = weights[:, person].astype(float)
     drawn = np.stack([other.auc_of(counted) for other in others])
     gained = first.auc_of(counted) - drawn[draws.integers(len(others), size=len(counted)), np.arange(len(counted))]
@@ -326,7 +320,7 @@ def difference_from_one_of(first: Predictions, others: Sequence[Predictions]) ->
         return Estimate(value=None, why=first.auc().why)
     if first.auc().low is None:
         return Estimate(value=value, why=first.auc().why)
-    ends = ndtr(statistics.widening(len(first.thresholds)) * ndtri(np.array([0.025, 0.975])))
+    ends = ndtr(statistics.widening(models) * ndtri(np.array([0.025, 0.975])))
     low, high = np.nanquantile(gained, ends)
     return Estimate(value=value, low=float(low), high=float(high))
 

@@ -13,6 +13,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from dagman import randomness
 
 RESAMPLES = 2000
+FARTHER = 5
+"""Times as many where an interval is widened: its ends lie farther out among the resamples."""
+WIDENED = "; standard error times 1.41, as each fold's cases taught the models that test the others"
+"""Of the intervals of a cross-validation, for a person."""
 Weights = Float[np.ndarray, "resamples cases"]
 Statistic = Callable[[np.ndarray], np.ndarray]
 _BLOCK = 2_000_000
@@ -121,6 +125,7 @@ def estimate(
         return Estimate(value=None, why="no case counts" if classes is None else "a class is absent")
     if why := _too_few(patient, classes):
         return Estimate(value=value, why=why)
+    resamples = resamples if models == 1 else FARTHER * resamples
     draws = randomness.generator(seed, "bootstrap").multinomial(
         len(names), np.full(len(names), 1 / len(names)), size=resamples
     )
@@ -137,14 +142,18 @@ def estimate(
 
 
 def widening(models: int) -> float:
-    """What a standard error over patients is multiplied by where so many models shared what they learnt from.
+    """What a standard error over patients is multiplied by where they were tested by so many models in turn.
 
-    A model of a cross-validation learnt from the cases that test the others, so that the folds' scores move together:
-    where the labels tell nothing, those of two of K folds correlate by up to 1 / (K - 1), their cases over those that
-    both learnt from, and the variance of the mean is up to twice that of independent folds. One model gives 1.
+    In a cross-validation each fold's cases taught the models that test the others, so that the folds' scores move
+    together. Where the labels tell nothing and a model follows the classes' differences linearly, those of two of K
+    folds correlate by up to 1 / (K - 1), a fold's cases over those that one model learnt from, and the variance of
+    their mean is up to twice that of independent folds. Where labels tell much they hardly correlate, and twice is too
+    much. One model on a fixed test set gives 1.
 
     Reference:
-        Nadeau and Bengio, Inference for the generalization error, Machine Learning 2003, section 3 (the same ratio).
+        For the problem: Nadeau and Bengio, Inference for the generalization error, Machine Learning 2003 (whose
+        correlation is 1 / K); Bengio and Grandvalet, JMLR 2004 (no estimate of it is unbiased). The factor is held
+        against simulated studies in `tests/tasks/test_statistics.py` and `tests/tasks/test_classify.py`.
     """
     return 2**0.5 if models > 1 else 1.0
 

@@ -36,7 +36,7 @@ PICTURED = 4
 """Crops of `pictures/`."""
 EXAMINED = 64
 """Crops of an examination."""
-WIDE, TOO_FEW = 0.5, "so few cases tell next to nothing"
+WIDE, TOO_FEW = 0.7, "so few cases tell next to nothing"
 """From where to where a probe's interval reaches when it is said so."""
 _MEMORY_ADVICE = (
     "lower optimisation.batch_size and raise optimisation.accumulate by the same factor, then lower data.crop, "
