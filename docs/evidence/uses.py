@@ -97,7 +97,9 @@ def uses_segment() -> str:
     import uses_segment as sarcomas
 
     first = found[0]
-    about = f"{first['steps']} steps of {first['crop']}^3 crops, {first['precision']}, {first['device']}"
+    folds = len({each["fold"] for each in found if each["start"] == "pretrained" and each["fraction"] == 1})
+    about = f"{folds} of 3 folds, one seed; {first['steps']} steps of {first['crop']}^3 crops, {first['precision']}, "
+    about += f"{first['device']}"
     return f"{sarcomas.table(first['steps'], first['seed'])}\n\n{about}."
 
 

@@ -11,6 +11,7 @@ from dagman.ct.crops import (
     centred_corner,
     centroid,
     first_corners,
+    near,
     overlapping_corners,
     sliding,
     two_views,
@@ -90,6 +91,13 @@ def test_a_centred_crop_has_the_mask_in_its_middle(tmp_path):
     for row in (1, 2):
         with pytest.raises(DagmanError, match=r"E-NOMASK (empty|plain)"):
             centred(store, row, (16, 16, 16), "mask")
+
+
+def test_random_crops_stay_in_the_middle_of_what_is_no_longer_than_they_are_and_go_anywhere_else(tmp_path):
+    store, draws = make_store(tmp_path, {"case": noise((28, 32, 50))}), generator(0, "test")
+    corners = {near(store, 0, (32, 32, 32), 0.125, draws) for _ in range(200)}
+    assert {(x, y) for x, y, _ in corners} == {(-2, 0)}
+    assert {z for _, _, z in corners} == set(range(19))
 
 
 def test_a_crop_goes_round_the_centroid_and_not_the_middle_of_the_box(tmp_path):
