@@ -41,8 +41,8 @@ def result():
 
 
 def test_a_planted_signal_is_found(result):
-    assert result.auc().value > 0.85
     assert result.auc().low > 0.7
+    assert statistics.estimate(result.auc_of, result.groups, result.positive, seed=0).low > 0.75, "not widened"
     assert result.balanced_accuracy().value > 0.7
     assert 0.6 < result.sensitivity().value <= 1
     assert 0.6 < result.specificity().value <= 1
@@ -109,16 +109,17 @@ def test_intervals_of_a_fixed_test_set_are_not_widened_those_of_folds_and_of_the
 
 
 @pytest.mark.slow
-def test_a_fixed_test_set_is_worth_one_half_under_random_labels():
-    """Of 100 intervals no fewer hold .5 than chance allows of 95 % (1 % of such studies would hold fewer)."""
-    frozen = np.random.default_rng(0).normal(size=(180, 4))
-    held = 0
-    for seed in range(100):
-        positive = np.random.default_rng(seed).random(180) < 0.5
-        table = dataclasses.replace(make(frozen, positive), splits=("train",) * 30 + ("test",) * 150)
-        auc = classify.probe(table, Protocol(split=True, seed=seed), positive="malignant").auc()
-        held += auc.low <= 0.5 <= auc.high
-    assert held >= 89
+def test_a_fixed_test_set_is_worth_one_half_under_200_random_labellings():
+    """30 cases are learnt from. Of the intervals no fewer hold .5 than chance allows of 95 % (1 % of studies would)."""
+    frozen, found = np.random.default_rng(0).normal(size=(330, 4)), []
+    for seed in range(200):
+        positive = np.random.default_rng(seed).random(330) < 0.5
+        table = dataclasses.replace(make(frozen, positive), splits=("train",) * 30 + ("test",) * 300)
+        found.append(classify.probe(table, Protocol(split=True, seed=seed), positive="malignant").auc())
+    assert sum(auc.low <= 0.5 <= auc.high for auc in found) >= 182
+    values = np.array([auc.value for auc in found])
+    assert abs(values.mean() - 0.5) < 3 * values.std() / 200**0.5
+    assert 3 * values.std() / 200**0.5 < 0.01, "a leak worth .01 is seen"
 
 
 def test_a_leak_is_seen_by_its_detector():
