@@ -309,7 +309,7 @@ def difference_from_one_of(first: Predictions, others: Sequence[Predictions]) ->
     people, person = np.unique(first.groups, return_inverse=True)
     draws = generator(first.seed, "predictions.one_of")
     models = len(first.thresholds)
-    resamples = statistics.RESAMPLES if models == 1 else statistics.FARTHER * statistics.RESAMPLES
+    resamples = statistics.farther(models) * statistics.RESAMPLES
     weights = draws.multinomial(len(people), np.full(len(people), 1 / len(people)), resamples)
     counted = weights[:, person].astype(float)
     drawn = np.stack([other.auc_of(counted) for other in others])

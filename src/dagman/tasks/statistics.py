@@ -14,7 +14,7 @@ from dagman import randomness
 
 RESAMPLES = 2000
 FARTHER = 5
-"""Times as many where an interval is widened: its ends lie farther out among the resamples."""
+"""Times as many where an interval is widened (`farther`)."""
 WIDENED = "; standard error times 1.41, as each fold's cases taught the models that test the others"
 """Of the intervals of a cross-validation, for a person."""
 Weights = Float[np.ndarray, "resamples cases"]
@@ -111,7 +111,7 @@ def estimate(
         classes: Class of each case: below 2 patients in any class there is no interval. None for scores without
             classes: below 2 patients in all.
         seed: Of the resampling.
-        resamples: Number of draws.
+        resamples: Number of draws, of one model.
         models: That predicted the cases: the folds of a cross-validation, whose interval is wider (`widening`).
 
     Reference:
@@ -125,7 +125,7 @@ def estimate(
         return Estimate(value=None, why="no case counts" if classes is None else "a class is absent")
     if why := _too_few(patient, classes):
         return Estimate(value=value, why=why)
-    resamples = resamples if models == 1 else FARTHER * resamples
+    resamples *= farther(models)
     draws = randomness.generator(seed, "bootstrap").multinomial(
         len(names), np.full(len(names), 1 / len(names)), size=resamples
     )
@@ -156,6 +156,11 @@ def widening(models: int) -> float:
         against simulated studies in `tests/tasks/test_statistics.py` and `tests/tasks/test_classify.py`.
     """
     return 2**0.5 if models > 1 else 1.0
+
+
+def farther(models: int) -> int:
+    """Times as many resamples: the ends of a widened interval lie farther out among them."""
+    return FARTHER if models > 1 else 1
 
 
 def _too_few(patient: np.ndarray, classes: np.ndarray | None) -> str:
