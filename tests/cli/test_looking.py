@@ -99,7 +99,21 @@ def test_attention_of_one_run_keeps_its_short_name_and_takes_a_mask(scans, two_r
     assert run(["attention", *weights, "-i", str(image), "--mask", str(mask), "-o", str(tmp_path)]) == 0
     assert (tmp_path / "image2_attention.nii.gz").exists()
     assert not (tmp_path / "image2_heads.png").exists()
-    assert "interval n/a: patients unknown" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "interval n/a: patients unknown" in said.out
+    assert "--group-by case draws cases" in said.err
+
+
+def test_attention_draws_cases_where_that_is_said(scans, two_runs, tmp_path, capsys):
+    table = tmp_path / "cases.csv"
+    lines = [f"c{n},{scans}/image{n}.nii.gz,{scans}/mask{n}.nii.gz" for n in (0, 1)]
+    table.write_text("\n".join(["case_id,image,mask", *lines]) + "\n")
+    arguments = ["--weights", str(two_runs[0]), "-i", str(table), "-o", str(tmp_path), "--group-by", "case"]
+    assert run(["attention", *arguments]) == 0
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["group_by"], found["interval"].split()[-1]) == ("case", "cases")
+    gain = found["rows"][0]["gain"]
+    assert gain["low"] <= gain["value"] <= gain["high"]
 
 
 def test_cluster_writes_embeddings_crops_result_and_a_picture(organ_store, two_runs, tmp_path, capsys, monkeypatch):

@@ -258,6 +258,7 @@ def test_written_predictions_and_result_give_the_scores_again(result, tmp_path):
     assert rows.dtype.names == (
         *("case_id", "patient", "fold", "label", "predicted"),
         *("probability_benign", "probability_malignant"),
+        *(f"threshold_chosen_on_{fold}" for fold in range(3)),
     )
     np.testing.assert_array_equal(rows["probability_malignant"], result.probability)
     np.testing.assert_array_equal(rows["label"] == "malignant", result.positive)
@@ -265,6 +266,48 @@ def test_written_predictions_and_result_give_the_scores_again(result, tmp_path):
     assert (found["cases"], found["patients"], found["positive"]) == (90, 45, int(result.positive.sum()))
     assert found["auc"] == dataclasses.asdict(result.auc())
     assert found["warning"] is None
+    again = predictions.read(tmp_path)
+    assert (again.sensitivity(), again.specificity()) == (result.sensitivity(), result.specificity())
+
+
+def test_intervals_of_sensitivity_and_specificity_know_that_folds_choose_their_thresholds(monkeypatch):
+    monkeypatch.setattr(statistics, "FARTHER", 1)
+    monkeypatch.setattr(classify, "STRENGTHS", (0.01,))
+    drawn, kept = [], []
+    for seed in range(48):
+        rng = np.random.default_rng(seed)
+        malignant = rng.random(150) < 0.4
+        features = rng.normal(size=(150, 12)) + 0.4 * malignant[:, None] * (np.arange(12) < 4)
+        result = classify.probe(make(features, malignant, np.arange(150)), positive="malignant")
+        fixed = dataclasses.replace(result, chosen_on=None)
+        assert result.sensitivity().value == pytest.approx(result.called[result.positive].mean())
+        assert result.specificity().value == pytest.approx((result.called == 0)[~result.positive].mean())
+        drawn.append([(one.value, one.low, one.high) for one in (result.sensitivity(), result.specificity())])
+        kept.append([(one.value, one.low, one.high) for one in (fixed.sensitivity(), fixed.specificity())])
+
+    def held(intervals):
+        value, low, high = np.moveaxis(np.array(intervals), 2, 0)
+        mean = value.mean(axis=0)
+        return ((low <= mean) & (mean <= high)).sum()
+
+    assert held(drawn) >= 86, "of 96; 95 % are 91"
+    assert held(kept) < 86
+
+
+def test_the_threshold_under_weights_is_that_of_cases_that_come_so_often():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        probability, positive = rng.integers(0, 8, 20) / 10, rng.random(20) < 0.5
+        weights = rng.integers(0, 3, (4, 20))
+        found = statistics.thresholds(probability, positive, weights.astype(float))
+        for cut, row in zip(found, weights, strict=True):
+            again, true = np.repeat(probability, row), np.repeat(positive, row)
+            if not true.any() or true.all():
+                continue
+            cuts = [np.unique(probability)[0], *(np.unique(probability)[1:] + np.unique(probability)[:-1]) / 2]
+            worth = [(again >= each)[true].mean() - (again >= each)[~true].mean() for each in cuts]
+            best = [each for each, value in zip(cuts, worth, strict=True) if value > max(worth) - 1e-9]
+            assert abs(cut - 0.5) == pytest.approx(min(abs(each - 0.5) for each in best))
 
 
 def test_feature_sets_side_by_side_on_the_same_folds(result):
@@ -460,7 +503,7 @@ def test_no_step_is_chosen_on_a_part_that_lacks_a_class():
 
 def test_the_probe_for_new_cases_learns_from_every_case_that_is_no_test_case(monkeypatch):
     seen = []
-    made = classify.Probe(model=None, strength=1.0, threshold=0.5)
+    made = classify.Probe(model=None, strength=1.0, threshold=0.5, outside=np.ones((90, 2)))
     monkeypatch.setattr(classify, "fit", lambda features, *_: seen.append(len(features)) or made)
     table = with_splits(planted())
     given = {"positive": "malignant", "unlabelled": "refuse"}

@@ -146,6 +146,22 @@ def test_one_patient_or_unknown_patients_give_no_interval() -> None:
         assert why in row["distance_mm"]["why"]
 
 
+def test_cases_are_drawn_where_that_is_said() -> None:
+    heads = (diversity.Heads("stage 1", np.array([1.0, 2.0]), np.array([0.5, 0.6])),)
+    other = (diversity.Heads("stage 1", np.array([2.0, 2.0]), np.array([0.5, 0.6])),)
+    looks = [diversity.Look(case_id=f"c{n}", patient=None, heads=(heads, other)[n % 2]) for n in range(6)]
+    (row,) = diversity.summary({"run": looks}, group_by="case")
+    assert row["distance_mm"]["low"] < row["distance_mm"]["value"] < row["distance_mm"]["high"]
+
+
+def test_grey_cubes_are_seen_through_the_window_that_gives_them_back(organ_store, two_runs, monkeypatch) -> None:
+    encoder = load_encoder(two_runs[0])
+    before = diversity.head_diversity(encoder, organ_store, num_crops=1)[0].heads[0]
+    monkeypatch.setattr(organ_store, "rows", [{**row, "window_hu": (-160.0, 240.0)} for row in organ_store.rows])
+    after = diversity.head_diversity(encoder, organ_store, num_crops=1)[0].heads[0]
+    assert (before.head_entropy != after.head_entropy).any()
+
+
 @pytest.mark.parametrize("num_crops", [0, -1])
 def test_no_crops_are_refused(organ_store, two_runs, num_crops: int) -> None:
     with pytest.raises(DagmanError, match="E-CONFIG"):

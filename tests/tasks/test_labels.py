@@ -166,3 +166,10 @@ def test_damaged_tables_are_refused_by_line(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(DagmanError, match=f"E-TABLE.*{says}"):
         table.read_csv(path)
+
+
+def test_labels_of_new_cases_are_spelt_as_the_classes_and_strange_ones_are_named():
+    assert labels.numbers_of(["1.0", " 0 ", None, "nan", "1"], ("0", "1")) == [1, 0, None, None, 1]
+    assert labels.numbers_of(["benign", ""], ("benign", "malignant")) == [0, None]
+    with pytest.raises(DagmanError, match=r"E-LABEL.*3 cases .*\(2: 2, x: 1\); known: 0, 1"):
+        labels.numbers_of(["1", "2", "2.0", "x"], ("0", "1"))

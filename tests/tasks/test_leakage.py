@@ -54,7 +54,7 @@ def test_weights_that_learnt_labels_of_a_study_cannot_be_tested_in_it(tmp_path):
     assert seen.learnt == {"c2": ["classification"], "c3": ["classification"]}
     patients = {row["case_id"]: row["patient"] for row in store.rows}
     with pytest.raises(
-        DagmanError, match=r"E-LEAK.*labels of 2 of its cases \(c2, c3\).*start from pretrained"
+        DagmanError, match=r"E-LEAK.*labels of 2 of its cases, or of their patients \(c2, c3\).*start from pretrained"
     ) as caught:
         leakage.refuse(seen, [], patients, "classification")
     assert caught.value.exit_code == ExitCode.REFUSED
@@ -151,7 +151,10 @@ def test_labels_learnt_in_another_preparation_or_of_another_ct_of_the_patient_ar
     assert seen.how == {"c0": "voxels", "c1": "patient"}
     assert seen.learnt == {"c0": ["classification"], "c1": ["classification"]}
     patients = {row["case_id"]: row["patient"] for row in store.rows}
-    with pytest.raises(DagmanError, match=r"labels of 1 of its cases \(c0\)"):
+    with pytest.raises(DagmanError, match=r"labels of 2 of its cases, or of their patients \(c0, c1\)"):
+        leakage.refuse(seen, [], patients, "classification")
+    del patients["c0"]
+    with pytest.raises(DagmanError, match=r"or of their patients \(c1\)"):
         leakage.refuse(seen, [], patients, "classification")
     assert "with labels of 1 of them" in leakage.line(leakage.report(seen, ["c1"]))
 

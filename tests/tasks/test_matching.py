@@ -193,3 +193,28 @@ def test_labels_are_chosen_and_joined(tmp_path):
     # One class of two labels: label 1 of the prediction is in it as well.
     (row,) = matching.score([tmp_path / "found"], tmp_path / "truth", labels="tumour=1+2").rows
     assert row.scores.dice == 1
+
+
+def test_a_prediction_that_bears_the_name_of_one_case_is_of_no_other(tmp_path):
+    cases = {name: small_study.case(number) for number, name in enumerate("bx")}
+    raw = small_study.write_cases(tmp_path / "raw", cases).parent
+    header, *rows = (raw / "cases.csv").read_text().splitlines()
+    renamed = [",".join([name, *row.split(",")[1:]]) for name, row in zip("ab", rows, strict=True)]
+    (raw / "other.csv").write_text("\n".join([header, *renamed]) + "\n")
+    files_of_masks = [row.split(",")[header.split(",").index("mask")] for row in renamed]
+    assert [name.partition(".")[0][-1] for name in files_of_masks] == ["b", "x"], "case a has the mask of file b"
+    save(tmp_path / "found" / "b.nii.gz", cases["x"][1], np.diag([2.0, 2.0, 2.0, 1.0]))
+    found = matching.score([tmp_path / "found"], raw / "other.csv")
+    assert found.missing == ("a",)
+    assert {row.case_id: row.scores.dice for row in found.rows} == {"a": 0.0, "b": 1.0}
+
+
+def test_a_prediction_that_fits_two_cases_is_refused(tmp_path):
+    for folder in ("one", "two"):
+        save(tmp_path / folder / "tumour.nii.gz")
+    save(tmp_path / "image.nii.gz")
+    rows = [f"{folder},image.nii.gz,{folder}/tumour.nii.gz" for folder in ("one", "two")]
+    (tmp_path / "cases.csv").write_text("\n".join(["case_id,image,mask", *rows]) + "\n")
+    save(tmp_path / "found" / "tumour.nii.gz")
+    with pytest.raises(DagmanError, match=r"E-DUPCASE.*fits 2 cases \(one, two\)"):
+        matching.score([tmp_path / "found"], tmp_path / "cases.csv")

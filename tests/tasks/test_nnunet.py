@@ -170,6 +170,18 @@ def test_store_and_table_get_the_folds_of_segment_train(source, tmp_path):
     assert [split["val"] for split in splits[0]] == ours
 
 
+def test_a_fraction_takes_the_patients_that_segment_train_takes(source, tmp_path):
+    from dagman import PreparedStore
+
+    few = Protocol(fraction=0.5)
+    folder = nnunet.export(source / "store", tmp_path, number=7, labels="1", protocol=few)
+    store = PreparedStore(source / "store")
+    parts = study.parts(study.study(store.folder, study.stored(store), labels="1"), few)
+    learnt = [sorted(store.rows[row]["case_id"] for row in (*part.train, *part.held_out)) for part in parts]
+    assert [split["train"] for split in json.loads((folder / "splits_final.json").read_text())] == learnt
+    assert all(len(cases) < len(store) / 2 for cases in learnt)
+
+
 def test_voxels_of_a_table_stay_and_predictions_are_scored_by_patient(source, tmp_path):
     folder = nnunet.export(source / "raw" / "cases.csv", tmp_path)
     image, place = read(folder / "imagesTr" / "c3_0000.nii.gz")

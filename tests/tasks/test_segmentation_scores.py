@@ -44,6 +44,15 @@ def test_size_strata_at_3_cc():
     assert (result["up_to_3cc"]["cases"], result["up_to_3cc"]["dice"]["value"]) == (2, 0.5)
 
 
+def test_many_small_lesions_are_no_large_one():
+    small = np.zeros_like(CUBE)
+    for corner in (0, 8, 16):
+        small[corner : corner + 7, :7, :7] = 1
+    result = found(rows((small, small)))
+    assert (result["lesions"], result["large_lesions"]) == (3, 0)
+    assert (result["above_3cc"]["cases"], result["up_to_3cc"]["cases"]) == (0, 1)
+
+
 def test_lesions_are_pooled_and_false_positives_are_per_case():
     both = CUBE | SMALL
     result = found(rows((CUBE, both), (both, CUBE), (both, both)))["all"]

@@ -24,6 +24,7 @@ def attention(
     output: Output,
     mask: Path | None = None,
     heads: Switch = False,
+    group_by: Literal["patient", "case"] = "patient",
     device: Device = "cpu",
 ) -> int:
     """Show where encoders look: semantic attention on the scan's own grid as NIfTI, pictures, and how well it points.
@@ -34,6 +35,7 @@ def attention(
         output: Folder for CASE_attention.nii.gz and CASE_attention.png of each case, attention.csv and result.json.
         mask: Label map of a single CT, outlined in the picture.
         heads: Also draw every head by itself, in CASE_heads.png.
+        group_by: What the gain's interval draws again: `case` where patients are unknown; the result is stamped.
         device: `cpu` or `cuda`.
     """
     from dagman.ct.index import index
@@ -70,10 +72,11 @@ def attention(
     if not seen:
         return ExitCode.NOTHING_USABLE
     overlap = _overlap(encoders, weights, leakage.scan_rows(seen))
-    for row in pointing.summary(looks)["rows"]:
+    for row in pointing.summary(looks, group_by=group_by)["rows"]:
         if row["cases_with_gain"]:
+            _say_why_no_interval(row["gain"])
             print(f"{row['weights']}, {row['cases_with_gain']} masks: gain {statistics.Estimate(**row['gain'])}")
-    say(f"wrote {', '.join(map(str, pointing.write(looks, output, found=overlap)))}")
+    say(f"wrote {', '.join(map(str, pointing.write(looks, output, group_by=group_by, found=overlap)))}")
     return ExitCode.REJECTED if failed or len(seen) < len(scans) else ExitCode.OK
 
 
@@ -151,6 +154,7 @@ def diversity(
     data: Store,
     output: Output,
     crops: int = 16,
+    group_by: Literal["patient", "case"] = "patient",
     seed: int = 0,
     device: Device = "cpu",
 ) -> int:
@@ -160,7 +164,8 @@ def diversity(
         weights: Run folders or .safetensors files; the first is what the others are compared with.
         data: A prepared store.
         output: Folder for heads.csv, crops.csv, result.json and diversity.png.
-        crops: How many crops are drawn from the store, the same for all weights.
+        crops: How many crops are drawn from the store, of the same volumes for all weights.
+        group_by: What intervals draw again: `case` where patients are unknown; the result is stamped.
         seed: Of the crops and the bootstrap.
         device: `cpu` or `cuda`.
     """
@@ -176,13 +181,13 @@ def diversity(
     say(f"{crops} crops of {len(cases)} cases, seed {seed}")
     say("mean over crops with 95 % interval: distance in mm; entropy of the heads' distances, and of their rows, over")
     say("the largest possible")
-    rows = heads.summary(runs, seed=seed)
+    rows = heads.summary(runs, group_by=group_by, seed=seed)
     for row in rows:
         far, apart, spread = (brief(row[name]) for name in ("distance_mm", "distance_entropy_ratio", "row_entropy"))
         print(f"{row['weights']:24s} {row['place']:18s} {row['heads']:3d} heads: {far:24s} {apart:24s} {spread}")
     _say_why_no_interval(rows[0]["distance_mm"])
     found = _overlap(encoders, weights, [row for row in store.rows if row["case_id"] in cases])
-    say(f"wrote {', '.join(map(str, heads.write(runs, output, seed=seed, found=found)))}")
+    say(f"wrote {', '.join(map(str, heads.write(runs, output, group_by=group_by, seed=seed, found=found)))}")
     return ExitCode.OK
 
 
@@ -218,4 +223,5 @@ def brief(estimate: dict[str, Any]) -> str:
 
 def _say_why_no_interval(estimate: dict[str, Any]) -> None:
     if estimate["low"] is None:
-        say(f"No interval: {estimate['why']}")
+        way_out = "; --group-by case draws cases" if estimate["why"] == "patients unknown" else ""
+        say(f"No interval: {estimate['why']}{way_out}")

@@ -295,6 +295,7 @@ def export_nnunet(
     labels: str | None = None,
     folds: int = 3,
     split: Switch = False,
+    fraction: float = 1.0,
     seed: int = 0,
     group_by: Literal["patient", "case"] = "patient",
 ) -> int:
@@ -309,6 +310,7 @@ def export_nnunet(
         labels: As `segment train`.
         folds: As `segment train`.
         split: As `segment train`.
+        fraction: As `segment train`.
         seed: As `segment train`.
         group_by: As `segment train`.
     """
@@ -322,7 +324,7 @@ def export_nnunet(
             number=number,
             name=name,
             labels=labels,
-            protocol=Protocol(folds=folds, split=split, group_by=group_by, seed=seed),
+            protocol=Protocol(folds=folds, split=split, fraction=fraction, group_by=group_by, seed=seed),
             progress=tell,
         )
     described = json.loads((folder / "dataset.json").read_text())

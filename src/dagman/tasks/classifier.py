@@ -23,6 +23,7 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import EncoderClassifier, Network, ResNet50
 from dagman.nets.encoder import Encoder
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
+from dagman.tasks import labels as label_rules
 from dagman.tasks.classify import TASK, Probe
 from dagman.tasks.embed import Origin, mean_per_case, suited
 from dagman.tasks.predictions import Predictions
@@ -238,11 +239,15 @@ def tested(table: Table, classifiers: Sequence[Classifier], learnt: Container[st
         learnt: Cases whose labels they learnt from; they test nothing.
 
     Returns:
-        None where no case has a label that is one of the classes.
+        None where no case has a label.
+
+    Raises:
+        DagmanError: `E-LABEL` for labels that are none of the classes.
     """
     names = classifiers[0].names
+    numbers = label_rules.numbers_of(table.labels, names)
     rows = sorted(
-        (row for row, case in enumerate(table.case_ids) if table.labels[row] in names and case not in learnt),
+        (row for row, case in enumerate(table.case_ids) if numbers[row] is not None and case not in learnt),
         key=lambda row: table.case_ids[row],
     )
     if not rows:
@@ -251,7 +256,7 @@ def tested(table: Table, classifiers: Sequence[Classifier], learnt: Container[st
     return Predictions(
         case_ids=tuple(table.case_ids[row] for row in rows),
         groups=np.array([table.patients[row] if known else table.case_ids[row] for row in rows]),
-        labels=np.array([names.index(str(table.labels[row])) for row in rows]),
+        labels=np.array([numbers[row] for row in rows]),
         names=names,
         fold=np.zeros(len(rows), dtype=np.int64),
         probabilities=table.features[rows],

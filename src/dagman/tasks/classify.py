@@ -20,7 +20,7 @@ from dagman.errors import DagmanError
 from dagman.tasks import cohort as cohorts
 from dagman.tasks import folds as folding
 from dagman.tasks import labels as label_rules
-from dagman.tasks import predictions
+from dagman.tasks import predictions, statistics
 from dagman.tasks.cohort import Cohort
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.protocol import Part, Protocol
@@ -39,7 +39,9 @@ class Probe:
     strength: float
     """Inverse regularisation C, chosen by grouped inner cross-validation."""
     threshold: float
-    """Of two classes: probability from which a case is called positive, chosen on inner out-of-fold probabilities."""
+    """Of two classes: probability from which a case is called positive, chosen on `outside`."""
+    outside: Float[np.ndarray, "cases classes"]
+    """Inner out-of-fold probabilities of the cases that it was fitted on."""
 
     def probabilities(self, features: Float[np.ndarray, "cases width"]) -> Float[np.ndarray, "cases classes"]:
         """Probability of each class."""
@@ -74,7 +76,8 @@ def probe(
 
     Args:
         table: Features, patients and labels (`labels.override` takes labels from another CSV).
-        protocol: Folds by patient, or the column `split`; 3 folds without.
+        protocol: Folds by patient, or the column `split`, whose validation cases are learnt from as well: a probe
+            chooses inside what it learns from; 3 folds without.
         positive: Which of two labels is positive; needed where labels are words.
         unlabelled: What to do about cases without a label.
 
@@ -88,13 +91,17 @@ def probe(
     protocol = protocol or Protocol()
     cohort = cohorts.cohort(table, protocol, positive=positive, unlabelled=unlabelled)
     features = _usable(cohort.table)
-    inner = [_inner(cohort, part.train) for part in cohort.parts]
+    learnt = [sorted((*part.train, *part.held_out)) for part in cohort.parts]
+    inner = [_inner(cohort, rows) for rows in learnt]
     parts, probes = [], []
-    for part, plan in zip(cohort.parts, inner, strict=True):
-        train, test = list(part.train), list(part.test)
-        probes.append(fit(features[train], cohort.numbers[train], plan))
-        parts.append(predicted(cohort, part, probes[-1].probabilities(features[test]), probes[-1].threshold))
-    return ProbeResult(**vars(predictions.together(parts)), probes=tuple(probes))
+    for part, rows, plan in zip(cohort.parts, learnt, inner, strict=True):
+        probes.append(fit(features[rows], cohort.numbers[rows], plan))
+        parts.append(predicted(cohort, part, probes[-1].probabilities(features[list(part.test)]), probes[-1].threshold))
+    chosen_on = [
+        dict(zip(cohorts.names(cohort.table, rows), fitted.outside[:, -1].tolist(), strict=True))
+        for rows, fitted in zip(learnt, probes, strict=True)
+    ]
+    return ProbeResult(**vars(predictions.together(parts, chosen_on)), probes=tuple(probes))
 
 
 def predicted(
@@ -178,7 +185,7 @@ def fit(
         best = int(np.argmin(-np.log(np.maximum(likelihood, 1e-12)).mean(axis=1)))
         model = _pipeline(STRENGTHS[best]).fit(features, numbers)
     cut = threshold(outside[best, :, 1], numbers == 1) if outside.shape[2] == 2 else 0.5
-    return Probe(model=model, strength=STRENGTHS[best], threshold=cut)
+    return Probe(model=model, strength=STRENGTHS[best], threshold=cut, outside=outside[best])
 
 
 def _outside(features: np.ndarray, numbers: np.ndarray, fold: np.ndarray, strength: float) -> np.ndarray:
@@ -198,13 +205,8 @@ def _pipeline(strength: float) -> Any:
 
 
 def threshold(probability: Float[np.ndarray, " cases"], positive: Shaped[np.ndarray, " cases"]) -> float:
-    """Cut with the best balanced accuracy, midway between two neighbouring values; of equals the one nearest 0.5."""
-    values = np.unique(probability)
-    cuts = np.r_[values[0], (values[1:] + values[:-1]) / 2]
-    called = probability >= cuts[:, None]
-    balanced = called[:, positive].mean(axis=1) - called[:, ~positive].mean(axis=1)
-    best = cuts[np.isclose(balanced, balanced.max(), rtol=0, atol=1e-12)]
-    return float(best[np.argmin(np.abs(best - 0.5))])
+    """Cut with the best balanced accuracy, as `statistics.thresholds`."""
+    return float(statistics.thresholds(probability, positive.astype(bool), np.ones((1, len(probability))))[0])
 
 
 def about(result: ProbeResult) -> dict[str, Any]:

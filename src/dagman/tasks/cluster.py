@@ -328,7 +328,7 @@ def summary(runs: Mapping[str, Clusters], *, group_by: str) -> dict[str, Any]:
         "asked_by_knn": int(np.isfinite(first.values["knn"]).sum()),
         "neighbours": NEIGHBOURS,
         "seed": first.seed,
-        "interval": "95 %, bias-corrected and accelerated bootstrap over patients of the crops' values, which stay",
+        "interval": f"95 %, bias-corrected and accelerated bootstrap over {group_by}s of the crops' values, which stay",
         "rows": rows,
     }
 

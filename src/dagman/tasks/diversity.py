@@ -32,7 +32,9 @@ from dagman.nets.windows import effective_window, partition, window_layout
 from dagman.randomness import generator
 from dagman.tasks import statistics
 from dagman.tasks.embed import suited
+from dagman.tasks.protocol import GroupBy
 from dagman.tasks.table import write_rows
+from dagman.types import Preparation
 
 NUM_CROPS = 16
 BODY_RATIO = 0.25
@@ -113,7 +115,7 @@ def head_diversity(
     Reference:
         Section 4.5, figure 4a.
     """
-    suited(store, encoder.preparation)
+    preparation = suited(store, encoder.preparation)
     if num_crops < 1:
         raise DagmanError("CONFIG", "number of crops", f"cannot be {num_crops}", "look at 1 or more")
     if not len(store):
@@ -123,7 +125,7 @@ def head_diversity(
     looks = []
     for number in range(num_crops):
         row = order[number % len(order)]
-        image = torch.from_numpy(_drawn(encoder, store, row, seed, number))[None, None].to(device)
+        image = torch.from_numpy(_drawn(preparation, store, row, seed, number))[None, None].to(device)
         told = store.rows[row]
         looks.append(
             Look(case_id=str(told["case_id"]), patient=told.get("patient"), heads=tuple(heads(encoder, image)))
@@ -133,30 +135,33 @@ def head_diversity(
     return looks
 
 
-def _drawn(encoder: Encoder, store: PreparedStore, row: int, seed: int, number: int) -> np.ndarray:
+def _drawn(preparation: Preparation, store: PreparedStore, row: int, seed: int, number: int) -> np.ndarray:
     """A crop with enough body, as the network sees it; two views that overlap wholly are one crop."""
     pair = crops.two_views(
         store,
         row,
-        encoder.preparation.crop,
+        preparation.crop,
         overlap_ratio=1.0,
         body_ratio=BODY_RATIO,
         generator=generator(seed, "diversity.crop", number),
     )
-    return crops.window(pair.u, encoder.preparation.window_hu)
+    return crops.window(pair.u, preparation.window_hu)
 
 
-def summary(runs: Mapping[str, Sequence[Look]], *, seed: int = 0) -> list[dict[str, Any]]:
+def summary(
+    runs: Mapping[str, Sequence[Look]], *, group_by: GroupBy = "patient", seed: int = 0
+) -> list[dict[str, Any]]:
     """One row for each run and place: every reading with its interval, and how far it lies above the first run's.
 
     Args:
         runs: Name to what `head_diversity` returned, all with one seed and number of crops.
-        seed: Of the bootstrap over patients.
+        group_by: What intervals draw again: `case` where patients are unknown.
+        seed: Of the bootstrap.
     """
     first = next(iter(runs.values()))
     rows = []
     for name, looks in runs.items():
-        patients = [look.patient for look in looks]
+        patients = [look.case_id if group_by == "case" else look.patient for look in looks]
         for place in dict.fromkeys(one.place for look in looks for one in look.heads):
             row: dict[str, Any] = {"weights": name, "place": place, "crops": len(looks)}
             row["heads"] = next(len(one.distance_mm) for one in looks[0].heads if one.place == place)
@@ -176,14 +181,20 @@ def _read(looks: Sequence[Look], place: str, reading: str) -> np.ndarray:
 
 
 def write(
-    runs: Mapping[str, Sequence[Look]], folder: Path, *, seed: int = 0, found: Mapping[str, Any] | None = None
+    runs: Mapping[str, Sequence[Look]],
+    folder: Path,
+    *,
+    group_by: GroupBy = "patient",
+    seed: int = 0,
+    found: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write `heads.csv`, `crops.csv`, `result.json` and `diversity.png`; returns their paths.
 
     Args:
         runs: As in `summary`.
         folder: Where.
-        seed: Of the bootstrap over patients.
+        group_by: As in `summary`.
+        seed: Of the bootstrap.
         found: What else the result should say, as plain values.
     """
     paths = [folder / name for name in ("heads.csv", "crops.csv", "result.json", "diversity.png")]
@@ -216,8 +227,9 @@ def write(
             "cases": len({look.case_id for look in some}),
             "patients": len({look.patient for look in some} - {None}),
             "seed": seed,
-            "interval": "95 %, bias-corrected and accelerated bootstrap over patients",
-            "rows": summary(runs, seed=seed),
+            "interval": f"95 %, bias-corrected and accelerated bootstrap over {group_by}s",
+            "group_by": group_by,
+            "rows": summary(runs, group_by=group_by, seed=seed),
             **(found or {}),
         },
     )

@@ -103,6 +103,27 @@ def classes(labels: Sequence[str], positive: str | None = None, *, left_out: int
     return Classes(numbers=np.array([number_of[word] for word in words]), names=names)
 
 
+def numbers_of(labels: Sequence[str | None], names: Sequence[str]) -> list[int | None]:
+    """Number of each label among the classes of an earlier study; None where a case has no label.
+
+    Raises:
+        DagmanError: `E-LABEL` for labels that are none of the classes.
+    """
+    words: list[str | None] = [None if label is None or _is_missing(label) else label.strip() for label in labels]
+    if all(_number(name) is not None for name in names):
+        words = [word if word is None or _number(word) is None else _same_spelling([word])[0] for word in words]
+    strange = collections.Counter(word for word in words if word is not None and word not in names)
+    if strange:
+        listed = ", ".join(f"{word}: {count}" for word, count in sorted(strange.items())[:5])
+        raise DagmanError(
+            "LABEL",
+            "labels",
+            f"{strange.total()} cases are of no class that the classifier knows ({listed}); known: {', '.join(names)}",
+            "spell them as its classes, or leave the label of such cases empty",
+        )
+    return [None if word is None else list(names).index(word) for word in words]
+
+
 def _positive_of(counts: collections.Counter[str], positive: str | None, words: list[str], listed: str) -> str:
     if positive is not None:
         positive = _same_spelling([*words, positive.strip()])[-1]

@@ -156,11 +156,10 @@ def refuse(what: Seen, same: Sequence[Sequence[str]], group_of: Mapping[str, str
     Raises:
         DagmanError: `E-LEAK`, exit code 4.
     """
-    same_ct = [case for case in group_of if what.how.get(case) == VOXELS]
-    learnt = [case for case in same_ct if task in what.learnt.get(case, ())]
+    learnt = [case for case in group_of if task in what.learnt.get(case, ())]
     if learnt:
         raise _leak(
-            f"the weights were trained on labels of {len(learnt)} of its cases",
+            f"the weights were trained on labels of {len(learnt)} of its cases, or of their patients",
             learnt,
             "start from pretrained weights, or test on other patients",
         )

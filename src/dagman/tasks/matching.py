@@ -46,25 +46,6 @@ class Pair:
         return (self.scan and self.scan.split) or "none"
 
 
-def pairs(predictions: Sequence[Path], reference: Path) -> tuple[list[Pair], list[Path]]:
-    """Match predictions to references by file name.
-
-    A name counts without its suffix and without endings such as `_seg`, `_mask`, `_gtv`, `_pred`.
-
-    Args:
-        predictions: Folders of label maps, or label maps.
-        reference: As `references`.
-
-    Returns:
-        All references in order, and predictions without reference.
-
-    Raises:
-        DagmanError: `E-GONE` for what does not exist; `E-DUPCASE`, exit code 4, for two files of one name;
-            `E-NODATA` where nothing fits together.
-    """
-    return _matched(_by_name(predictions), references(reference)[0], reference)
-
-
 def references(source: Path) -> tuple[list[Pair], list[DagmanError]]:
     """The references of a source, and its rows that cannot be used.
 
@@ -73,7 +54,8 @@ def references(source: Path) -> tuple[list[Pair], list[DagmanError]]:
             MONAI datalist.
 
     Raises:
-        DagmanError: As `pairs`; what is wrong with the first row where none can be used.
+        DagmanError: `E-GONE` for what does not exist; `E-DUPCASE`, exit code 4, for two files of one name; what is
+            wrong with the first row where none can be used.
     """
     listed = layouts.lists(source)
     if source.suffix.lower() != ".csv" and not (listed and layouts.is_whole(source, listed)):
@@ -95,10 +77,22 @@ def references(source: Path) -> tuple[list[Pair], list[DagmanError]]:
 
 
 def _matched(found: dict[str, Path], wanted: list[Pair], reference: Path) -> tuple[list[Pair], list[Path]]:
+    by_case = [found.get(each.case_id.lower()) for each in wanted]
+    free = {name: path for name, path in found.items() if path not in by_case}
     matched = [
-        replace(each, prediction=found.get(each.case_id.lower()) or found.get(_stem(each.reference).lower()))
-        for each in wanted
+        replace(each, prediction=path or free.get(_stem(each.reference).lower()))
+        for each, path in zip(wanted, by_case, strict=True)
     ]
+    counts = Counter(each.prediction for each in matched if each.prediction)
+    if twice := next((path for path, count in counts.items() if count > 1), None):
+        cases = [each.case_id for each in matched if each.prediction == twice]
+        raise DagmanError(
+            "DUPCASE",
+            twice,
+            f"fits {len(cases)} cases ({', '.join(cases[:5])})",
+            "name predictions by case: CASE_ID.nii.gz",
+            exit_code=ExitCode.REFUSED,
+        )
     used = {each.prediction for each in matched}
     if not used - {None}:
         first, other = next(iter(found.values()), None), wanted[0].reference if wanted else None
@@ -246,7 +240,10 @@ def score(
     labels: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scored:
-    """Compare the predictions of any tool with references.
+    """Compare the predictions of any tool with references, matched by name.
+
+    A prediction is of the case whose name it bears; one that bears none is of the reference with its name. Names count
+    without suffix and without endings such as `_seg`, `_mask`, `_gtv`, `_pred`.
 
     Args:
         predictions: Folders of label maps.
@@ -255,7 +252,8 @@ def score(
         progress: Hears of each finished case.
 
     Raises:
-        DagmanError: As `pairs`; `E-NODATA`, exit code 5, where no pair can be compared; `E-LABEL`.
+        DagmanError: As `references`; `E-DUPCASE` for a prediction that fits two cases; `E-NODATA`, exit code 5, where
+            nothing fits together or no pair can be compared; `E-LABEL`.
     """
     wanted, lost = references(reference)
     matched, unmatched = _matched(_by_name(predictions), wanted, reference)

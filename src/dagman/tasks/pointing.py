@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float32
 
 from dagman import files
 from dagman.tasks import statistics
+from dagman.tasks.protocol import GroupBy
 from dagman.tasks.table import write_rows
 
 
@@ -57,12 +58,18 @@ class Pointing(NamedTuple):
     """Why there are no shares."""
 
 
-def summary(rows: Sequence[Pointing], *, seed: int = 0) -> dict[str, Any]:
-    """Mean gain of each set of weights with its interval, and how far it lies above the first one's, case by case."""
+def summary(rows: Sequence[Pointing], *, group_by: GroupBy = "patient", seed: int = 0) -> dict[str, Any]:
+    """Mean gain of each set of weights with its interval, and how far it lies above the first one's, case by case.
+
+    Args:
+        rows: Of all cases and weights.
+        group_by: What intervals draw again: `case` where patients are unknown.
+        seed: Of the bootstrap.
+    """
     names = list(dict.fromkeys(row.weights for row in rows))
     found: list[dict[str, Any]] = []
     gains: dict[str, dict[str, float]] = {}
-    patient_of = {row.case_id: row.patient for row in rows}
+    patient_of = {row.case_id: row.case_id if group_by == "case" else row.patient for row in rows}
     for name in names:
         mine = {row.case_id: row for row in rows if row.weights == name}
         gains[name] = {case: row.shares.gain for case, row in mine.items() if row.shares}
@@ -75,7 +82,8 @@ def summary(rows: Sequence[Pointing], *, seed: int = 0) -> dict[str, Any]:
         found.append(row)
     return {
         "gain": "share of the body's attention inside the mask over the mask's share of the body; 1 is uniform",
-        "interval": "95 %, bias-corrected and accelerated bootstrap over patients",
+        "interval": f"95 %, bias-corrected and accelerated bootstrap over {group_by}s",
+        "group_by": group_by,
         "without_gain": {row.case_id: row.why for row in rows if not row.shares},
         "rows": found,
     }
@@ -89,13 +97,19 @@ def _mean(values: dict[str, float], patient_of: dict[str, str | None], seed: int
 
 
 def write(
-    rows: Sequence[Pointing], folder: Path, *, seed: int = 0, found: Mapping[str, Any] | None = None
+    rows: Sequence[Pointing],
+    folder: Path,
+    *,
+    group_by: GroupBy = "patient",
+    seed: int = 0,
+    found: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write `attention.csv`, a row for each case and weights, and `result.json`; returns their paths.
 
     Args:
         rows: Of all cases.
         folder: Where.
+        group_by: As in `summary`.
         seed: Of the bootstrap.
         found: What else the result should say, as plain values.
     """
@@ -112,5 +126,5 @@ def write(
             for row in rows
         ),
     )
-    files.write_json(paths[1], {**summary(rows, seed=seed), **(found or {})})
+    files.write_json(paths[1], {**summary(rows, group_by=group_by, seed=seed), **(found or {})})
     return paths

@@ -8,7 +8,7 @@ constant scores give exactly 0.5. Of more than two classes it is the mean over c
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ SCORES = {
     3: ("auc", "accuracy", "balanced_accuracy", "brier"),
 }
 """Of two classes, and of more."""
+CHOSEN_ON = "threshold_chosen_on_"
+"""Of the columns of `Predictions.chosen_on`, with the fold's number."""
 CLASS_SCORES = ("auc", "sensitivity", "specificity")
 """Of each of more than two classes against the rest."""
 
@@ -50,6 +52,9 @@ class Predictions:
     probabilities: Float[np.ndarray, "cases classes"]
     thresholds: tuple[float, ...]
     """For each fold, the positive probability from which a case is called positive; not used with more classes."""
+    chosen_on: Float[np.ndarray, "folds cases"] | None = None
+    """Of two classes: the positive probability of each case when the threshold of each fold was chosen; NaN where it
+    had no say. None of thresholds that came from elsewhere."""
     group_by: Literal["patient", "case"] = "patient"
     num_unlabelled: int = 0
     """Cases left out for want of a label."""
@@ -98,11 +103,30 @@ class Predictions:
 
     def sensitivity(self) -> Estimate:
         """Share of the positive cases called positive."""
-        return self.estimate(partial(statistics.share, self.called == 1, self.positive))
+        return self.estimate(partial(self._called_rightly, 1))
 
     def specificity(self) -> Estimate:
         """Share of the negative cases called negative."""
-        return self.estimate(partial(statistics.share, self.called == 0, ~self.positive))
+        return self.estimate(partial(self._called_rightly, 0))
+
+    def _called_rightly(self, number: int, weights: np.ndarray) -> np.ndarray:
+        """Share of one of two classes that is called so, for each row of case weights.
+
+        In a cross-validation each row chooses the folds' thresholds anew: they move far more than the cases tested.
+        """
+        hits = np.zeros(len(weights))
+        for fold, cut in enumerate(self.thresholds):
+            rows = (self.fold == fold) & (self.labels == number)
+            cuts = np.full(len(weights), cut)
+            if len(self.thresholds) > 1 and self.chosen_on is not None:
+                had = np.isfinite(self.chosen_on[fold])
+                if had.any():
+                    cuts = statistics.thresholds(self.chosen_on[fold, had], self.positive[had], weights[:, had])
+            called = self.probability[rows] >= cuts[:, None]
+            hits += (weights[:, rows] * (called == number)).sum(axis=1)
+        of = weights[:, self.labels == number].sum(axis=1)
+        found: np.ndarray = np.divide(hits, of, out=np.full(len(of), np.nan), where=of > 0)
+        return found
 
     def accuracy(self) -> Estimate:
         """Share of the cases called what they are."""
@@ -172,7 +196,8 @@ def summary(found: Predictions) -> dict[str, Any]:
         "folds": len(found.thresholds),
         "seed": found.seed,
         "interval": f"95 %, bias-corrected and accelerated bootstrap over {found.group_by}s, models not fitted again"
-        + (statistics.WIDENED if len(found.thresholds) > 1 else ""),
+        + (statistics.WIDENED if len(found.thresholds) > 1 else "")
+        + ("; of sensitivity and specificity, thresholds chosen again" if found.chosen_on is not None else ""),
         **{name: vars(score) for name, score in found.scores.items()},
         **({} if binary else _class_values(found)),
         "fold_auc": found.fold_auc(),
@@ -204,12 +229,18 @@ def write(found: Predictions, folder: Path, more: dict[str, Any] | None = None) 
     """Write `predictions.csv` and `result.json` (`more` joins the summary); returns their paths."""
     words = np.array(found.names)
     patients = found.groups if found.group_by == "patient" else np.full(len(found.labels), "")
-    columns = [found.probabilities[:, number] for number in range(len(found.names))]
+    columns = {f"probability_{name}": found.probabilities[:, number] for number, name in enumerate(found.names)}
+    if found.chosen_on is not None:
+        columns |= {f"{CHOSEN_ON}{fold}": row for fold, row in enumerate(found.chosen_on)}
     paths = [folder / ROWS, folder / RESULT]
     write_rows(
         paths[0],
-        ("case_id", "patient", "fold", "label", "predicted", *(f"probability_{name}" for name in found.names)),
-        zip(found.case_ids, patients, found.fold, words[found.labels], words[found.called], *columns, strict=True),
+        ("case_id", "patient", "fold", "label", "predicted", *columns),
+        zip(
+            *(found.case_ids, patients, found.fold, words[found.labels], words[found.called]),
+            *columns.values(),
+            strict=True,
+        ),
     )
     files.write_json(paths[1], summary(found) | (more or {}))
     return paths
@@ -233,6 +264,7 @@ def read(folder: Path) -> Predictions:
             fold=np.array([int(row["fold"]) for row in rows]),
             probabilities=np.array([[float(row[f"probability_{name}"]) for name in names] for row in rows]),
             thresholds=tuple(result["thresholds"] or [0.5] * result["folds"]),
+            chosen_on=_chosen_on(rows, result["folds"]),
             group_by=result["group_by"],
             num_unlabelled=result["unlabelled_left_out"],
             seed=result["seed"],
@@ -247,8 +279,20 @@ def read(folder: Path) -> Predictions:
         ) from None
 
 
-def together(parts: Sequence[Predictions]) -> Predictions:
-    """Predictions of several folds as one, sorted by case."""
+def _chosen_on(rows: Sequence[Mapping[str, str]], folds: int) -> np.ndarray | None:
+    names = [f"{CHOSEN_ON}{fold}" for fold in range(folds)]
+    if not rows or names[0] not in rows[0]:
+        return None
+    return np.array([[float(row[name]) for row in rows] for name in names])
+
+
+def together(parts: Sequence[Predictions], chosen_on: Sequence[Mapping[str, float]] = ()) -> Predictions:
+    """Predictions of several folds as one, sorted by case.
+
+    Args:
+        parts: Of one fold each.
+        chosen_on: For each fold, case to positive probability when its threshold was chosen; of two classes.
+    """
     first = parts[0]
     values: dict[str, Any] = {field.name: getattr(first, field.name) for field in fields(Predictions)}
     case_ids = [case for part in parts for case in part.case_ids]
@@ -257,6 +301,8 @@ def together(parts: Sequence[Predictions]) -> Predictions:
         values[name] = np.concatenate([getattr(part, name) for part in parts])[order]
     values["case_ids"] = tuple(case_ids[row] for row in order)
     values["thresholds"] = tuple(value for part in parts for value in part.thresholds)
+    if len(parts) > 1 and len(first.names) == 2 and any(chosen_on):
+        values["chosen_on"] = np.array([[one.get(case, np.nan) for case in values["case_ids"]] for one in chosen_on])
     return Predictions(**values)
 
 

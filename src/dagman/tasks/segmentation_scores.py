@@ -1,7 +1,7 @@
 """Scores of many segmented cases: a row for each case and class, and means with intervals over patients.
 
-Each mean stands for all cases, and again for those whose reference holds the class, those with more than 3 cc of it
-and those with less: small targets score lower for reasons of their own.
+Each mean stands for all cases, and again for those whose reference holds the class, those with a lesion above 3 cc
+and those with smaller ones alone: small targets score lower for reasons of their own.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from dagman import files
 from dagman.tasks import statistics
 from dagman.tasks.classes import Classes
-from dagman.tasks.overlap import LARGE_CC, Overlap, overlap
+from dagman.tasks.overlap import Overlap, overlap
 from dagman.tasks.table import write_rows
 
 RULES = {
@@ -29,7 +29,6 @@ RULES = {
     "counts surface voxels within 2 mm, not their area (as MONAI; DeepMind's weighs areas)",
     "grid": "native: the scan's (of `segment score` the reference's) own voxels and label file as drawn; store: the "
     "prepared store's voxels, to which the label file was resampled",
-    "interval": "95 %, bias-corrected and accelerated bootstrap over patients",
 }
 TOLD = ("dice", "hd95_mm", "nsd_2mm", "absolute_volume_error_percent", "lesion_sensitivity")
 """Scores that a person is told first."""
@@ -113,7 +112,7 @@ def summary(rows: Sequence[Row], *, group_by: Literal["patient", "case"] = "pati
         if group_by == "patient"
         else "patients unknown or set aside: intervals count every case as its own patient",
         "grid": " and ".join(sorted({row.grid for row in rows})),
-        "rules": RULES,
+        "rules": {**RULES, "interval": f"95 %, bias-corrected and accelerated bootstrap over {group_by}s"},
         "seed": seed,
         "classes": {name: _class_summary([row for row in rows if row.name == name], seed) for name in names},
         "notes": {f"{row.case_id}, {row.name}": row.note for row in rows if row.note},
@@ -125,8 +124,8 @@ def _class_summary(rows: list[Row], seed: int) -> dict[str, Any]:
     strata = {
         "all": rows,
         "with_reference": [row for row in rows if row.scores.lesions],
-        "above_3cc": [row for row in rows if row.scores.reference_cc > LARGE_CC],
-        "up_to_3cc": [row for row in rows if 0 < row.scores.reference_cc <= LARGE_CC],
+        "above_3cc": [row for row in rows if row.scores.large_lesions],
+        "up_to_3cc": [row for row in rows if row.scores.lesions and not row.scores.large_lesions],
     }
     return {
         "states": {state: states.get(state, 0) for state in ("both", "neither", "missed", "invented")},
@@ -187,7 +186,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         told.append(
             f"{name}: {found['with_reference']['cases']} cases that hold it, of {found['all']['cases']}, "
             f"{states['neither']} empty in both, {states['missed']} missed, {states['invented']} where there is none, "
-            f"{found['above_3cc']['cases']} above 3 cc"
+            f"{found['above_3cc']['cases']} with a lesion above 3 cc"
         )
         told += [_line(score, found["with_reference"][score]) for score in TOLD]
         told.append(_line("dice, empty references too", found["all"]["dice"]))

@@ -73,6 +73,30 @@ def auc(
     return _ratio(wins, pairs)
 
 
+def thresholds(
+    probability: Float[np.ndarray, " cases"], positive: Bool[np.ndarray, " cases"], weights: Weights
+) -> Float[np.ndarray, " resamples"]:
+    """Cut with the best balanced accuracy under each row of case weights.
+
+    It lies midway between two neighbouring probabilities, or at the least; of equals it is the one nearest 0.5.
+    """
+    values, number = np.unique(probability, return_inverse=True)
+    cuts = np.r_[values[0], (values[1:] + values[:-1]) / 2]
+    order = np.argsort(number, kind="stable")
+    starts = np.searchsorted(number[order], np.arange(len(values)))
+
+    def called(among: np.ndarray) -> np.ndarray:
+        counted = np.add.reduceat((weights * among)[:, order], starts, axis=1)
+        above = counted[:, ::-1].cumsum(axis=1)[:, ::-1]
+        found: np.ndarray = above / np.maximum(above[:, :1], 1e-12)
+        return found
+
+    balanced = called(positive) - called(~positive)
+    best = balanced >= balanced.max(axis=1, keepdims=True) - 1e-12
+    found: np.ndarray = cuts[np.where(best, np.abs(cuts - 0.5), np.inf).argmin(axis=1)]
+    return found
+
+
 def share(
     hits: Bool[np.ndarray, " cases"], among: Bool[np.ndarray, " cases"], weights: Weights
 ) -> Float[np.ndarray, " resamples"]:

@@ -306,7 +306,7 @@ class _Study:
         """Predict a part's test cases, write its classifier, and its result last."""
         folder, names = place(self, part), self.cohort.classes.names
         lesson.restore_shares()
-        cut = self._threshold(lesson)
+        cut, chosen_on = self._threshold(lesson)
         card = {
             "task": TASK,
             "dagman": package_version("dagman"),
@@ -331,6 +331,7 @@ class _Study:
             **card,
             "held_out_log_likelihood": fitted.best_score,
             "threshold": cut,
+            "threshold_chosen_on": dict(zip(cohorts.names(self.cohort.table, part.held_out), chosen_on, strict=False)),
             "seconds": round(seconds, 1),
             "probabilities": likely.tolist(),
             "identity": lesson.identity,
@@ -346,20 +347,26 @@ class _Study:
         """Its AUC."""
         return f"AUC {self.predicted(part, result).auc()}"
 
-    def _threshold(self, lesson: ClassifyLesson) -> float:
-        """Chosen on the held-out cases of the training part; the share of positives where they are too few to choose.
+    def _threshold(self, lesson: ClassifyLesson) -> tuple[float, list[float]]:
+        """Chosen on the held-out cases of the training part, and their probabilities.
+
+        It is the share of positives, chosen on none, where they are too few to choose.
 
         At that share a network that weighed classes alike calls what it holds for as likely as not.
         """
         positive = np.array(lesson.held_out_numbers) == 1
         if len(self.cohort.classes.names) > 2 or min(positive.sum(), (~positive).sum()) < LEAST_TO_CUT:
-            return float(0.5 / lesson.weights[1])
-        return threshold(lesson.likely(lesson.held_out)[:, 1], positive)
+            return float(0.5 / lesson.weights[1]), []
+        likely = lesson.likely(lesson.held_out)[:, 1]
+        return threshold(likely, positive), likely.tolist()
 
     def summarise(self, done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         """The study over its parts: `predictions.csv`, `result.json`, `roc.png`."""
         config, results = self.config, list(done.values())
-        found = predictions.together([self.predicted(part, done[part.number]) for part in self.cohort.parts])
+        found = predictions.together(
+            [self.predicted(part, done[part.number]) for part in self.cohort.parts],
+            [done[part.number].get("threshold_chosen_on", {}) for part in self.cohort.parts],
+        )
         more = {
             "method": f"fine-tuned {'head' if config.finetune.frozen else 'network'}, {config.network}",
             "source": results[0]["source"],
