@@ -141,11 +141,10 @@ def _masked(data: Path, work: Path) -> dict[str, list[Scan]]:
     lines = ["case_id,image,mask,patient"]
     for path in sorted((data / "lidc").glob("*_substack_native.nii.gz")):
         patient = path.name.removesuffix("_substack_native.nii.gz")
-        lines.append(
-            f"{patient},{path.resolve()},{path.resolve().with_name(f'{patient}_nodule_votes_native.nii.gz')},{patient}"
-        )
+        votes = path.with_name(f"{patient}_nodule_votes_native.nii.gz")
+        lines.append(f"{patient},{path.resolve()},{_consensus(votes, work)},{patient}")
     whole, votes = (data / "ct_corpus" / "lidc_idri_0314.nii.gz"), data / "lidc" / "LIDC-IDRI-0314_nodule_votes.nii.gz"
-    lines.append(f"LIDC-IDRI-0314,{whole.resolve()},{votes.resolve()},LIDC-IDRI-0314")
+    lines.append(f"LIDC-IDRI-0314,{whole.resolve()},{_consensus(votes, work)},LIDC-IDRI-0314")
     files.write_text(work / "nodules.csv", "\n".join(lines) + "\n")
     lines = ["case_id,image,mask,patient"]
     for path in sorted((data / "sts").glob("*_ct.nii.gz")):
@@ -153,6 +152,15 @@ def _masked(data: Path, work: Path) -> dict[str, list[Scan]]:
         lines.append(f"{name},{path.resolve()},{path.resolve().with_name(f'{name}_gtv.nii.gz')},{name}")
     files.write_text(work / "tumours.csv", "\n".join(lines) + "\n")
     return {name: index([work / f"{name}.csv"])[0] for name in ("nodules", "tumours")}
+
+
+def _consensus(votes: Path, work: Path) -> Path:
+    """What half of LIDC's four readers outlined."""
+    image = nibabel.load(votes)
+    agreed = (np.asarray(image.dataobj) >= 2).astype(np.uint8)
+    path = work / votes.name.replace("votes", "consensus")
+    nibabel.save(nibabel.Nifti1Image(agreed, image.affine), path)
+    return path
 
 
 def _points(encoders: dict[str, Encoder], scans: list[Scan], folder: Path) -> dict[str, Any]:
