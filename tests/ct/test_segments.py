@@ -164,6 +164,60 @@ def test_planes_on_every_other_slice_fill_those_between(ct: tuple[Scan, Volume],
     assert (found[:, :, 3:12] == disc[:, :, 3:12]).all()
 
 
+def at(*places: int) -> list[np.ndarray]:
+    """A square on each of some planes."""
+    return [np.array([[5, 4, k], [11, 4, k], [11, 8, k], [5, 8, k]]) + np.array([0.5, 0.5, 0]) for k in places]
+
+
+def seen(found: np.ndarray) -> list[int]:
+    """Slices that show anything."""
+    return np.flatnonzero(found.any(axis=(0, 1))).tolist()
+
+
+@pytest.mark.parametrize("places", [[10, 20], [10, 11, 30], [3, 4, 11], [3, 11], [7], [10, 11, 20, 30]])
+def test_a_few_planes_are_not_smeared_over_their_gap(tmp_path: Path, places: list[int]) -> None:
+    """On a CT of 40 slices."""
+    (tmp_path / "series").mkdir()
+    for k in range(40):
+        data = make_corpus.one_slice(k % 16)
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"{make_corpus.UID}.9.{k + 1}"
+        data.InstanceNumber = k + 1
+        data.ImagePositionPatient = [20, 15, 30 + make_corpus.SPACING_MM[2] * k]
+        make_corpus.save(data, tmp_path / "series" / f"{k:02d}.dcm")
+    [scan] = index([tmp_path / "series"])[0]
+    volume = read.read(scan)
+    path = rtstruct(tmp_path / "rt.dcm", volume, {"a": at(*places)})
+    assert seen(mask_of(scan, volume, path) == 1) == places
+
+
+@pytest.mark.parametrize(
+    ("other", "few", "slices"),
+    [
+        ((1, 2, 3, 4, 5), (3, 11), [3, 11]),
+        ((1, 2, 3, 4, 5), (3, 5, 7), [3, 5, 7]),
+        ((1, 3, 5, 7, 9), (3, 11), [2, 3, 4, 10, 11, 12]),
+        ((1, 3, 5, 7, 9), (3, 5), [2, 3, 4, 5, 6]),
+        ((1, 3, 5, 7, 9), (3,), [2, 3, 4]),
+    ],
+)
+def test_how_far_planes_lie_apart_is_told_by_all_structures(
+    ct: tuple[Scan, Volume], tmp_path: Path, other: tuple[int, ...], few: tuple[int, ...], slices: list[int]
+) -> None:
+    path = rtstruct(tmp_path / "rt.dcm", ct[1], {"other": at(*other), "few": at(*few)})
+    assert seen(mask_of(*ct, path, "few")) == slices
+
+
+def test_a_broken_structure_that_is_not_asked_for_stops_no_other(ct: tuple[Scan, Volume], tmp_path: Path) -> None:
+    drawn = {"GTV-1": at(3, 4), "sagittal": [line[:, [2, 1, 0]] for line in at(1, 2, 3)], "broken": at(1, 2)}
+
+    def change(data: Dataset) -> None:
+        data.ROIContourSequence[2].ContourSequence[0].ContourData = []
+        del data.ROIContourSequence[2].ContourSequence[1].ContourData
+
+    path = rtstruct(tmp_path / "rt.dcm", ct[1], drawn, change)
+    assert seen(mask_of(*ct, path, "GTV-1")) == [3, 4]
+
+
 def test_a_gap_between_two_parts_stays(ct: tuple[Scan, Volume], tmp_path: Path) -> None:
     parts = ball((10, 8, 3), 2.2) | ball((10, 8, 12), 2.2)
     assert (mask_of(*ct, rtstruct(tmp_path / "rt.dcm", ct[1], {"a": outlines(parts)})) == parts).all()

@@ -5,6 +5,7 @@ DICOM images beside the contours or fill each contour alone, without its holes. 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ TOLERANCE = 0.05
 """Frames of a SEG may lie this share of a voxel away from the image's voxels."""
 _SAME_PLANE = 0.05
 """Contours that lie this share of a slice apart are of one plane."""
+_SAME_GAP = 1.1
+"""Gaps between planes that differ by this factor are the same."""
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 _MOST_POINTS = 20_000_000
 _GRID = "give the CT it was drawn on"
@@ -129,39 +132,71 @@ def _drawn(
 ) -> Iterator[Int[np.ndarray, "voxels 3"]]:
     """Voxels of each ROI of an RTSTRUCT."""
     sequences = {int(one.ReferencedROINumber): one for one in header.get("ROIContourSequence", [])}
+    apart = _apart(path, list(sequences.values()), affine)
     left = _MOST_POINTS
     for roi in rois:
-        items = sequences[roi.number].get("ContourSequence", []) if roi.number in sequences else []
-        lines = [_points(path, one, affine) for one in items if pixels.word(one, "ContourGeometricType") in _CLOSED]
+        items = _closed(sequences[roi.number]) if roi.number in sequences else []
+        lines = [_points(path, one, affine) for one in items]
         left -= sum(map(len, lines))
         if left < 0:
             raise DagmanError("BOMB", path, f"holds more than {_MOST_POINTS} points", "leave it out")
-        yield _filled(path, lines, shape)
+        yield _filled(path, lines, shape, apart)
+
+
+def _closed(drawn: Any) -> list[Any]:
+    """The closed contours of an item of the ROIContourSequence."""
+    return [one for one in drawn.get("ContourSequence", []) if pixels.word(one, "ContourGeometricType") in _CLOSED]
+
+
+def _apart(path: Path, drawn: Sequence[Any], affine: np.ndarray) -> float:
+    """Slices from a plane to the next one: the smallest gap between two planes of a structure, over all of the file.
+
+    One slice where that gap comes only once: two planes far apart look the same whether what lies between was left
+    out or is not part of the structure.
+    """
+    gaps: list[float] = []
+    for one in drawn:
+        lines = []
+        for contour in _closed(one):
+            # A contour that cannot be read is an error of its own structure, where that one is asked for.
+            with suppress(DagmanError, ValueError, AttributeError):
+                lines.append(_points(path, contour, affine))
+        if flat := [line for line in lines if not _crosses(line)]:
+            gaps += np.diff(_planes(flat)[0]).tolist()
+    gaps.sort()
+    same = [gap for gap in gaps if gap <= gaps[0] * _SAME_GAP]
+    return same[-1] if len(same) > 1 else 1.0
 
 
 def _points(path: Path, contour: Any, affine: np.ndarray) -> np.ndarray:
     """A contour's points as (column, row, slice) of the grid."""
-    points = np.array(contour.ContourData, dtype=np.float64).reshape(-1, 3) * [-1, -1, 1]
+    found = contour.get_item("ContourData").value
+    # As it lies in the file: pydicom makes an object of each number, which takes seconds for a whole structure set.
+    numbers = found.strip(b" \0").split(b"\\") if isinstance(found, bytes) else found
+    points = np.array(numbers, dtype=np.float64).reshape(-1, 3) * [-1, -1, 1]
     if not np.isfinite(points).all() or not len(points):
         raise DagmanError("MASK", path, "has a contour without numbers", "export it again")
     places: np.ndarray = (points - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
     return places
 
 
-def _filled(path: Path, lines: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-    """Voxels inside: each slice shows the contours of the plane nearest to it, no farther than planes lie apart."""
-    for line in lines:
-        if np.ptp(line[:, 2]) > 0.5:
-            raise DagmanError("MASK", path, "has contours that cross the slices of this CT", _GRID)
+def _crosses(line: np.ndarray) -> bool:
+    """Whether a contour (points, 3) lies in no slice."""
+    return bool(np.ptp(line[:, 2]) > 0.5)
+
+
+def _filled(path: Path, lines: Sequence[np.ndarray], shape: Sequence[int], apart: float) -> np.ndarray:
+    """Voxels inside: each slice shows the contours of the plane nearest to it, no farther than half of `apart`."""
+    if any(map(_crosses, lines)):
+        raise DagmanError("MASK", path, "has contours that cross the slices of this CT", _GRID)
     if not lines:
         return np.zeros((0, 3), np.int64)
     places, planes = _planes(lines)
     if places[0] < -0.51 or places[-1] > shape[2] - 0.49:
         raise DagmanError("MASK", path, "has contours beyond the slices of this CT", _GRID)
-    apart = float(np.median(np.diff(places))) if len(places) > 1 else 1.0
     slices = np.arange(shape[2])
     nearest = np.abs(slices[:, None] - places).argmin(axis=1)
-    near = np.abs(slices - places[nearest]) <= max(0.5, apart / 2) + 0.01
+    near = np.abs(slices - places[nearest]) <= max(1.0, apart) / 2 + 0.01
     found = []
     for k in slices[near].tolist():
         layer = np.argwhere(contours.fill(planes[nearest[k]], (shape[0], shape[1])))
