@@ -265,9 +265,9 @@ def test_prepare_takes_a_datalist_and_says_what_is_wrong(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("labels", "names"),
     [
-        ({"background": 0, "liver": 1, "ignore": 3}, {"1": "liver"}),
+        ({"background": 0, "liver": 1, "ignore": 0}, {"1": "liver"}),
+        ({"background": "0", "liver": "1"}, {"1": "liver"}),
         ({"0": "background", "1": "liver", "2": "tumour"}, {"1": "liver", "2": "tumour"}),
-        ({"background": 0, "whole": [1, 2], "core": 2}, {"2": "core"}),
         ("none", None),
     ],
 )
@@ -276,3 +276,28 @@ def test_labels_keep_their_names_in_the_store(tmp_path: Path, labels: Any, names
     prepare([folder], tmp_path / "store", PrepareConfig(storage="npy"))
     masks = [row["mask"] for row in PreparedStore(tmp_path / "store").rows]
     assert [mask and mask.get("names") for mask in masks] == [names, names, None]
+
+
+@pytest.mark.parametrize("make", [nnunet, msd])
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"background": 0, "liver": 1, "ignore": 3}, "a label to ignore (3)"),
+        ({"background": "0", "liver": "1", "Ignore": "255"}, "a label to ignore (255)"),
+        ({"0": "background", "1": "liver", "3": "ignore"}, "a label to ignore (3)"),
+        ({"background": 0, "whole": [1, 2], "core": 2}, "a region of labels (whole = 1, 2)"),
+    ],
+)
+def test_labels_that_are_no_plain_classes_are_refused_before_their_masks_are_read(
+    tmp_path: Path, make: Any, labels: dict[str, Any], words: str
+) -> None:
+    """Not as a class without name; nor are label maps taken for scans where the data set lies in a folder."""
+    folder = make(tmp_path / "Dataset001_Lung")
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "labels": labels}))
+    for source in (folder, tmp_path):
+        cases, [problem] = lost(source)
+        assert cases == []
+        assert problem.startswith(f"E-LAYOUT {folder / 'dataset.json'}: declares {words}, which is not supported")
+        assert "drop the entry" in problem
+    assert len(index([folder / "imagesTr"])[0]) == 2

@@ -80,6 +80,7 @@ def read(path: Path, survey: Survey) -> list[Scan]:
     try:
         content = _content(path)
         _check_channels(path, content)
+        _check_labels(path, content)
         if _is_listed(content):
             items = _listed(path, content)
         elif _is_nnunet(path, content):
@@ -100,18 +101,39 @@ def read(path: Path, survey: Survey) -> list[Scan]:
     return [replace(scan, label_names=names) for scan in table.scans(rows, path, survey, "LAYOUT")]
 
 
-def _label_names(content: dict[str, Any]) -> tuple[tuple[int, str], ...]:
-    """What labels are called: `name: number` of nnU-Net, `number: name` of MSD; no regions, background or ignore."""
+def _labels(content: dict[str, Any]) -> list[tuple[Any, str]]:
+    """Numbers, or what stands in their place, and names: `name: number` of nnU-Net, `number: name` of MSD."""
     given = content.get("labels")
-    found = {}
+    found = []
     for key, value in given.items() if isinstance(given, dict) else ():
-        number, name = (key, value) if isinstance(value, str) else (value, key)
+        number, name = (key, value) if isinstance(value, str) and key.isdecimal() else (value, key)
         if isinstance(number, str) and number.isdecimal():
             number = int(number)
-        word = printable(str(name)).strip()[:100]
-        if type(number) is int and number > 0 and word.lower() not in ("", "background", "ignore"):
-            found[number] = word
-    return tuple(sorted(found.items()))
+        found.append((number, printable(str(name)).strip()[:100]))
+    return found
+
+
+def _check_labels(path: Path, content: dict[str, Any]) -> None:
+    """Each label is one number, and that a class: what masks leave open would be learnt as a class of its own."""
+    for number, name in _labels(content):
+        if isinstance(number, list):
+            what = f"a region of labels ({name} = {', '.join(map(str, number))[:40]})"
+        elif name.lower() == "ignore" and number:
+            what = f"a label to ignore ({str(number)[:20]})"
+        else:
+            continue
+        advice = "write masks of plain classes and drop the entry, or give the images alone where no mask is needed"
+        raise _refused(path, f"declares {what}, which is not supported: each number in a mask is a class", advice)
+
+
+def _label_names(content: dict[str, Any]) -> tuple[tuple[int, str], ...]:
+    """What labels are called, without the background."""
+    named = {
+        number: name
+        for number, name in _labels(content)
+        if type(number) is int and number > 0 and name.lower() not in ("", "background")
+    }
+    return tuple(sorted(named.items()))
 
 
 def _refused(path: Path, problem: str, advice: str) -> DagmanError:
