@@ -55,7 +55,7 @@ def test_weights_are_named_as_shortly_as_they_can_be_told_apart(tmp_path):
 def scans(tmp_path_factory):
     """A table of two small scans of two patients with masks, one without mask, and one that is broken."""
     folder = tmp_path_factory.mktemp("scans")
-    lines = ["case_id,image,mask,patient"]
+    lines = ["case_id,image,mask,patient,age"]
     for number in range(3):
         draws = np.random.default_rng(number)
         hu = np.full((40, 36, 34), -1000, np.int16)
@@ -64,9 +64,11 @@ def scans(tmp_path_factory):
         mask[10:16, 12:18, 12:18] = 1
         for kind, array in (("image", hu), ("mask", mask)):
             nibabel.save(nibabel.Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0])), folder / f"{kind}{number}.nii.gz")
-        lines.append(f"c{number},image{number}.nii.gz,{f'mask{number}.nii.gz' if number < 2 else ''},p{number}")
+        lines.append(
+            f"c{number},image{number}.nii.gz,{f'mask{number}.nii.gz' if number < 2 else ''},p{number},{number}"
+        )
     (folder / "broken.nii.gz").write_bytes((folder / "image0.nii.gz").read_bytes()[:900])
-    lines.append("broken,broken.nii.gz,,p9")
+    lines.append("broken,broken.nii.gz,,p9,")
     (folder / "cases.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -76,6 +78,7 @@ def test_attention_of_two_runs_with_heads_and_gains(scans, two_runs, tmp_path, c
     assert run(["attention", *arguments]) == 3, "the broken scan is named and the rest goes on"
     said = capsys.readouterr()
     assert "E-GZIP" in said.err
+    assert said.err.count("1 column is not used (age)") == 1
     assert said.out.startswith("first, 2 masks: gain ")
     for case in ("c0", "c1", "c2"):
         for name in ("first", "second"):

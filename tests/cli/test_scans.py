@@ -50,3 +50,15 @@ def test_prepare_says_which_labels_it_found(tmp_path, capsys):
     (tmp_path / "scans" / "cases.csv").write_text("\n".join(rows))
     assert run(["prepare", "-i", str(tmp_path / "scans" / "cases.csv"), "-o", str(tmp_path / "store")]) == 0
     assert "labels: 2 metastasis, 1 without (none says that there is none)" in capsys.readouterr().err
+
+
+def test_columns_of_a_table_that_are_not_used_are_said_once(tmp_path, capsys):
+    save(tmp_path / "a.nii.gz")
+    table = tmp_path / "cases.csv"
+    table.write_text("case_id,image,age,sex,label\na,a.nii.gz,61,F,tumour\n")
+    assert run(["check", str(table)]) == 0
+    said = capsys.readouterr()
+    assert f"Note: {table}: 2 columns are not used (age, sex); those that are used are case_id," in said.out
+    assert said.err.startswith("1 scan can be used; 0 problems; 1 note\n")
+    assert run(["prepare", "-i", str(table), "-o", str(tmp_path / "store"), "--workers", "1"]) == 0
+    assert capsys.readouterr().err.count(f"{table}: 2 columns are not used (age, sex)") == 1

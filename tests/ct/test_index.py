@@ -359,6 +359,9 @@ def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
         "case_id\n1\n",
         "case_id;image\n1;2\n",
         "case_id,image,lable\n1,2,3\n",
+        "case_id,image,labl\n1,2,3\n",
+        "case_id,image,LABEL\n1,2,3\n",
+        "case_id,image,age,patient_id\n1,2,3,4\n",
         "case_id,image,image\n1,2,3\n",
         "\xff\xfe",
     ],
@@ -367,6 +370,16 @@ def test_what_is_no_table_of_scans_is_refused(text: str, tmp_path: Path) -> None
     (tmp_path / "t.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(DagmanError, match=r"E-TABLE .*t.csv"):
         index([tmp_path / "t.csv"])
+
+
+def test_other_columns_are_left_alone_and_noted(tmp_path: Path) -> None:
+    """Also those of an index without a name, and one like a column that is there."""
+    write(tmp_path, "a.nii.gz")
+    (tmp_path / "t.csv").write_text(",case_id,image,patient,patient_id,age,note,\n0,q,a.nii.gz,P1,17,61,,\n")
+    [scan], [note] = index([tmp_path / "t.csv"])
+    assert (scan.case_id, scan.patient) == ("q", "P1")
+    assert (note.code, note.ignored, note.told) == ("TABLE", True, True)
+    assert note.problem == "5 columns are not used (one without a name, patient_id, age, note, one without a name)"
 
 
 def test_table_from_a_spreadsheet_with_byte_order_mark(tmp_path: Path) -> None:

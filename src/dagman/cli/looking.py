@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Device, Output, Sources, Switch, progress, require, say, short_names
+from dagman.cli.watching import Device, Output, Sources, Switch, progress, require, say, say_problems, short_names
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ def attention(
             len(scans) == 1, "--mask", f"was given with {len(scans)} scans", "give one CT, or a CSV with a mask column"
         )
         scans = [replace(scans[0], mask=mask)]
-    failed = [problem for problem in problems if not problem.ignored]
-    for problem in failed:
-        say(str(problem))
+    failed = say_problems(problems)
     looks, seen = [], []
     for number, scan in enumerate(scans, 1):
         try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from dagman.cli.starting import DEFAULT_RECIPE, check_start, starting_encoder
-from dagman.cli.watching import Crop, Device, Output, Sources, Switch, next_step, progress, require, say
+from dagman.cli.watching import Crop, Device, Output, Sources, Switch, next_step, progress, require, say, say_problems
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -175,9 +175,7 @@ def predict(
 
     loaded = segmenter.load(weights)
     scans, problems = index(sources)
-    failed = [problem for problem in problems if not problem.ignored]
-    for problem in failed:
-        say(str(problem))
+    failed = say_problems(problems)
     say(f"{len(scans)} scans; segmenting {', '.join(loaded[0].classes.names)} with {len(loaded)} networks")
     _say_learnt(leakage.scan_rows(scans), segmenter.places(weights))
     done = 0

@@ -6,12 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from cyclopts import Parameter, Token
 
 from dagman.config import convert
 from dagman.errors import DagmanError
+
+if TYPE_CHECKING:
+    from dagman.ct.survey import Problem
 
 Sources = Annotated[list[Path], Parameter(name=["--input", "-i"], consume_multiple=True, negative=())]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
@@ -84,6 +87,14 @@ def by(sides: Sequence[float]) -> str:
 def say(text: str = "") -> None:
     """A line for the person who watches (standard error, so that standard output can be piped)."""
     print(text, file=sys.stderr, flush=True)
+
+
+def say_problems(problems: "Sequence[Problem]") -> bool:
+    """Say what is lost of some sources, and how they were taken; whether anything is lost."""
+    for problem in problems:
+        if problem.told:
+            say(str(problem))
+    return any(not problem.ignored for problem in problems)
 
 
 def next_step(command: str) -> None:

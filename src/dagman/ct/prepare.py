@@ -72,7 +72,7 @@ class Summary:
     duplicates: tuple[tuple[str, ...], ...] = ()
     """Cases with the same voxels."""
     notes: tuple[str, ...] = ()
-    """What was assumed of a source."""
+    """What was assumed of a source, or left alone in it."""
     seconds: float = 0.0
 
     @property
@@ -152,9 +152,7 @@ class _Run:
             if not problem.ignored
         ]
         self.notes = tuple(
-            f"{problem.source}: {problem.problem}"
-            for problem in problems
-            if problem.ignored and problem.code == "MEDMNIST"
+            f"{problem.source}: {problem.problem}" for problem in problems if problem.ignored and problem.told
         )
         repair_log(output / JOURNAL)
         self.journal = {entry["case_id"]: entry for entry in read_lines(output / JOURNAL, required=("case_id", "row"))}

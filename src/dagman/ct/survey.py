@@ -42,6 +42,11 @@ class Problem:
     def __str__(self) -> str:
         return f"{'Note:' if self.ignored else f'E-{self.code}'} {self.source}: {self.problem}; {self.advice}"
 
+    @property
+    def told(self) -> bool:
+        """Whether a verb that goes on says it: what is lost, or how a file was taken; not what was passed over."""
+        return not self.ignored or self.code in ("MEDMNIST", "TABLE")
+
     def row(self) -> dict[str, Any]:
         """A line of `rejected.jsonl`."""
         return dataclasses.asdict(self)

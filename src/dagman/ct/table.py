@@ -1,15 +1,17 @@
 """A CSV table of scans: `case_id,image[,label][,mask][,split][,patient]`, paths relative to the table.
 
 A mask cell may name structures of a DICOM RTSTRUCT or SEG: `rtstruct.dcm#GTV-1|Lung` gives labels 1 and 2.
+Other columns are left alone, and said to be.
 """
 
 import csv
+import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from dagman.ct.survey import Found, Survey, look_through
+from dagman.ct.survey import Found, Survey, count, look_through
 from dagman.errors import DagmanError, printable
 from dagman.types import Scan
 
@@ -21,14 +23,17 @@ _CORRECT = "correct the row"
 def read(path: Path, survey: Survey) -> list[Scan]:
     """Scans of a table; rows that cannot be used go to `survey.problems` with their number (the header is row 1).
 
-    One image may stand in several rows with different masks: several nodules of one scan are several cases.
+    One image may stand in several rows with different masks: several nodules of one scan are several cases. Columns
+    that are not used are noted there too.
 
     Raises:
-        DagmanError: `E-TABLE` when the file is no such table.
+        DagmanError: `E-TABLE` when the file is no such table, or the name of a column is nearly one that it lacks.
     """
-    return scans(
-        [(f"{path}:{number}", f"row {number} of {path.name}", row) for number, row in _rows(path)], path, survey
-    )
+    header, rows = _rows(path)
+    if unused := [name or "one without a name" for name in header if name not in _COLUMNS]:
+        problem = f"{count(len(unused), 'column is', 'columns are')} not used ({', '.join(unused)[:120]})"
+        survey.reject("TABLE", path, problem, f"those that are used are {','.join(_COLUMNS)}", ignored=True)
+    return scans([(f"{path}:{number}", f"row {number} of {path.name}", row) for number, row in rows], path, survey)
 
 
 def scans(
@@ -82,7 +87,8 @@ def _scan(row: dict[str, str], path: Path, here: str, survey: Survey) -> Scan | 
     )
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Names of the columns, and the lines with their number."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             lines = list(csv.reader(stream, strict=True))
@@ -91,11 +97,14 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         raise DagmanError("TABLE", path, why, "save it as comma-separated UTF-8") from None
     header = [name.strip() for name in lines[0]] if lines else []
     missing = [name for name in _COLUMNS[:2] if name not in header]
-    unknown = [name for name in header if name not in _COLUMNS]
-    if missing or unknown or len(set(header)) != len(header):
+    known = [name for name in header if name in _COLUMNS]
+    absent = [name for name in _COLUMNS if name not in header]
+    # Left alone, a misspelt column would be lost and few would read the note: no label is no error.
+    near = [name for name in header if name not in _COLUMNS and difflib.get_close_matches(name.lower(), absent, 1, 0.8)]
+    if missing or near or len(set(known)) != len(known):
         what = f"lacks {', '.join(missing)}" if missing else f"has the columns {', '.join(header)[:120]}"
         raise DagmanError("TABLE", path, what, f"name its columns {','.join(_COLUMNS)} (the last four as needed)")
-    return [
+    return header, [
         (number, dict(zip(header, (cell.strip() for cell in line), strict=False)) | _ragged(header, line))
         for number, line in enumerate(lines[1:], 2)
         if any(cell.strip() for cell in line)
