@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dagman.errors import DagmanError, ExitCode
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -70,7 +72,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{TEMPORARY_SUFFIX}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors' files can be read by nobody else, whatever the umask says
         fault_point("file.before_fsync")
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
@@ -80,6 +85,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise disk_error(path, error) from error
+    except SafetensorError as error:
+        raise disk_error(path, OSError(str(error))) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -272,7 +272,7 @@ def test_ctrl_c_between_two_scans_loses_nothing_and_says_so(short, tmp_path, cap
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's background job may have set it
     assert run(command) == ExitCode.STOPPED
     signal.signal(signal.SIGINT, ignored)
-    assert "stopped; run the same command to continue" in capsys.readouterr().err
+    assert "stopped; run the same command" in capsys.readouterr().err
     monkeypatch.setattr(segment, "predict", plain)
     assert run(command) == ExitCode.OK
     said = capsys.readouterr().err

@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
-        print("stopped; run the same command to continue", file=sys.stderr)
+        print("stopped; run the same command again", file=sys.stderr)
         return int(ExitCode.STOPPED)
     except MemoryError:
         advice = "close other programs, or lower --optimisation.batch-size, then --data.crop"

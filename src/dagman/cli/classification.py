@@ -5,7 +5,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from dagman.cli.watching import Crop, Device, Output, Sources, Switch, by, next_step, progress, require, say
+from dagman.cli.watching import (
+    STOPPED,
+    Crop,
+    Device,
+    Output,
+    Sources,
+    Switch,
+    by,
+    claim,
+    next_step,
+    progress,
+    require,
+    say,
+)
 from dagman.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -24,6 +37,7 @@ classify = App(
 Data = Annotated[Path, Parameter(name=["--input", "-i"])]
 MOST_NAMED = 10
 """Of scans that cannot be used."""
+PROBE = "classify probe"
 GroupBy = Literal["patient", "case"]
 Unlabelled = Literal["refuse", "leave_out"]
 
@@ -64,6 +78,7 @@ def probe(
     from dagman.tasks.table import read_csv
 
     require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
+    claim(output, PROBE)
     table = read_csv(features)
     if labels:
         table = override(table, labels)
@@ -99,6 +114,7 @@ def _probed(
         leakage.refuse(origin.seen, origin.twins, study.together, classifying.TASK)
     found = classifying.probe(table, protocol, **given)
     more: dict[str, Any] = {
+        "made_by": PROBE,
         "method": "linear probe",
         "protocol": protocol.words,
         "source": str(origin.weights or "new random weights") if origin else None,
@@ -246,6 +262,7 @@ def finetune(
     from dagman.train import classify as training
     from dagman.train.finetune import FinetuneConfig
 
+    claim(output, training.MADE_BY)
     fresh = weights == "none"
     an_encoder = network == "encoder"
     require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
@@ -300,6 +317,7 @@ def finetune(
                 say=say,
             )
         if result is None:
+            say(STOPPED)
             return ExitCode.STOPPED
         results.append(result)
         _say(result)
@@ -327,6 +345,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
     from dagman.nets.classifier import EncoderClassifier
     from dagman.tasks import classifier as classifiers
 
+    claim(output, "classify predict")
     loaded = classifiers.load(weights)
     first = loaded[0]
     say(f"{len(loaded)} classifiers of {', '.join(first.names)}")

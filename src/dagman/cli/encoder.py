@@ -38,7 +38,7 @@ def embed(
     """
     from dagman.config import to_dict
     from dagman.ct import crops
-    from dagman.ct.store import PreparedStore
+    from dagman.ct.store import PreparedStore, refuse_inside
     from dagman.files import sha256_file
     from dagman.nets.weights import load_encoder
     from dagman.tasks import embed as embedding
@@ -46,6 +46,7 @@ def embed(
     from dagman.tasks.table import write_csv
 
     require(untrained or seed == 0, "--seed", "is of new random weights", "add --untrained")
+    refuse_inside(output)
     encoder, store = load_encoder(weights), PreparedStore(data)
     say(f"new random weights, of the sizes of {weights}" if untrained else str(encoder.report))
     start, preparation = None if untrained else weights, embedding.suited(store, encoder.preparation)
@@ -78,10 +79,11 @@ def embed(
     if masks := sum(store.rows[row]["mask"] is not None for row in rows):
         size = f" of {by(origin.crop_mm)} mm" if origin.crop_mm else ""
         say(f"{masks} of them by a crop{size} around {origin.crops_around}")
-    if classes := {label for label in table.labels if label}:
+    if len(classes := {label for label in table.labels if label}) > 1:
         words = len(classes) == 2 and not all(label.replace(".", "", 1).isdigit() for label in classes)
         positive = f" --positive {max(classes)}" if words else ""
-        next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe{positive}")
+        grouped = "" if all(table.patients) else " --group-by case"
+        next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe{positive}{grouped}")
     return ExitCode.OK if len(rows) == len(store) else ExitCode.REJECTED
 
 
@@ -93,8 +95,10 @@ def export(*, weights: Path, output: Output, to: Literal["monai"] = "monai") -> 
         output: The .safetensors file to write.
         to: `monai`: the keys `swinViT.*` that MONAI's SwinUNETR loads.
     """
+    from dagman.ct.store import refuse_inside
     from dagman.nets.weights import export_monai
 
+    refuse_inside(output)
     say(str(export_monai(weights, output)))
     say(f"wrote {output} for {to}")
     return ExitCode.OK

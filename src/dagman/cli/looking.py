@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Device, Output, Sources, Switch, progress, require, say, say_problems, short_names
+from dagman.cli.watching import (
+    Device,
+    Output,
+    Sources,
+    Switch,
+    claim,
+    progress,
+    require,
+    say,
+    say_problems,
+    short_names,
+)
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -42,6 +53,7 @@ def attention(
     from dagman.tasks import leakage, pointing, statistics
     from dagman.tasks.attention import explain
 
+    claim(output, "attention")
     encoders = _loaded(weights)
     scans, problems = index(sources)
     if mask:
@@ -74,6 +86,7 @@ def attention(
         if row["cases_with_gain"]:
             _say_why_no_interval(row["gain"])
             print(f"{row['weights']}, {row['cases_with_gain']} masks: gain {statistics.Estimate(**row['gain'])}")
+    overlap = {"made_by": "attention", **overlap}
     say(f"wrote {', '.join(map(str, pointing.write(looks, output, group_by=group_by, found=overlap)))}")
     return ExitCode.REJECTED if failed or len(seen) < len(scans) else ExitCode.OK
 
@@ -113,6 +126,7 @@ def cluster(
     from dagman.tasks import cluster as clusters
     from dagman.tasks import statistics, structures
 
+    claim(output, "cluster")
     clusters.require_umap()
     encoders, store, found, places = _loaded(weights), PreparedStore(data), {}, None
     if of == "structures":
@@ -133,6 +147,7 @@ def cluster(
             encoders, store, places, which=which, group_by=group_by, seed=seed, device=device, progress=tell
         )
     asked = {place.case_id for place in places} if places else set(next(iter(runs.values())).table.case_ids)
+    found |= {"made_by": "cluster"}
     found |= _overlap(encoders, weights, [row for row in store.rows if row["case_id"] in asked])
     result = clusters.summary(runs, group_by=group_by)
     say(f"{result['crops']} crops, {len(result['classes'])} classes, {result[group_by + 's']} {group_by}s")
@@ -170,6 +185,7 @@ def diversity(
     from dagman.ct.store import PreparedStore
     from dagman.tasks import diversity as heads
 
+    claim(output, "diversity")
     encoders, store = _loaded(weights), PreparedStore(data)
     runs = {}
     for name, encoder in encoders.items():
@@ -184,7 +200,8 @@ def diversity(
         far, apart, spread = (brief(row[name]) for name in ("distance_mm", "distance_entropy_ratio", "row_entropy"))
         print(f"{row['weights']:24s} {row['place']:18s} {row['heads']:3d} heads: {far:24s} {apart:24s} {spread}")
     _say_why_no_interval(rows[0]["distance_mm"])
-    found = _overlap(encoders, weights, [row for row in store.rows if row["case_id"] in cases])
+    found = {"made_by": "diversity"}
+    found |= _overlap(encoders, weights, [row for row in store.rows if row["case_id"] in cases])
     say(f"wrote {', '.join(map(str, heads.write(runs, output, group_by=group_by, seed=seed, found=found)))}")
     return ExitCode.OK
 

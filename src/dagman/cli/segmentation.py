@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from dagman.cli.starting import DEFAULT_RECIPE, check_start, starting_encoder
-from dagman.cli.watching import Crop, Device, Output, Sources, Switch, next_step, progress, require, say, say_problems
+from dagman.cli.watching import (
+    STOPPED,
+    Crop,
+    Device,
+    Output,
+    Sources,
+    Switch,
+    claim,
+    next_step,
+    progress,
+    require,
+    say,
+    say_problems,
+)
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -21,6 +34,7 @@ segment = App(
     help_format="plaintext",
 )
 Data = Annotated[Path, Parameter(name=["--input", "-i"])]
+SCORE = "segment score"
 MOST_LINES = 10
 """Of cases that were not scored."""
 
@@ -84,6 +98,7 @@ def train(
     from dagman.train import segment as training
     from dagman.train.finetune import FinetuneConfig
 
+    claim(output, training.MADE_BY)
     check_start(recipe=recipe, random=weights == "none", layer_decay=layer_decay, whole=not frozen)
     store = PreparedStore(data)
     encoder, source = _start(weights, recipe, seed, store)
@@ -121,6 +136,7 @@ def train(
             say=say,
         )
     if result is None:
+        say(STOPPED)
         return ExitCode.STOPPED
     for line in segmentation_scores.lines(result):
         print(line)
@@ -170,9 +186,11 @@ def predict(
         device: `cpu` or `cuda`.
     """
     from dagman.ct.index import index
+    from dagman.ct.store import refuse_inside
     from dagman.tasks import leakage, segmenter
     from dagman.tasks import segment as segmenting
 
+    refuse_inside(output)
     loaded = segmenter.load(weights)
     scans, problems = index(sources)
     failed = say_problems(problems)
@@ -236,12 +254,14 @@ def score(
     """
     from dagman.tasks import matching, segmentation_scores
 
+    claim(output, SCORE)
     require(reference.exists(), "--reference", f"{reference} does not exist", "give a folder or a CSV of masks")
     with progress("Scoring") as tell:
         found = matching.score(predictions, reference, labels=labels, progress=tell)
     rows = list(found.rows)
     result = segmentation_scores.summary(rows, group_by=found.group_by, seed=seed)
     result |= {
+        "made_by": SCORE,
         "labels": dict(zip(found.classes.names, map(list, found.classes.labels), strict=True)),
         "not_scored": [str(error) for error in found.rejected],
         "predictions_without_reference": [path.name for path in found.unmatched],

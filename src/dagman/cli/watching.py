@@ -1,6 +1,7 @@
 """What a person sees of long work: lines, a bar with the time left, the next command."""
 
 import contextlib
+import json
 import sys
 import time
 from collections import Counter
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 from cyclopts import Parameter, Token
 
 from dagman.config import convert
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
     from dagman.ct.survey import Problem
 
+RESULT = "result.json"
 Sources = Annotated[list[Path], Parameter(name=["--input", "-i"], consume_multiple=True, negative=())]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Switch = Annotated[bool, Parameter(negative=())]
@@ -95,6 +97,36 @@ def say_problems(problems: "Sequence[Problem]") -> bool:
         if problem.told:
             say(str(problem))
     return any(not problem.ignored for problem in problems)
+
+
+STOPPED = "stopped; run the same command to continue"
+
+
+def claim(output: Path, verb: str) -> None:
+    """Refuse, before any work, to write a verb's folder over something else.
+
+    Args:
+        output: Folder for the verb's results.
+        verb: Its name, which its `result.json` bears as `made_by`.
+
+    Raises:
+        DagmanError: `E-OUTPUT`, exit code 4: it is a file, lies in a prepared store, is a pretraining run, or holds the
+            result of another verb.
+    """
+    from dagman.ct.store import refuse_inside
+
+    refuse_inside(output)
+    problem = ""
+    if output.exists() and not output.is_dir():
+        problem = "is a file, and a folder is written"
+    elif (output / "metrics.jsonl").is_file() and (output / "config.yaml").is_file():
+        problem = "is a pretraining run"
+    elif (output / RESULT).is_file():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            other = json.loads((output / RESULT).read_text()).get("made_by", verb)
+            problem = "" if other == verb else f"holds the result of `dagman {other}`"
+    if problem:
+        raise DagmanError("OUTPUT", output, problem, "choose another output folder", exit_code=ExitCode.REFUSED)
 
 
 def next_step(command: str) -> None:

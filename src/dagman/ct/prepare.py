@@ -35,6 +35,7 @@ from dagman.ct.case import (
 )
 from dagman.ct.fanout import stoppable, unordered
 from dagman.ct.index import index, refuse_missing
+from dagman.ct.survey import count
 from dagman.errors import DagmanError, ExitCode
 from dagman.files import (
     TEMPORARY_SUFFIX,
@@ -250,6 +251,11 @@ class _Run:
         same: dict[str, list[str]] = {}
         for row in rows:
             same.setdefault(row["voxel_sha256"], []).append(row["case_id"])
+        empty = [str(row["case_id"]) for row in rows if row["mask"] and not row["mask"]["voxels"]]
+        if empty:
+            more = ", ..." if len(empty) > 5 else ""
+            named = f"{count(len(empty), 'mask is', 'masks are')} empty ({', '.join(empty[:5])}{more})"
+            self.notes = (*self.notes, f"{named}: no crop can be cut around an empty mask")
         return Summary(
             stored=self.num_stored,
             already_there=len(self.done) - self.num_stored,

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 REFERENCE, PREDICTION = "#37d67a", "#ff5a5f"
 
 
+WINDOW_HU = (-175.0, 250.0)
+"""Soft tissue, whatever window the network sees."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scene:
     """One case: arrays on one RAS+ grid."""
@@ -29,13 +33,12 @@ class Scene:
     spacing_mm: tuple[float, float, float]
 
 
-def png(scenes: Sequence[Scene], title: str, window_hu: tuple[float, float] = (-175.0, 250.0)) -> bytes:
+def png(scenes: Sequence[Scene], title: str) -> bytes:
     """Draw a sheet: one row for each case, planes through the middle of the reference.
 
     Args:
         scenes: Cases.
         title: Over the whole picture.
-        window_hu: Black and white of the CT.
 
     Returns:
         A PNG file.
@@ -50,7 +53,7 @@ def png(scenes: Sequence[Scene], title: str, window_hu: tuple[float, float] = (-
     for axes, scene in zip(rows, scenes, strict=True):
         centre = _centre(scene)
         for plot, plane in zip(axes, PLANES, strict=True):
-            _draw(plot, plane, scene, centre, window_hu)
+            _draw(plot, plane, scene, centre)
         axes[0].set_title(scene.title, color="white", fontsize=9, loc="left")
     return image.png(figure, facecolor="black", metadata={"Software": None})
 
@@ -66,9 +69,7 @@ def _centre(scene: Scene) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _draw(
-    axes: "Axes", plane: Plane, scene: Scene, centre: tuple[int, int, int], window_hu: tuple[float, float]
-) -> None:
+def _draw(axes: "Axes", plane: Plane, scene: Scene, centre: tuple[int, int, int]) -> None:
     column, row = plane.axes
     across = scene.reference.shape[column] * scene.spacing_mm[column]
     down = scene.reference.shape[row] * scene.spacing_mm[row]
@@ -77,8 +78,8 @@ def _draw(
         axes.imshow(
             shown(scene.hu, plane, centre),
             cmap="gray",
-            vmin=window_hu[0],
-            vmax=window_hu[1],
+            vmin=WINDOW_HU[0],
+            vmax=WINDOW_HU[1],
             extent=(0, across, 0, down),
             interpolation="bilinear",
         )

@@ -60,7 +60,9 @@ def labelled(table: Table, unlabelled: Unlabelled = "refuse") -> tuple[Table, in
     keep = {case: not _is_missing(label) for case, label in zip(table.case_ids, table.labels, strict=True)}
     missing = [case for case, kept in keep.items() if not kept]
     if unlabelled == "refuse":
-        _refuse("feature table", "cases without a label", missing, "label them, or leave them out explicitly")
+        _refuse(
+            "feature table", "cases without a label", missing, "label them, or leave them out: --unlabelled leave_out"
+        )
     rows = [index for _, index in sorted((case, index) for index, case in enumerate(table.case_ids) if keep[case])]
     chosen = Table(
         case_ids=tuple(table.case_ids[row] for row in rows),

@@ -80,7 +80,7 @@ def _matched(found: dict[str, Path], wanted: list[Pair], reference: Path) -> tup
     by_case = [found.get(each.case_id.lower()) for each in wanted]
     free = {name: path for name, path in found.items() if path not in by_case}
     matched = [
-        replace(each, prediction=path or free.get(_stem(each.reference).lower()))
+        replace(each, prediction=path or next((free[name] for name in _names(each) if name in free), None))
         for each, path in zip(wanted, by_case, strict=True)
     ]
     counts = Counter(each.prediction for each in matched if each.prediction)
@@ -101,10 +101,16 @@ def _matched(found: dict[str, Path], wanted: list[Pair], reference: Path) -> tup
             reference,
             f"no prediction fits a reference by name ({len(found)} and {len(wanted)}; such as "
             f"{first.name if first else 'none'} and {other.name if other else 'none'})",
-            "name both alike: CASE.nii.gz",
+            "name predictions by case, CASE_ID.nii.gz, or as the references or CTs are",
             exit_code=ExitCode.NOTHING_USABLE,
         )
     return matched, [path for path in found.values() if path not in used]
+
+
+def _names(pair: Pair) -> list[str]:
+    """That a prediction of a case may bear in place of its own: its reference's, or its CT's."""
+    images = pair.scan.files if pair.scan and len(pair.scan.files) == 1 else ()
+    return [_stem(path).lower() for path in (pair.reference, *images)]
 
 
 def _folder(folder: Path) -> list[Pair]:
@@ -242,8 +248,8 @@ def score(
 ) -> Scored:
     """Compare the predictions of any tool with references, matched by name.
 
-    A prediction is of the case whose name it bears; one that bears none is of the reference with its name. Names count
-    without suffix and without endings such as `_seg`, `_mask`, `_gtv`, `_pred`.
+    A prediction is of the case whose name it bears; one that bears none is of the reference or CT with its name. Names
+    count without suffix and without endings such as `_seg`, `_mask`, `_gtv`, `_pred`.
 
     Args:
         predictions: Folders of label maps.
@@ -330,7 +336,7 @@ def draw(found: Scored, folder: Path) -> Path | None:
         dice = np.mean([row.scores.dice for row in found.rows if row.case_id == case])
         scenes.append(
             figure.Scene(
-                title=f"{case}: Dice {dice:.3f}",
+                title=f"{case}: Dice {dice:.3f}" + ("" if pair.prediction else ", no prediction"),
                 hu=None if pair.scan is None else read(pair.scan).hu,
                 reference=found.classes.numbers(truth.hu),
                 predicted=found.classes.numbers(predicted.hu),

@@ -84,8 +84,14 @@ def read_csv(path: Path) -> Table:
     for line, row in enumerate(rows, 2):
         try:
             features[line - 2] = [float(row[name]) for name in names]
-        except ValueError as error:
-            raise DagmanError("TABLE", f"{path}:{line}", f"{error}", "give a number for every feature") from None
+        except ValueError:
+            name = next(name for name in names if not _is_number(row[name]))
+            raise DagmanError(
+                "TABLE",
+                f"{path}:{line}",
+                f"has {row[name][:40]!r} in the column {name}, which is taken for a feature",
+                f"give a table of `dagman embed`: {', '.join(_LEADING)}, and numbers in all other columns",
+            ) from None
     return Table(
         case_ids=tuple(row["case_id"] for row in rows),
         patients=tuple(row.get("patient") or None for row in rows),
@@ -93,6 +99,14 @@ def read_csv(path: Path) -> Table:
         splits=tuple(row.get("split") or None for row in rows) if any(row.get("split") for row in rows) else (),
         features=features,
     )
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

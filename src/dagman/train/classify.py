@@ -42,6 +42,7 @@ from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
 from dagman.train.finetune import FinetuneConfig, Fitted, to_training, weights_digest
 from dagman.train.parts import learn, place, refuse_mirrored_sides
 
+MADE_BY = "classify finetune"
 LEAST_TO_CUT = 10
 """Held-out cases of each class from which a threshold is chosen: of fewer it is chance."""
 ALTERED, ENOUGH = 4, 512
@@ -368,6 +369,7 @@ class _Study:
             [done[part.number].get("threshold_chosen_on", {}) for part in self.cohort.parts],
         )
         more = {
+            "made_by": MADE_BY,
             "method": f"fine-tuned {'head' if config.finetune.frozen else 'network'}, {config.network}",
             "source": results[0]["source"],
             "protocol": config.protocol.words,

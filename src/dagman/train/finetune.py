@@ -26,6 +26,8 @@ from dagman.randomness import torch_seed
 from dagman.run import Run
 from dagman.train import checkpoints, engine, schedules
 
+MOST_TOLD = 100
+"""Characters of a setting that differs; longer ones are named alone."""
 BEST = "best-*.safetensors"
 SETTINGS = "settings.json"
 """What decides an unfinished part."""
@@ -309,10 +311,13 @@ def finished(folder: Path, identity: Any) -> dict[str, Any] | None:
 
 def _refuse_other(folder: Path, before: Any, now: Any) -> None:
     if lines := configs.difference(before, now):
+        told = [line for line in lines if len(line) <= MOST_TOLD]
+        others = [line.partition(":")[0] for line in lines if len(line) > MOST_TOLD]
+        told += [f"and with other {', '.join(others)}"] if others else []
         raise DagmanError(
             "RESUME",
             folder,
-            f"was learnt with other settings ({'; '.join(lines)[:600]})",
+            f"was learnt with other settings ({'; '.join(told)})",
             "give the old settings again, or choose another output folder",
             exit_code=ExitCode.REFUSED,
         )

@@ -43,6 +43,7 @@ from dagman.train.parts import learn, place, refuse_mirrored_sides
 
 TASK = "segmentation"
 RESULT = "result.json"
+MADE_BY = "segment train"
 ON_STORE = "predictions_on_store"
 """The same label maps on the store's voxels, for the picture."""
 Tell = Callable[[int, int, str], None]
@@ -338,6 +339,7 @@ class _Work:
         config = self.config
         found = {
             **segmentation_scores.summary(rows, group_by=config.protocol.group_by, seed=config.finetune.seed),
+            "made_by": MADE_BY,
             "protocol": config.protocol.words,
             "folds_finished": sorted(done),
             "folds": len(self.parts),
@@ -354,7 +356,7 @@ class _Work:
         scenes = [self._scene(case, rows, done) for case in segmentation_scores.shown(rows)]
         if scenes:
             title = "test cases with the lowest, the middle and the highest Dice"
-            files.write_bytes(self.folder / "cases.png", figure.png(scenes, title, self.encoder.preparation.window_hu))
+            files.write_bytes(self.folder / "cases.png", figure.png(scenes, title))
         return found
 
     def _scene(self, case: str, rows: Sequence[Row], done: dict[int, dict[str, Any]]) -> figure.Scene:
