@@ -4,17 +4,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from dagman.tasks import delong, predictions
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.statistics import Estimate
 from dagman.tasks.table import write_rows
 
 NOTE = (
-    "Intervals draw patients again, the same for all; DeLong's p takes cases as independent, so there is none where a "
-    "patient has several. Models are not fitted again; in cross-validation both have their standard error times 1.41, "
-    "as each fold's cases taught the models that test the others: careful where the classes are told well."
+    "Intervals draw patients again, the same for all; DeLong's p takes the cases of a patient together. Models are not "
+    "fitted again; in cross-validation both have their standard error times 1.41, as each fold's cases taught the "
+    "models that test the others: careful where the classes are told well."
 )
 
 
@@ -33,7 +31,7 @@ class Row(NamedTuple):
     difference: Estimate | None
     """AUC of the first less this one's; None for the first itself."""
     p: float | None
-    """DeLong's, of two classes; None where a patient has several cases, which it takes as independent."""
+    """DeLong's, of two classes, with the cases of a patient taken together; None where it cannot be told."""
 
 
 def rows(found: Mapping[str, Predictions], untrained: Collection[str] = ()) -> list[Row]:
@@ -55,8 +53,9 @@ def rows(found: Mapping[str, Predictions], untrained: Collection[str] = ()) -> l
             made.append(Row(name, one.auc(), None, None))
             continue
         test = None
-        if len(one.names) == 2 and len(np.unique(one.groups)) == len(one.groups):
-            test = delong.compare(first.probability, one.probability, one.positive, one.fold, len(one.thresholds))
+        if len(one.names) == 2:
+            scores = first.probability, one.probability
+            test = delong.compare(*scores, one.positive, one.fold, len(one.thresholds), patients=one.groups)
         made.append(Row(name, one.auc(), predictions.difference(first, one), test.p if test else None))
     alike = [found[name] for name in untrained]
     if len(alike) > 1:
