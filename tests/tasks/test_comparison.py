@@ -1,5 +1,7 @@
 """Two classifications of the same cases: what is told beside their AUCs."""
 
+import csv
+
 import numpy as np
 import pytest
 
@@ -35,3 +37,21 @@ def test_p_takes_the_cases_of_a_patient_together(each):
     assert told[1].p == delong.compare(*scores, first.positive, first.fold, 2, patients=first.groups).p
     assert (told[1].p == pytest.approx(alone)) == (each == 1)
     assert told[0].p is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts", "said"),
+    [
+        ({}, ("60", "30", "30"), "60 cases (30 positive), 30 patients"),
+        ({"group_by": "case"}, ("60", "", "30"), "60 cases (30 positive), patients unknown"),
+        ({"names": ("no", "yes", "both")}, ("60", "30", ""), "60 cases, 30 patients"),
+    ],
+)
+def test_it_says_of_how_many(tmp_path, changes, counts, said):
+    found = {name: predicted(seed, each=2, **changes) for seed, name in enumerate(("a", "b", "c"))}
+    told = comparison.rows(found, untrained=["b", "c"])
+    assert comparison.lines(told)[0] == said
+    written = list(csv.DictReader(comparison.write(told, tmp_path).read_text().splitlines()))
+    assert len(written) == 4
+    assert {(row["cases"], row["patients"], row["positive"]) for row in written} == {counts}
+    assert [row["difference"] == "" for row in written] == [True, False, False, False]

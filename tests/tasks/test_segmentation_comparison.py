@@ -1,5 +1,6 @@
 """Two segmentations of the same cases: what is read is what was scored, and differences are paired by case."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -53,6 +54,24 @@ def test_differences_are_those_of_the_means_over_cases_that_hold_the_class():
     assert (dice.difference.low, dice.difference.high) == pytest.approx((alone.low, alone.high), rel=0.02)
 
 
+def test_n_is_of_the_class_and_the_score():
+    """A class that some cases lack counts those that hold it, and a score those that have a value."""
+    rows = [replace(row, name=name) for name in ("blob", "other") for row in scored(0)]
+    rows = [
+        replace(row, scores=replace(row.scores, lesions=0)) if row.name == "other" and row.case_id < "c14" else row
+        for row in rows
+    ]
+    rows[0] = replace(rows[0], scores=replace(rows[0].scores, volume_error_percent=None))
+    found = comparison.differences({"one": rows})
+    holding = sum(row.name == "other" and row.scores.lesions > 0 for row in rows)
+    counts = {(row.label, row.score): (row.cases, row.patients, row.lesions) for row in found}
+    assert counts["blob", "dice"] == (19, 10, None)
+    assert counts["blob", "absolute_volume_error_percent"] == (18, 10, None)
+    assert counts["other", "lesion_sensitivity"][::2] == (holding, holding)
+    assert 0 < holding < 19
+    assert "other, lesion sensitivity of " in "\n".join(comparison.lines(found))
+
+
 @pytest.mark.parametrize("what", ["case", "patient", "reference"])
 def test_other_cases_are_no_comparison(what):
     first, other = scored(0), scored(2)
@@ -76,10 +95,12 @@ def test_the_verb_compares_segmentations_and_writes_the_table(tmp_path, capsys):
     folders = [str(tmp_path / name) for name in ("near", "far")]
     assert run(["compare", *folders, "-o", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    assert "blob, dice: " in shown
-    assert "first minus this: " in shown
-    table = (tmp_path / "out" / "comparison.csv").read_text().splitlines()
-    assert len(table) == 1 + 2 * len(comparison.TOLD)
+    assert "first minus this" in shown
+    assert "blob, dice  " in shown
+    assert "19        10  " in shown
+    table = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
+    assert [(row["cases"], row["patients"]) for row in table] == [("19", "10")] * 2 * len(comparison.TOLD)
+    assert [row["lesions"] for row in table[: len(comparison.TOLD)]] == ["", "", "", "", "19"]
     overlap = json.loads((tmp_path / "out" / "comparison.json").read_text())["pretraining_overlap"]
     assert (overlap["known"], overlap["tested"]) == (True, len(set(cases)))
     assert overlap["same_voxels"] == {"count": 2, "cases": sorted([cases[0], cases[2]])}

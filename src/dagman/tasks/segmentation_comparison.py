@@ -30,6 +30,12 @@ class Difference(NamedTuple):
     value: Estimate
     difference: Estimate | None
     """The first's less this one's; None for the first itself."""
+    cases: int
+    """That count: their reference holds the class, and the score has a value."""
+    patients: int
+    """Of those cases; a case without patient is its own."""
+    lesions: int | None
+    """Of those cases, where the score is a share of lesions."""
 
 
 def read(folder: Path) -> list[Row]:
@@ -99,7 +105,10 @@ def differences(found: Mapping[str, Sequence[Row]], *, seed: int = 0) -> list[Di
                     return gained
 
                 more = None if rows is first else statistics.estimate(above, patients, seed=seed)
-                made.append(Difference(name, label, score, value, more))
+                counted = np.isfinite(here(np.eye(len(mine))))
+                lesions = sum(row.scores.lesions for row in mine) if score == "lesion_sensitivity" else None
+                counts = int(counted.sum()), len(set(patients[counted])), lesions
+                made.append(Difference(name, label, score, value, more, *counts))
     return made
 
 
@@ -109,11 +118,14 @@ def _same(row: Row) -> tuple[Any, ...]:
 
 def lines(made: Sequence[Difference]) -> list[str]:
     """For a person."""
-    width = max(len(row.name) for row in made)
-    told = []
-    for row in made:
-        more = "" if row.difference is None else f"  first minus this: {row.difference}"
-        told.append(f"{row.name:{width}s}  {row.label}, {row.score.replace('_', ' ')}: {row.value}{more}")
+    what = [f"{row.label}, {row.score.replace('_', ' ')}" for row in made]
+    what = [f"{text} of {row.lesions}" if row.lesions else text for text, row in zip(what, made, strict=True)]
+    names, words = max(len(row.name) for row in made), max(map(len, what))
+    told = [f"{'':{names + words + 2}s}  cases  patients  {'score':26s}  first minus this"]
+    for row, text in zip(made, what, strict=True):
+        more = "" if row.difference is None else str(row.difference)
+        counts = f"{row.cases:5d}  {row.patients:8d}"
+        told.append(f"{row.name:{names}s}  {text:{words}s}  {counts}  {row.value!s:26s}  {more}".rstrip())
     return told
 
 
@@ -125,6 +137,19 @@ def write(made: Sequence[Difference], folder: Path) -> Path:
         return ["" if value is None else value for value in values]
 
     path = folder / "comparison.csv"
-    header = ("result", "class", "score", "value", "low", "high", "difference", "difference_low", "difference_high")
-    write_rows(path, header, ([*row[:3], *cells(row.value), *cells(row.difference)] for row in made))
+    header = (
+        *("result", "class", "score", "cases", "patients", "lesions"),
+        *("value", "low", "high", "difference", "difference_low", "difference_high"),
+    )
+    write_rows(
+        path,
+        header,
+        (
+            [
+                *(row.name, row.label, row.score, row.cases, row.patients, "" if row.lesions is None else row.lesions),
+                *(*cells(row.value), *cells(row.difference)),
+            ]
+            for row in made
+        ),
+    )
     return path
