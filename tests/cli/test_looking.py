@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dagman.cli import run, watching
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 from dagman.tasks import cluster as clusters
 from dagman.tasks import leakage
 
@@ -117,6 +117,13 @@ def test_attention_draws_cases_where_that_is_said(scans, two_runs, tmp_path, cap
     assert (found["group_by"], found["interval"].split()[-1]) == ("case", "cases")
     gain = found["rows"][0]["gain"]
     assert gain["low"] <= gain["value"] <= gain["high"]
+
+
+def test_a_folder_is_no_mask(scans, two_runs, tmp_path, capsys):
+    image, weights = scans / "image2.nii.gz", str(two_runs[0])
+    asked = ["attention", "--weights", weights, "-i", str(image), "--mask", str(scans), "-o", str(tmp_path)]
+    assert run(asked) == ExitCode.NOTHING_USABLE
+    assert f"E-FORMAT {scans}: is a folder; give one file" in capsys.readouterr().err
 
 
 def test_cluster_writes_embeddings_crops_result_and_a_picture(organ_store, two_runs, tmp_path, capsys, monkeypatch):

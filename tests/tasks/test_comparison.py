@@ -5,7 +5,9 @@ import csv
 import numpy as np
 import pytest
 
-from dagman.tasks import comparison, delong
+from dagman.cli import run
+from dagman.errors import ExitCode
+from dagman.tasks import comparison, delong, predictions
 from dagman.tasks.predictions import Predictions
 
 
@@ -55,3 +57,22 @@ def test_it_says_of_how_many(tmp_path, changes, counts, said):
     assert len(written) == 4
     assert {(row["cases"], row["patients"], row["positive"]) for row in written} == {counts}
     assert [row["difference"] == "" for row in written] == [True, False, False, False]
+
+
+def test_a_result_that_does_not_say_what_pretraining_saw_is_named(tmp_path, capsys):
+    folders = [tmp_path / name for name in ("a", "b")]
+    for seed, folder in enumerate(folders):
+        predictions.write(predicted(seed), folder, {"pretraining_overlap": {} if seed else None})
+    assert run(["compare", *map(str, folders)]) == ExitCode.REFUSED
+    told = capsys.readouterr().err
+    assert f"E-COMPARE {folders[1] / 'result.json'}: its `pretraining_overlap` does not say" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_predictions_of_no_case_are_named(tmp_path, capsys):
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        path = predictions.write(predicted(0), folder)[0]
+        path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert run(["compare", *map(str, folders)]) == ExitCode.REFUSED
+    assert f"E-COMPARE {folders[0] / 'predictions.csv'}: holds no case; " in capsys.readouterr().err

@@ -110,3 +110,34 @@ def test_the_verb_compares_segmentations_and_writes_the_table(tmp_path, capsys):
     (tmp_path / "far" / "cases.csv").write_text("case_id,patient\na,b\n")
     assert run(["compare", *folders]) == ExitCode.REFUSED
     assert "E-COMPARE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"pretraining_overlap": {}}', "its `pretraining_overlap` does not say what pretraining saw (KeyError)"),
+        ('{"pretraining_overlap": [1]}', "its `pretraining_overlap` does not say what pretraining saw ("),
+        ("{", "cannot be read (JSONDecodeError)"),
+        ("3", "cannot be read (TypeError)"),
+    ],
+)
+def test_a_damaged_result_is_named(tmp_path, capsys, text, said):
+    rows = scored(0)
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        segmentation_scores.write(rows, segmentation_scores.summary(rows), folder)
+    (folders[1] / "result.json").write_text(text)
+    assert run(["compare", *map(str, folders)]) == ExitCode.REFUSED
+    told = capsys.readouterr()
+    assert f"E-COMPARE {folders[1] / 'result.json'}: {said}" in told.err
+    assert told.out == ""
+
+
+def test_results_of_no_case_are_named(tmp_path, capsys):
+    rows = scored(0, cases=2)
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        paths = segmentation_scores.write(rows, segmentation_scores.summary(rows), folder)
+        paths[0].write_text(paths[0].read_text().splitlines()[0] + "\n")
+    assert run(["compare", *map(str, folders)]) == ExitCode.REFUSED
+    assert f"E-COMPARE {folders[0] / 'cases.csv'}: holds no case; " in capsys.readouterr().err

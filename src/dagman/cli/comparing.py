@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from dagman.cli.looking import brief
 from dagman.cli.watching import require, say, short_names
-from dagman.errors import ExitCode
+from dagman.errors import DagmanError, ExitCode
 
 OVERLAP = "comparison.json"
 """Not `result.json`, which the folder of a result that is compared has already."""
@@ -34,7 +34,7 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
         return _compare_segmentations(runs, output)
     names = short_names(runs, "compare")
     found = {name: predictions.read(run) for name, run in zip(names, runs, strict=True)}
-    told = [json.loads((run / predictions.RESULT).read_text()) for run in runs]
+    told = [_result(run) for run in runs]
     alike = [result.get("source") == "new random weights" for result in told]
     untrained = [name for name, random in zip(names[1:], alike[1:], strict=True) if random]
     rows = comparison.rows(found, untrained)
@@ -61,21 +61,41 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
 def _compare_segmentations(runs: list[Path], output: Path | None) -> int:
     from dagman import files
     from dagman.tasks import segmentation_comparison as comparison
-    from dagman.tasks.predictions import RESULT
 
     names = short_names(runs, "compare")
     found = {name: comparison.read(run) for name, run in zip(names, runs, strict=True)}
+    told = {name: _result(run) for name, run in zip(names, runs, strict=True)}
     rows = comparison.differences(found)
     for line in comparison.lines(rows):
         print(line)
     say(comparison.NOTE)
-    paths = {name: run / RESULT for name, run in zip(names, runs, strict=True)}
-    told = {name: json.loads(path.read_text()) if path.is_file() else {} for name, path in paths.items()}
     overlap = _overlap(told, [row.case_id for row in found[names[0]]])
     if output:
         files.write_json(output / OVERLAP, overlap)
         say(f"wrote {comparison.write(rows, output)} and {output / OVERLAP}")
     return ExitCode.OK
+
+
+def _result(run: Path) -> dict[str, Any]:
+    """What `result.json` in a folder tells; nothing where there is none.
+
+    Raises:
+        DagmanError: `E-COMPARE`, exit code 4, for a damaged one.
+    """
+    from dagman.tasks import leakage
+    from dagman.tasks.predictions import RESULT
+
+    path = run / RESULT
+    if not path.is_file():
+        return {}
+    try:
+        told = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        problem = f"cannot be read ({type(error).__name__})"
+        advice = "make the result again, or remove the file: what pretraining saw is then unknown"
+        raise DagmanError("COMPARE", path, problem, advice, exit_code=ExitCode.REFUSED) from None
+    leakage.check_report(told.get("pretraining_overlap"), path)
+    return told
 
 
 def _overlap(told: dict[str, dict[str, Any]], tested: Iterable[str]) -> dict[str, Any]:

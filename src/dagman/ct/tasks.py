@@ -29,6 +29,8 @@ def sniff_files(paths: list[str], key: str) -> _Result:
             facts.append({"kind": "error", "error": ["PERM", "may not be read", "give yourself the right to read it"]})
         except FileNotFoundError:
             facts.append({"kind": "error", "error": ["GONE", "is no longer there", "put it back"]})
+        except IsADirectoryError:
+            facts.append({"kind": "error", "error": ["FORMAT", "is a folder", "give one file, such as a .nii.gz"]})
     return facts, None
 
 

@@ -187,6 +187,24 @@ def report(what: Seen, tested: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def check_report(found: Any, path: Path) -> None:
+    """Refuse what a file gives as a `report` and is none; None stands for a result without.
+
+    Raises:
+        DagmanError: `E-COMPARE`, exit code 4.
+    """
+    try:
+        together([found], ())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DagmanError(
+            "COMPARE",
+            path,
+            f"its `pretraining_overlap` does not say what pretraining saw ({type(error).__name__})",
+            "make the result again, or take that entry out: what pretraining saw is then unknown",
+            exit_code=ExitCode.REFUSED,
+        ) from None
+
+
 def together(reports: Sequence[Mapping[str, Any] | None], tested: Iterable[str]) -> dict[str, Any]:
     """What any of several results' weights have seen of the cases that all of them tested.
 

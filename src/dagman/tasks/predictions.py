@@ -250,11 +250,13 @@ def read(folder: Path) -> Predictions:
     """Predictions that `write` wrote.
 
     Raises:
-        DagmanError: `E-COMPARE`, exit code 4, where the folder holds none.
+        DagmanError: `E-COMPARE`, exit code 4, where the folder holds none, or no case.
     """
     try:
         result = json.loads((folder / RESULT).read_text())
         rows = list(csv.DictReader(io.StringIO((folder / ROWS).read_text())))
+        if not rows:
+            raise _not_comparable(folder / ROWS, "holds no case")
         names = tuple(result["classes"])
         return Predictions(
             case_ids=tuple(row["case_id"] for row in rows),
@@ -270,13 +272,13 @@ def read(folder: Path) -> Predictions:
             seed=result["seed"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DagmanError(
-            "COMPARE",
-            folder,
-            f"holds no {ROWS} and {RESULT} of a classification ({type(error).__name__})",
-            "give the output folder of `dagman classify probe` or `finetune`",
-            exit_code=ExitCode.REFUSED,
-        ) from None
+        problem = f"holds no {ROWS} and {RESULT} of a classification ({type(error).__name__})"
+        raise _not_comparable(folder, problem) from None
+
+
+def _not_comparable(subject: Path, problem: str) -> DagmanError:
+    advice = "give the output folder of `dagman classify probe` or `finetune`"
+    return DagmanError("COMPARE", subject, problem, advice, exit_code=ExitCode.REFUSED)
 
 
 def _chosen_on(rows: Sequence[Mapping[str, str]], folds: int) -> np.ndarray | None:

@@ -42,23 +42,27 @@ def read(folder: Path) -> list[Row]:
     """The rows that `segment train` or `segment score` wrote.
 
     Raises:
-        DagmanError: `E-COMPARE`, exit code 4, for a folder without them.
+        DagmanError: `E-COMPARE`, exit code 4, for a folder without them, or of no case.
     """
     path = folder / "cases.csv"
+    problem = "holds no case"
     try:
         with path.open(newline="") as stream:
-            return [
+            rows = [
                 Row(case_id=row["case_id"], patient=row["patient"], name=row["class"], scores=_overlap(row))
                 for row in csv.DictReader(stream)
             ]
     except (OSError, KeyError, ValueError) as error:
-        raise DagmanError(
-            "COMPARE",
-            path,
-            f"cannot be read ({type(error).__name__})",
-            "give the output folder of `dagman segment train` or `dagman segment score`",
-            exit_code=ExitCode.REFUSED,
-        ) from None
+        rows, problem = [], f"cannot be read ({type(error).__name__})"
+    if rows:
+        return rows
+    raise DagmanError(
+        "COMPARE",
+        path,
+        problem,
+        "give the output folder of `dagman segment train` or `dagman segment score`",
+        exit_code=ExitCode.REFUSED,
+    )
 
 
 def _overlap(row: Mapping[str, str]) -> Overlap:
