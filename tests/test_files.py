@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dagman import files
 from dagman.errors import DagmanError, ExitCode
@@ -32,6 +34,28 @@ def test_a_kill_at_any_point_of_a_write_leaves_a_whole_file(tmp_path: Path, poin
     environment = os.environ | {"DAGMAN_FAULT": f"{point}:1:kill"}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
     assert json.loads(path.read_text()) == ({"a": 2} if point == "file.after_replace" else {"a": 1})
+
+
+def test_safetensors_are_read_by_whom_the_umask_lets_and_a_full_disk_is_one(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(100_000)}
+    path = tmp_path / "a.safetensors"
+    before = os.umask(0o027)
+    try:
+        files.write_atomic(path, lambda temporary: save_file(tensors, temporary))
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    script = (
+        "import resource, signal, torch; from pathlib import Path; from safetensors.torch import save_file\n"
+        "from dagman import files\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        f"files.write_atomic(Path({str(tmp_path / 'b.safetensors')!r}), "
+        "lambda path: save_file({'a': torch.zeros(100_000)}, path))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "E-DISK" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_nan_is_never_written_as_json(tmp_path: Path) -> None:

@@ -160,3 +160,26 @@ def test_whole_cases_are_clustered_by_their_label(organ_store, two_runs, tmp_pat
     assert (result["cases"], result["classes"]) == (5, {"even": 3, "odd": 2})
     names = sorted(row["case_id"] for row in organ_store.rows[:2])
     assert result["pretraining_overlap"]["first"]["same_patient"] == {"count": 2, "cases": names}
+
+
+def test_no_verb_writes_over_what_another_one_made(organ_store, two_runs, tmp_path, capsys):
+    looks = ["diversity", "--weights", str(two_runs[0]), "-i", str(organ_store.folder), "--crops", "1", "-o"]
+    assert run([*looks, str(tmp_path / "looked")]) == 0
+    assert run([*looks, str(tmp_path / "looked")]) == 0, "its own it may make again"
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.jsonl", "config.yaml"):
+        (tmp_path / "run" / name).touch()
+    attention = ["attention", "--weights", str(two_runs[0]), "-i", "gone.nii.gz", "-o"]
+    capsys.readouterr()
+    for folder, why in (
+        (tmp_path / "looked", "holds the result of `dagman diversity`"),
+        (organ_store.folder, "is a prepared store"),
+        (organ_store.folder / "inside", "lies inside the prepared store"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "run", "is a pretraining run"),
+    ):
+        assert run([*attention, str(folder)]) == 4
+        said = capsys.readouterr().err
+        assert said.startswith("E-OUTPUT")
+        assert why in said

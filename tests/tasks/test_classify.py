@@ -510,3 +510,13 @@ def test_the_probe_for_new_cases_learns_from_every_case_that_is_no_test_case(mon
     classify.fit_all(table, Protocol(fraction=0.25), **given)
     classify.fit_all(table, Protocol(split=True), **given)
     assert seen == [90, 90 - table.splits.count("test")]
+
+
+def test_with_a_split_the_probe_that_is_tested_is_the_one_that_is_kept():
+    table = with_splits(planted())
+    tested = classify.probe(table, Protocol(split=True), positive="malignant")
+    kept, _, learnt = classify.fit_all(table, Protocol(split=True), positive="malignant", unlabelled="refuse")
+    assert len(learnt) == 90 - len(tested.case_ids)
+    rows = [table.case_ids.index(case) for case in tested.case_ids]
+    np.testing.assert_array_equal(kept.probabilities(table.features[rows].astype(float)), tested.probabilities)
+    assert (kept.threshold,) == tested.thresholds

@@ -154,7 +154,8 @@ def test_tables_are_read_as_they_were_written(tmp_path_factory, features):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("case_id,f0\na,1\nb,x\n", "csv:3.*'x'"),
+        ("case_id,f0\na,1\nb,x\n", "csv:3.*'x' in the column f0"),
+        ("case_id,Label,f0\na,no,1\n", "'no' in the column Label.*case_id, patient, label, split"),
         ("case_id,f0\na,1,2\n", "csv:2.*3 cells, the header 2"),
         ("case_id,f0,f0\na,1,2\n", "repeats the columns f0"),
         ("case_id,label\na,1\n", "no features"),

@@ -218,3 +218,15 @@ def test_a_prediction_that_fits_two_cases_is_refused(tmp_path):
     save(tmp_path / "found" / "tumour.nii.gz")
     with pytest.raises(DagmanError, match=r"E-DUPCASE.*fits 2 cases \(one, two\)"):
         matching.score([tmp_path / "found"], tmp_path / "cases.csv")
+
+
+def test_a_prediction_may_bear_the_name_of_its_ct(tmp_path):
+    cases = {name: small_study.case(number) for number, name in enumerate("bx")}
+    table = small_study.write_cases(tmp_path / "raw", cases)
+    table.write_text(table.read_text().replace("\nb,", "\nSTS_1,").replace("\nx,", "\nSTS_2,"))
+    for name in "bx":
+        save(tmp_path / "found" / f"{name}.nii.gz", cases[name][1], np.diag([2.0, 2.0, 2.0, 1.0]))
+        (tmp_path / "raw" / "masks" / f"{name}.nii.gz").rename(tmp_path / "raw" / "masks" / f"drawn-{name}.nii.gz")
+    table.write_text(table.read_text().replace("masks/", "masks/drawn-"))
+    found = matching.score([tmp_path / "found"], table)
+    assert {row.case_id: row.scores.dice for row in found.rows} == {"STS_1": 1.0, "STS_2": 1.0}

@@ -217,7 +217,20 @@ def test_the_verbs_in_a_row(tmp_path, capsys):
     assert_same_scores(*(segmentation_comparison.read(folder) for folder in (study, tmp_path / "scores")))
     assert run([*train, "--weights", str(tmp_path / "run"), "--seed", "1"]) == 4
     assert "E-RESUME" in capsys.readouterr().err
-    assert run(["attention", "--weights", str(fold), "-i", str(tmp_path / "raw" / "c0.nii.gz"), "-o", str(study)]) == 0
+    assert (
+        run(
+            [
+                "attention",
+                "--weights",
+                str(fold),
+                "-i",
+                str(tmp_path / "raw" / "c0.nii.gz"),
+                "-o",
+                str(tmp_path / "looked"),
+            ]
+        )
+        == 0
+    )
 
 
 def test_a_study_scores_what_predict_and_score_would_on_the_scans_own_voxels(real_data, tmp_path):
