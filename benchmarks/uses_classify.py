@@ -154,7 +154,7 @@ def plain(found: Predictions) -> dict[str, Any]:
         "labels": found.labels.tolist(),
         "names": list(found.names),
         "fold": found.fold.tolist(),
-        "probabilities": found.probabilities.round(5).tolist(),
+        "probabilities": found.probabilities.tolist(),
         "thresholds": list(found.thresholds),
         "group_by": found.group_by,
     }
