@@ -603,6 +603,28 @@ def test_features_and_probes_tell_the_sides_of_their_crops(store, tmp_path, caps
     assert result["crops_around"] == "the centroid of the mask"
 
 
+def test_draws_of_all_patients_are_no_draws(tmp_path, capsys):
+    asked = ["classify", "probe", "-i", str(tmp_path / "features.csv"), "-o", str(tmp_path / "probe"), "--draws", "3"]
+    assert cli.run(asked) == ExitCode.USAGE
+    assert "E-USAGE --draws: is of a part of the patients; give --fraction" in capsys.readouterr().err
+    assert not (tmp_path / "probe").exists()
+
+
+def test_of_features_alone_what_pretraining_saw_is_unknown(tmp_path, capsys):
+    lines = [f"c{number},p{number},{'ab'[number % 2]},{number % 2 + number % 5},{number % 7}" for number in range(24)]
+    (tmp_path / "features.csv").write_text("\n".join(["case_id,patient,label,f0,f1", *lines]) + "\n")
+    asked = ["classify", "probe", "-i", str(tmp_path / "features.csv"), "--positive", "b", "-o"]
+    assert cli.run([*asked, str(tmp_path / "probe")]) == 0
+    told = capsys.readouterr().err
+    assert told.count("Note: whether pretraining saw the tested cases is unknown") == 1
+    overlap = json.loads((tmp_path / "probe" / "result.json").read_text())["pretraining_overlap"]
+    assert (overlap["known"], overlap["patients_known"], overlap["tested"]) == (False, False, 24)
+    shutil.copytree(tmp_path / "probe", tmp_path / "again")
+    capsys.readouterr()
+    assert cli.run(["compare", str(tmp_path / "probe"), str(tmp_path / "again")]) == 0
+    assert "of all results together: whether pretraining saw the tested cases is unknown" in capsys.readouterr().err
+
+
 def test_what_was_cut_elsewhere_is_another_study_and_is_told_apart(study, store, tmp_path, capsys):
     identity = json.loads((study[0] / "fold-0" / "result.json").read_text())["identity"]
     before = {name: value for name, value in identity.items() if name != "crops around"}

@@ -77,7 +77,7 @@ def probe(
     from dagman.tasks.protocol import Protocol
     from dagman.tasks.table import read_csv
 
-    require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
+    _check_draws(draws, fraction)
     claim(output, PROBE)
     table = read_csv(features)
     if labels:
@@ -99,6 +99,16 @@ def probe(
     return ExitCode.OK
 
 
+def _check_draws(draws: int, fraction: float) -> None:
+    """Refuse draws of all patients, which are one study several times.
+
+    Raises:
+        DagmanError: `E-USAGE`.
+    """
+    require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
+    require(draws == 1 or fraction < 1, "--draws", "is of a part of the patients", "give --fraction, such as 0.25")
+
+
 def _probed(
     table: "Table", protocol: "Protocol", place: Path, given: dict[str, Any], origin: "Origin | None"
 ) -> dict[str, Any]:
@@ -113,14 +123,14 @@ def _probed(
         study = cohorts.cohort(table, protocol, **given)
         leakage.refuse(origin.seen, origin.twins, study.together, classifying.TASK)
     found = classifying.probe(table, protocol, **given)
+    seen = origin.seen if origin else leakage.UNKNOWN
     more: dict[str, Any] = {
         "made_by": PROBE,
         "method": "linear probe",
         "protocol": protocol.words,
         "source": str(origin.weights or "new random weights") if origin else None,
+        "pretraining_overlap": leakage.report(seen, found.case_ids),
     }
-    if origin:
-        more["pretraining_overlap"] = leakage.report(origin.seen, found.case_ids)
     if origin and origin.preparation:
         shown = ("preparation", "crop_mm", "crops_around")
         more |= {name: getattr(origin, name) for name in shown}
@@ -265,8 +275,7 @@ def finetune(
     claim(output, training.MADE_BY)
     fresh = weights == "none"
     an_encoder = network == "encoder"
-    require(draws > 0, "--draws", f"cannot be {draws}", "give at least 1")
-    require(draws == 1 or fraction < 1, "--draws", "is of a part of the patients", "give --fraction, such as 0.25")
+    _check_draws(draws, fraction)
     require(an_encoder or not frozen, "--frozen", "goes with an encoder", "leave it out for a ResNet")
     require(an_encoder or which == "pooled", "--which", "goes with an encoder", "leave it out for a ResNet")
     check_start(

@@ -35,6 +35,10 @@ class Seen(NamedTuple):
     """False where patients cannot tell: some case has none, or one side has DICOM's hashes and the other names."""
 
 
+UNKNOWN = Seen(False, {}, {}, patients_known=False)
+"""Of features without a word on where they come from."""
+
+
 def record(
     rows: Iterable[Mapping[str, Any]],
     folder: Path,
