@@ -187,6 +187,7 @@ def predict(
     """
     from dagman.ct.index import index
     from dagman.ct.store import refuse_inside
+    from dagman.ct.survey import count
     from dagman.tasks import leakage, segmenter
     from dagman.tasks import segment as segmenting
 
@@ -194,7 +195,8 @@ def predict(
     loaded = segmenter.load(weights)
     scans, problems = index(sources)
     failed = say_problems(problems)
-    say(f"{len(scans)} scans; segmenting {', '.join(loaded[0].classes.names)} with {len(loaded)} networks")
+    networks = count(len(loaded), "network", "networks")
+    say(f"{count(len(scans), 'scan', 'scans')}; segmenting {', '.join(loaded[0].classes.names)} with {networks}")
     _say_learnt(leakage.scan_rows(scans), segmenter.places(weights))
     done = 0
     for number, scan in enumerate(scans, 1):

@@ -66,7 +66,7 @@ def png(runs: Mapping[str, Scores]) -> bytes:
         aspect="equal",
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", title="AUC (95 % interval)", fontsize=9)
+    axes.legend(loc="lower right", title="AUC (95 % interval); pale: folds", fontsize=9)
     return image.png(figure)
 
 

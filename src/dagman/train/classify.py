@@ -207,6 +207,10 @@ def finetune(
     refuse_mirrored_sides(study.cohort.classes.names, keep_sides=config.keep_sides, say=say)
     leakage.refuse(study.seen, leakage.twins(store), study.cohort.together, TASK)
     parts = study.cohort.parts
+    for part in parts:
+        if len(tested := set(study.cohort.numbers[list(part.test)].tolist())) == 1:
+            only = study.cohort.classes.names[tested.pop()]
+            say(f"fold {part.number}: all {len(part.test)} test cases are {only}, so that it will have no AUC")
     if resnet and config.network == "resnet50":
         say(str(study.network(parts[0]).report))
     done = learn(study, parts, config.finetune, device=device, workers=workers, progress=progress, say=say)
