@@ -278,6 +278,15 @@ def test_labels_keep_their_names_in_the_store(tmp_path: Path, labels: Any, names
     assert [mask and mask.get("names") for mask in masks] == [names, names, None]
 
 
+def test_regions_are_said_to_be_not_used_and_their_numbers_are_classes(tmp_path: Path) -> None:
+    folder = nnunet(tmp_path / "data", {**NNUNET, "labels": {"background": 0, "whole": [1, 2], "core": 2}})
+    scans, [problem] = index([folder])
+    assert problem.ignored
+    assert problem.told
+    assert "whole=1+2" in problem.problem
+    assert [scan.label_names for scan in scans] == [((2, "core"),)] * len(scans)
+
+
 @pytest.mark.parametrize("make", [nnunet, msd])
 @pytest.mark.parametrize(
     ("labels", "words"),
@@ -285,10 +294,9 @@ def test_labels_keep_their_names_in_the_store(tmp_path: Path, labels: Any, names
         ({"background": 0, "liver": 1, "ignore": 3}, "a label to ignore (3)"),
         ({"background": "0", "liver": "1", "Ignore": "255"}, "a label to ignore (255)"),
         ({"0": "background", "1": "liver", "3": "ignore"}, "a label to ignore (3)"),
-        ({"background": 0, "whole": [1, 2], "core": 2}, "a region of labels (whole = 1, 2)"),
     ],
 )
-def test_labels_that_are_no_plain_classes_are_refused_before_their_masks_are_read(
+def test_a_label_to_ignore_is_refused_before_its_masks_are_read(
     tmp_path: Path, make: Any, labels: dict[str, Any], words: str
 ) -> None:
     """Not as a class without name; nor are label maps taken for scans where the data set lies in a folder."""

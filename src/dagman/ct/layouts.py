@@ -97,6 +97,14 @@ def read(path: Path, survey: Survey) -> list[Scan]:
             survey.reject("LAYOUT", f"{path}:{place}", item["problem"], "correct the list")
         else:
             rows.append((f"{path}:{place}", f"{place} of {path.name}", item))
+    if regions := _regions(content):
+        survey.reject(
+            "LAYOUT",
+            path,
+            f"its regions are not used ({', '.join(regions)[:100]}): each number in a mask is a class",
+            f"to join numbers, give such as --labels {regions[0]}",
+            ignored=True,
+        )
     names = _label_names(content)
     return [replace(scan, label_names=names) for scan in table.scans(rows, path, survey, "LAYOUT")]
 
@@ -114,16 +122,21 @@ def _labels(content: dict[str, Any]) -> list[tuple[Any, str]]:
 
 
 def _check_labels(path: Path, content: dict[str, Any]) -> None:
-    """Each label is one number, and that a class: what masks leave open would be learnt as a class of its own."""
+    """No label says that its voxels are not known: they would be learnt as a class of their own."""
     for number, name in _labels(content):
-        if isinstance(number, list):
-            what = f"a region of labels ({name} = {', '.join(map(str, number))[:40]})"
-        elif name.lower() == "ignore" and number:
-            what = f"a label to ignore ({str(number)[:20]})"
-        else:
-            continue
-        advice = "write masks of plain classes and drop the entry, or give the images alone where no mask is needed"
-        raise _refused(path, f"declares {what}, which is not supported: each number in a mask is a class", advice)
+        if name.lower() == "ignore" and number:
+            problem = f"declares a label to ignore ({str(number)[:20]}), which is not supported: it would be a class"
+            advice = "write masks of plain classes and drop the entry, or give the images alone where no mask is needed"
+            raise _refused(path, problem, advice)
+
+
+def _regions(content: dict[str, Any]) -> list[str]:
+    """Names that stand for several numbers (nnU-Net's region-based training), as `--labels` would join them."""
+    return [
+        f"{name}={'+'.join(map(str, numbers))}"
+        for numbers, name in _labels(content)
+        if isinstance(numbers, list) and len(numbers) > 1
+    ]
 
 
 def _label_names(content: dict[str, Any]) -> tuple[tuple[int, str], ...]:
