@@ -75,7 +75,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors' files can be read by nobody else, whatever the umask says
+        if temporary.stat().st_mode != mode:  # safetensors' files can be read by nobody else, whatever the umask says
+            with contextlib.suppress(PermissionError):
+                temporary.chmod(mode)
         fault_point("file.before_fsync")
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
@@ -86,6 +88,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         raise disk_error(path, error) from error
     except SafetensorError as error:
+        if "I/O" not in str(error):
+            raise
         raise disk_error(path, OSError(str(error))) from error
     finally:
         with contextlib.suppress(OSError):

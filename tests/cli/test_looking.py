@@ -170,6 +170,8 @@ def test_no_verb_writes_over_what_another_one_made(organ_store, two_runs, tmp_pa
     (tmp_path / "run").mkdir()
     for name in ("metrics.jsonl", "config.yaml"):
         (tmp_path / "run" / name).touch()
+    (tmp_path / "predicted").mkdir()
+    (tmp_path / "predicted" / "predictions.csv").touch()
     attention = ["attention", "--weights", str(two_runs[0]), "-i", "gone.nii.gz", "-o"]
     capsys.readouterr()
     for folder, why in (
@@ -177,6 +179,7 @@ def test_no_verb_writes_over_what_another_one_made(organ_store, two_runs, tmp_pa
         (organ_store.folder, "is a prepared store"),
         (organ_store.folder / "inside", "lies inside the prepared store"),
         (tmp_path / "file", "is a file"),
+        (tmp_path / "predicted", "holds the result of `dagman classify predict`"),
         (tmp_path / "run", "is a pretraining run"),
     ):
         assert run([*attention, str(folder)]) == 4

@@ -207,6 +207,13 @@ def test_how_far_planes_lie_apart_is_told_by_all_structures(
     assert seen(mask_of(*ct, path, "few")) == slices
 
 
+def test_a_structure_of_regular_planes_is_filled_whatever_lies_beside_it(
+    ct: tuple[Scan, Volume], tmp_path: Path
+) -> None:
+    path = rtstruct(tmp_path / "rt.dcm", ct[1], {"gtv": at(1, 4, 7, 10, 13), "body": at(*range(2, 12))})
+    assert seen(mask_of(*ct, path, "gtv") == 1) == list(range(15))
+
+
 def test_a_broken_structure_that_is_not_asked_for_stops_no_other(ct: tuple[Scan, Volume], tmp_path: Path) -> None:
     drawn = {"GTV-1": at(3, 4), "sagittal": [line[:, [2, 1, 0]] for line in at(1, 2, 3)], "broken": at(1, 2)}
 

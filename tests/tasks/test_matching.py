@@ -230,3 +230,16 @@ def test_a_prediction_may_bear_the_name_of_its_ct(tmp_path):
     table.write_text(table.read_text().replace("masks/", "masks/drawn-"))
     found = matching.score([tmp_path / "found"], table)
     assert {row.case_id: row.scores.dice for row in found.rows} == {"STS_1": 1.0, "STS_2": 1.0}
+
+
+def test_a_prediction_named_after_a_ct_of_several_cases_is_of_none(tmp_path):
+    cases = {"ct": small_study.case(0)}
+    table = small_study.write_cases(tmp_path / "raw", cases)
+    header, row = table.read_text().splitlines()
+    save(tmp_path / "raw" / "masks" / "other.nii.gz", cases["ct"][1], np.diag([2.0, 2.0, 2.0, 1.0]))
+    rows = [row.replace("ct,", "n1,", 1), row.replace("ct,", "n2,", 1).replace("masks/ct", "masks/other")]
+    table.write_text("\n".join([header, *rows]) + "\n")
+    for name in ("n1", "ct"):
+        save(tmp_path / "found" / f"{name}.nii.gz", cases["ct"][1], np.diag([2.0, 2.0, 2.0, 1.0]))
+    with pytest.raises(DagmanError, match=r"E-DUPCASE.*ct.nii.gz.*fits 2 cases \(n1, n2\)"):
+        matching.score([tmp_path / "found"], table)

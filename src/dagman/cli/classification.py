@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from dagman.cli.watching import (
+    PREDICT,
     STOPPED,
     Crop,
     Device,
@@ -19,7 +20,7 @@ from dagman.cli.watching import (
     require,
     say,
 )
-from dagman.errors import ExitCode
+from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
     from dagman.ct.store import PreparedStore
@@ -88,6 +89,7 @@ def probe(
     for draw in range(draws):
         protocol = Protocol(folds=folds, split=split, fraction=fraction, draw=draw, group_by=group_by, seed=seed)
         place = output / f"draw-{draw}" if draws > 1 else output
+        claim(place, PROBE)
         results.append(_probed(table, protocol, place, given, origin))
     _spread(results, output)
     saved = _save_probe(table, protocol, output, given, origin)
@@ -174,7 +176,6 @@ def _save_probe(
     table: "Table", protocol: "Protocol", output: Path, given: dict[str, Any], origin: "Origin | None"
 ) -> Path | None:
     """A classifier from a probe of all labelled cases; None where the encoder is not known or gone."""
-    from dagman.errors import DagmanError
     from dagman.files import sha256_file
     from dagman.nets.weights import load_encoder
     from dagman.tasks import classifier, leakage
@@ -312,6 +313,7 @@ def finetune(
             keep_sides=keep_sides,
         )
         place = output / f"draw-{draw}" if draws > 1 else output
+        claim(place, training.MADE_BY)
         with progress("Fine-tuning") as tell:
             result = training.finetune(
                 encoder,
@@ -346,7 +348,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
         sources: CT files, folders, DICOM trees, a CSV (with masks, if the classifier learnt around masks), or a
             prepared store.
         output: Folder for predictions.csv, with all scans prepared into its folder `prepared`, by this call or earlier.
-            Where scans have labels of the classifier's classes (a CSV), `tested` says what predictions are worth.
+            Where scans have labels (a CSV), `tested` says what predictions are worth.
         workers: Processes that prepare scans.
         device: `cpu` or `cuda`.
     """
@@ -354,7 +356,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1
     from dagman.nets.classifier import EncoderClassifier
     from dagman.tasks import classifier as classifiers
 
-    claim(output, "classify predict")
+    claim(output, PREDICT)
     loaded = classifiers.load(weights)
     first = loaded[0]
     say(f"{len(loaded)} classifiers of {', '.join(first.names)}")
@@ -389,12 +391,17 @@ def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", 
 
     seen = [leakage.seen(store.rows, place, head=True) for place in classifiers.places(weights)]
     learnt = {case for one in seen for case, tasks in one.learnt.items() if TASK in tasks}
-    found = classifiers.tested(table, loaded, learnt)
+    try:
+        found = classifiers.tested(table, loaded, learnt)
+    except DagmanError as error:
+        say(f"{error}; what the predictions are worth is not told")
+        return
     if learnt:
         say(f"the classifier learnt from labels of {len(learnt)} of these cases or their patients: they test nothing")
     if not found:
         return
     more = {
+        "made_by": PREDICT,
         "method": f"{len(loaded)} classifiers of {weights}, tested on cases that they did not learn from",
         "protocol": "frozen classifier and threshold",
         "crop_mm": crops.sides_mm(store, loaded[0].network.preparation.crop),

@@ -186,12 +186,11 @@ def predict(
         device: `cpu` or `cuda`.
     """
     from dagman.ct.index import index
-    from dagman.ct.store import refuse_inside
     from dagman.ct.survey import count
     from dagman.tasks import leakage, segmenter
     from dagman.tasks import segment as segmenting
 
-    refuse_inside(output)
+    claim(output, "segment predict")
     loaded = segmenter.load(weights)
     scans, problems = index(sources)
     failed = say_problems(problems)

@@ -17,7 +17,7 @@ from dagman.errors import DagmanError, ExitCode
 if TYPE_CHECKING:
     from dagman.ct.survey import Problem
 
-RESULT = "result.json"
+PREDICT, RESULT = "classify predict", "result.json"
 Sources = Annotated[list[Path], Parameter(name=["--input", "-i"], consume_multiple=True, negative=())]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Switch = Annotated[bool, Parameter(negative=())]
@@ -125,6 +125,8 @@ def claim(output: Path, verb: str) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             other = json.loads((output / RESULT).read_text()).get("made_by", verb)
             problem = "" if other == verb else f"holds the result of `dagman {other}`"
+    elif (output / "predictions.csv").is_file() and verb != PREDICT:
+        problem = f"holds the result of `dagman {PREDICT}`"
     if problem:
         raise DagmanError("OUTPUT", output, problem, "choose another output folder", exit_code=ExitCode.REFUSED)
 

@@ -149,7 +149,7 @@ def _closed(drawn: Any) -> list[Any]:
 
 
 def _apart(path: Path, drawn: Sequence[Any], affine: np.ndarray) -> float:
-    """Slices from a plane to the next one: the smallest gap between two planes of a structure, over all of the file.
+    """Slices from a plane to the next one, for structures of few planes: the smallest gap over all of the file.
 
     One slice where that gap comes only once: two planes far apart look the same whether what lies between was left
     out or is not part of the structure.
@@ -185,8 +185,21 @@ def _crosses(line: np.ndarray) -> bool:
     return bool(np.ptp(line[:, 2]) > 0.5)
 
 
+def _regular(places: np.ndarray) -> float | None:
+    """Slices from plane to plane of a structure whose own planes tell it: most of them, three and more, lie alike."""
+    gaps = np.diff(places)
+    if not len(gaps):
+        return None
+    middle = float(np.median(gaps))
+    alike = np.count_nonzero((gaps <= middle * _SAME_GAP) & (middle <= gaps * _SAME_GAP))
+    return middle if alike >= 3 and 2 * alike > len(gaps) else None
+
+
 def _filled(path: Path, lines: Sequence[np.ndarray], shape: Sequence[int], apart: float) -> np.ndarray:
-    """Voxels inside: each slice shows the contours of the plane nearest to it, no farther than half of `apart`."""
+    """Voxels inside: each slice shows the contours of the plane nearest to it, no farther than half of `apart`.
+
+    Where the structure's own planes lie regularly, they tell how far apart.
+    """
     if any(map(_crosses, lines)):
         raise DagmanError("MASK", path, "has contours that cross the slices of this CT", _GRID)
     if not lines:
@@ -194,6 +207,7 @@ def _filled(path: Path, lines: Sequence[np.ndarray], shape: Sequence[int], apart
     places, planes = _planes(lines)
     if places[0] < -0.51 or places[-1] > shape[2] - 0.49:
         raise DagmanError("MASK", path, "has contours beyond the slices of this CT", _GRID)
+    apart = _regular(places) or apart
     slices = np.arange(shape[2])
     nearest = np.abs(slices[:, None] - places).argmin(axis=1)
     near = np.abs(slices - places[nearest]) <= max(1.0, apart) / 2 + 0.01

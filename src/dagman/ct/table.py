@@ -100,15 +100,25 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     known = [name for name in header if name in _COLUMNS]
     absent = [name for name in _COLUMNS if name not in header]
     # Left alone, a misspelt column would be lost and few would read the note: no label is no error.
-    near = [name for name in header if name not in _COLUMNS and difflib.get_close_matches(name.lower(), absent, 1, 0.8)]
+    near = [(name, like) for name in header if name not in _COLUMNS and (like := _like(name, absent))]
     if missing or near or len(set(known)) != len(known):
         what = f"lacks {', '.join(missing)}" if missing else f"has the columns {', '.join(header)[:120]}"
+        if near:
+            what += f", and {near[0][0]}, which is nearly {near[0][1]}"
         raise DagmanError("TABLE", path, what, f"name its columns {','.join(_COLUMNS)} (the last four as needed)")
     return header, [
         (number, dict(zip(header, (cell.strip() for cell in line), strict=False)) | _ragged(header, line))
         for number, line in enumerate(lines[1:], 2)
         if any(cell.strip() for cell in line)
     ]
+
+
+def _like(name: str, columns: list[str]) -> str | None:
+    """Which of the columns a name is nearly: a slip of the pen, or with `id` behind it."""
+    word = re.sub("[^a-z]", "", name.lower()).removesuffix("id")
+    plain = {re.sub("[^a-z]", "", column).removesuffix("id"): column for column in columns}
+    found = difflib.get_close_matches(word, plain, 1, 0.8)
+    return plain[found[0]] if found and abs(len(word) - len(found[0])) < 3 else None
 
 
 def _ragged(header: list[str], line: list[str]) -> dict[Any, str]:

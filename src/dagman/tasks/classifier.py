@@ -245,10 +245,10 @@ def tested(table: Table, classifiers: Sequence[Classifier], learnt: Container[st
         DagmanError: `E-LABEL` for labels that are none of the classes.
     """
     names = classifiers[0].names
-    numbers = label_rules.numbers_of(table.labels, names)
+    new = [label if case not in learnt else None for case, label in zip(table.case_ids, table.labels, strict=True)]
+    numbers = label_rules.numbers_of(new, names)
     rows = sorted(
-        (row for row, case in enumerate(table.case_ids) if numbers[row] is not None and case not in learnt),
-        key=lambda row: table.case_ids[row],
+        (row for row, number in enumerate(numbers) if number is not None), key=lambda row: table.case_ids[row]
     )
     if not rows:
         return None

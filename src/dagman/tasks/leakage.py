@@ -162,10 +162,13 @@ def refuse(what: Seen, same: Sequence[Sequence[str]], group_of: Mapping[str, str
     """
     learnt = [case for case in group_of if task in what.learnt.get(case, ())]
     if learnt:
+        by_name = sum(what.how.get(case) == PATIENT for case in learnt)
+        of_patients = f" ({by_name} by the name of the patient)" if by_name else ""
+        renamed = "; rename patients who are other people" if by_name else ""
         raise _leak(
-            f"the weights were trained on labels of {len(learnt)} of its cases, or of their patients",
+            f"the weights were trained on labels of {len(learnt)} of its cases, or of their patients{of_patients}",
             learnt,
-            "start from pretrained weights, or test on other patients",
+            f"start from pretrained weights, or test on other patients{renamed}",
         )
     torn = [cases for cases in same if len({group_of[case] for case in cases if case in group_of}) > 1]
     if torn:

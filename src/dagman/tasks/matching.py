@@ -79,20 +79,19 @@ def references(source: Path) -> tuple[list[Pair], list[DagmanError]]:
 def _matched(found: dict[str, Path], wanted: list[Pair], reference: Path) -> tuple[list[Pair], list[Path]]:
     by_case = [found.get(each.case_id.lower()) for each in wanted]
     free = {name: path for name, path in found.items() if path not in by_case}
+    for name, path in free.items():
+        if len(fits := [each.case_id for each in wanted if name in _names(each)]) > 1:
+            raise DagmanError(
+                "DUPCASE",
+                path,
+                f"fits {len(fits)} cases ({', '.join(fits[:5])})",
+                "name predictions by case: CASE_ID.nii.gz",
+                exit_code=ExitCode.REFUSED,
+            )
     matched = [
         replace(each, prediction=path or next((free[name] for name in _names(each) if name in free), None))
         for each, path in zip(wanted, by_case, strict=True)
     ]
-    counts = Counter(each.prediction for each in matched if each.prediction)
-    if twice := next((path for path, count in counts.items() if count > 1), None):
-        cases = [each.case_id for each in matched if each.prediction == twice]
-        raise DagmanError(
-            "DUPCASE",
-            twice,
-            f"fits {len(cases)} cases ({', '.join(cases[:5])})",
-            "name predictions by case: CASE_ID.nii.gz",
-            exit_code=ExitCode.REFUSED,
-        )
     used = {each.prediction for each in matched}
     if not used - {None}:
         first, other = next(iter(found.values()), None), wanted[0].reference if wanted else None

@@ -283,7 +283,7 @@ def _not_comparable(subject: Path, problem: str) -> DagmanError:
 
 def _chosen_on(rows: Sequence[Mapping[str, str]], folds: int) -> np.ndarray | None:
     names = [f"{CHOSEN_ON}{fold}" for fold in range(folds)]
-    if not rows or names[0] not in rows[0]:
+    if not names or names[0] not in rows[0]:
         return None
     return np.array([[float(row[name]) for row in rows] for name in names])
 
