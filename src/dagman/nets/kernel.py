@@ -88,7 +88,7 @@ class WindowKernel(torch.autograd.Function):
         """Of queries, keys and values, and of the bias."""
         qkv, turned, order, kinds, masks, statistics = ctx.saved_tensors
         into = torch.empty_like(qkv)
-        parts = torch.zeros(_loaded().window_parts(), *turned.shape)
+        parts = torch.empty(_loaded().window_ranges(ctypes.c_int64(len(kinds))), *turned.shape)
         gradient = gradients[0].to(qkv.dtype).contiguous()
         _call("backward", [qkv, turned, order, kinds, masks, statistics, gradient, into, parts], qkv, turned, kinds)
         return into, parts.sum(dim=0).transpose(1, 2).to(ctx.bias_dtype), None, None, None

@@ -1,8 +1,10 @@
 // Attention within windows, forward and backward, in one pass over each window and head; float32 inside.
+// Logits are held over ln 2, so that softmax is of powers of two.
 //
 // The matrix of a head is held transposed, keys down and queries across the lanes, so that softmax needs no sum over
 // lanes and head widths such as 12 fill them. Queries go in blocks of LANES, so the matrix stays in the nearest cache.
-// Windows are dealt out in a number of parts that does not depend on the threads: sums come out the same with any.
+// Ranges of windows, and heads where there are few windows, are dealt out in parts that do not depend on the threads:
+// sums come out the same with any.
 //
 // Plain C interface, no PyTorch headers: it compiles in seconds, and OpenMP's symbols are those that PyTorch has loaded.
 
@@ -25,43 +27,118 @@ constexpr int GROUP = 2;
 #endif
 constexpr int LANES = 64;
 constexpr int PARTS = 16;
+constexpr float LOG2_E = 1.44269504088896341f;
 
 typedef float V __attribute__((vector_size(W * 4)));
 typedef int32_t I __attribute__((vector_size(W * 4)));
 
 inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-inline V largest(V a, V b) { return a > b ? a : b; }
+#ifdef __AVX512F__
+inline V largest(V a, V b) { return _mm512_max_ps(a, b); }
+#else
+inline V largest(V a, V b) { return _mm256_max_ps(a, b); }
+#endif
 
-inline V exponential(V x) {
+// 2^x for x of at most 0, and 0 below 2^-126; the polynomial is within 3e-9.
+inline V power_of_two(V x) {
     const V magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const I kept = x > -87.0f;
-    x = largest(x, V{} - 87.0f);
-    const V t = x * 1.44269504088896341f + magic;
-    const V n = t - magic;
-    const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    V p = V{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    const I kept = x > -126.0f;
+    x = largest(x, V{} - 126.0f);
+    const V t = x + magic, r = x - (t - magic);
+    V p = V{} + 1.55946776e-4f;
+    p = p * r + 1.34066439e-3f;
+    p = p * r + 9.61769297e-3f;
+    p = p * r + 5.55031055e-2f;
+    p = p * r + 2.40226528e-1f;
+    p = p * r + 6.93147215e-1f;
+    p = p * r + 1.0f;
     return (V)(((I)p + ((I)t << 23)) & kept);
 }
 
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
+// To the nearest number of bfloat16, the even one of two: it stands in the upper half of the bits.
+inline I rounded(V x) {
+    const I bits = (I)x;
+    return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : I{} + 0x7fc00000;
 }
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, uint16_t* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    *to = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+
+// A row of up to W numbers in its own precision: what is beyond `count` is zero, or is left as it is.
+#ifdef __AVX512F__
+inline V row(const float* p, int count) { return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p); }
+inline V row(const uint16_t* p, int count) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p);
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+inline void put(V x, float* p, int count) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), x); }
+inline void put(V x, uint16_t* p, int count) {
+    const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded(x), 16));
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), halves);
+}
+#else
+inline __m256i some(int count) {
+    static const int32_t bits[2 * W] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    return _mm256_loadu_si256((const __m256i*)(bits + W - count));
+}
+inline V row(const float* p, int count) { return _mm256_maskload_ps(p, some(count)); }
+inline V row(const uint16_t* p, int count) {
+    __m128i bits;
+    if (count == W) {
+        bits = _mm_loadu_si128((const __m128i*)p);
+    } else if (count == W / 2) {
+        bits = _mm_loadl_epi64((const __m128i*)p);
+    } else {
+        uint16_t halves[W] = {};
+        for (int c = 0; c < count; ++c) halves[c] = p[c];
+        bits = _mm_loadu_si128((const __m128i*)halves);
+    }
+    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+inline void put(V x, float* p, int count) { _mm256_maskstore_ps(p, some(count), x); }
+inline void put(V x, uint16_t* p, int count) {
+    const __m256i high = _mm256_srli_epi32((__m256i)rounded(x), 16);
+    const __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    if (count == W) {
+        _mm_storeu_si128((__m128i*)p, bits);
+    } else if (count == W / 2) {
+        _mm_storel_epi64((__m128i*)p, bits);
+    } else {
+        uint16_t halves[W];
+        _mm_storeu_si128((__m128i*)halves, bits);
+        for (int c = 0; c < count; ++c) p[c] = halves[c];
+    }
+}
+#endif
+
+// W rows of W become columns.
+inline void transpose(V v[W]) {
+#ifdef __AVX512F__
+    const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int step = 1; step < W; step *= 2) {
+        const I odd = (lane & step) != 0;  // all bits set where true; sources of the second row count from 16
+        const I first = odd ? lane - step + 16 : lane, second = odd ? lane + 16 : lane + step;
+        for (int i = 0; i < W; ++i) {
+            if (i & step) continue;
+            const __m512 a = v[i], b = v[i + step];
+            v[i] = _mm512_permutex2var_ps(a, (__m512i)first, b);
+            v[i + step] = _mm512_permutex2var_ps(a, (__m512i)second, b);
+        }
+    }
+#else
+    __m256 pair[8], four[8];
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int k = 0; k < 2; ++k) {
+            four[i + 2 * k] = _mm256_shuffle_ps(pair[i + k], pair[i + 2 + k], 0x44);
+            four[i + 2 * k + 1] = _mm256_shuffle_ps(pair[i + k], pair[i + 2 + k], 0xee);
+        }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
+    }
+#endif
 }
 
 int up(int n, int step) { return (n + step - 1) / step * step; }
@@ -75,7 +152,7 @@ struct Sizes {
 struct Shape {
     int tokens, width, rows, deep, lanes;
     explicit Shape(const Sizes& s)
-        : tokens(s.tokens), width(s.width), rows(up(s.tokens, 8)), deep(up(s.width, W)), lanes(up(s.tokens, W)) {}
+        : tokens(s.tokens), width(s.width), rows(up(s.tokens, W)), deep(up(s.width, W)), lanes(up(s.tokens, W)) {}
 };
 
 using Buffer = std::unique_ptr<float[], decltype(&std::free)>;
@@ -89,17 +166,37 @@ Buffer buffer(size_t count) {
 // Rows of one head of one window, side by side: to[token][deep].
 template <typename T>
 void gather(const T* from, const int32_t* order, int64_t stride, const Shape& n, float scale, float* to) {
-    for (int i = 0; i < n.tokens; ++i) {
-        const T* row = from + order[i] * stride;
-        float* out = to + i * n.deep;
-        for (int c = 0; c < n.width; ++c) out[c] = widen(row[c]) * scale;
+    for (int c = 0; c < n.width; c += W) {
+        const int count = std::min(W, n.width - c);
+        for (int i = 0; i < n.tokens; ++i) store(to + i * n.deep + c, row(from + order[i] * stride + c, count) * scale);
     }
 }
 
 // across[c][lane] = rows[first + lane][c]
-void turn(const float* rows, const Shape& n, int first, int count, float* across) {
-    for (int lane = 0; lane < count; ++lane)
-        for (int c = 0; c < n.width; ++c) across[c * LANES + lane] = rows[(first + lane) * n.deep + c];
+void turn(const float* rows, const Shape& n, int first, int lanes, float* across) {
+    for (int lane = 0; lane < lanes; lane += W)
+        for (int c = 0; c < n.deep; c += W) {
+            V block[W];
+            for (int i = 0; i < W; ++i) block[i] = load(rows + (first + lane + i) * n.deep + c);
+            transpose(block);
+            for (int i = 0; i < W; ++i) store(across + (c + i) * LANES + lane, block[i]);
+        }
+}
+
+// The row of each query: to[order[lane]][c] = across[c][lane] * factor[lane]
+template <typename T>
+void scatter(const float* across, const float* factor, const int32_t* order, int64_t stride, const Shape& n, int count,
+             T* to) {
+    for (int lane = 0; lane < count; lane += W) {
+        const V times = load(factor + lane);
+        for (int c = 0; c < n.width; c += W) {
+            V block[W];
+            for (int i = 0; i < W; ++i) block[i] = load(across + (c + i) * LANES + lane) * times;
+            transpose(block);
+            const int rows = std::min(W, count - lane), columns = std::min(W, n.width - c);
+            for (int i = 0; i < rows; ++i) put(block[i], to + order[lane + i] * stride + c, columns);
+        }
+    }
 }
 
 // to[key][lane] = from[key][lane] + sum over c of rows[key][c] * across[c][lane]
@@ -180,20 +277,48 @@ inline void back_mixture(const float* a, const float* x, const float* b, const f
 
 void back_mixtures(const float* a, const float* x, const float* b, const float* y, const Shape& n, int count,
                    float* first, float* second) {
-    constexpr int K = W == 16 ? 8 : 4;  // `rows` is a multiple of 8; matrices have as many rows, the last of zeros
+    constexpr int K = W == 16 ? 8 : 4;  // `rows` is a multiple of both; matrices have as many rows, the last of zeros
     for (int c = 0; c < n.deep; c += W)
         for (int key = 0; key < n.rows; key += K)
             back_mixture<K>(a + key * LANES, x + c, b + key * LANES, y + c, count, n.deep, first + key * n.deep + c,
                             second + key * n.deep + c);
 }
 
-// What is added to the logits: bias of each head and mask, padded to whole vectors.
-void prepare(const float* bias, const float* mask, const Sizes& s, const Shape& n, float* added) {
-    for (int h = 0; h < s.heads; ++h)
+// How the work is cut: ranges of windows, and in each groups of heads.
+struct Parts {
+    int64_t windows;
+    int heads, ranges, groups;
+    explicit Parts(const Sizes& s)
+        : windows(s.windows), heads(s.heads), ranges(int(std::min<int64_t>(PARTS, std::max<int64_t>(s.windows / 8, 1)))),
+          groups(std::min(heads, PARTS / ranges)) {}
+    int count() const { return ranges * groups; }
+    int64_t window(int range) const { return windows * range / ranges; }
+    int head(int group) const { return heads * group / groups; }
+};
+
+// One part.
+struct Part {
+    int range, begin, end;  // of heads
+    int64_t first, last;    // windows
+    Part(const Parts& parts, int number)
+        : range(number / parts.groups), begin(parts.head(number % parts.groups)),
+          end(parts.head(number % parts.groups + 1)), first(parts.window(range)), last(parts.window(range + 1)) {}
+};
+
+// What is added to the logits of a part's heads: bias and mask, over ln 2, padded to whole vectors.
+void prepare(const float* bias, const float* mask, const Part& part, const Shape& n, float* added) {
+    for (int h = part.begin; h < part.end; ++h)
         for (int j = 0; j < n.tokens; ++j)
             for (int i = 0; i < n.tokens; ++i)
-                added[(h * n.tokens + j) * n.lanes + i] =
-                    bias[(h * n.tokens + j) * n.tokens + i] + mask[j * n.tokens + i];
+                added[((h - part.begin) * n.tokens + j) * n.lanes + i] =
+                    (bias[(h * n.tokens + j) * n.tokens + i] + mask[j * n.tokens + i]) * LOG2_E;
+}
+
+// `count` numbers of each token of the next window come nearer while this one is computed: a share with each head.
+template <typename T>
+inline void fetch(const T* from, const int32_t* order, int64_t stride, int count, const Shape& n, int share, int shares) {
+    for (int i = n.tokens * share / shares; i < n.tokens * (share + 1) / shares; ++i)
+        for (int c = 0; c < count; c += 64 / sizeof(T)) __builtin_prefetch(from + order[i] * stride + c, 0, 2);
 }
 
 struct FlushDenormals {
@@ -202,45 +327,50 @@ struct FlushDenormals {
     ~FlushDenormals() { _mm_setcsr(before); }
 };
 
-int64_t bound(const Sizes& s, int part) { return s.windows * part / PARTS; }
-
 template <typename T>
 void forward(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind, const float* masks, T* out,
              float* statistics, const Sizes s) {
     const Shape n(s);
     const int64_t wide = int64_t(s.heads) * s.width, square = int64_t(n.tokens) * n.tokens;
-    const float scale = 1.0f / __builtin_sqrtf(float(s.width));
+    const float scale = LOG2_E / __builtin_sqrtf(float(s.width));
+    const Parts parts(s);
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
-    for (int part = 0; part < PARTS; ++part) {
+    for (int number = 0; number < parts.count(); ++number) {
         const FlushDenormals flushed;
-        if (bound(s, part) == bound(s, part + 1)) continue;
+        const Part part(parts, number);
+        const int heads = part.end - part.begin;
         const size_t rows = size_t(n.rows) * n.deep;
-        Buffer added = buffer(size_t(s.heads) * n.tokens * n.lanes), query = buffer(rows), key = buffer(rows),
+        Buffer added = buffer(size_t(heads) * n.tokens * n.lanes), query = buffer(rows), key = buffer(rows),
                value = buffer(rows), across = buffer(size_t(n.deep) * LANES), mixed = buffer(size_t(n.deep) * LANES),
                matrix = buffer(size_t(n.rows) * LANES);
         int held = -1;
-        for (int64_t w = bound(s, part); w < bound(s, part + 1); ++w) {
+        for (int64_t w = part.first; w < part.last; ++w) {
             if (kind[w] != held) {
                 held = kind[w];
-                prepare(bias, masks + held * square, s, n, added.get());
+                prepare(bias, masks + held * square, part, n, added.get());
             }
             const int32_t* place = order + w * n.tokens;
-            for (int h = 0; h < s.heads; ++h) {
+            for (int h = part.begin; h < part.end; ++h) {
+                if (w + 1 < part.last)
+                    for (int third = 0; third < 3; ++third)
+                        fetch(qkv + third * wide + part.begin * s.width, place + n.tokens, 3 * wide, heads * s.width, n,
+                              h - part.begin, heads);
                 gather(qkv + h * s.width, place, 3 * wide, n, scale, query.get());
                 gather(qkv + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
                 gather(qkv + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
                 for (int first = 0; first < n.tokens; first += LANES) {
                     const int count = std::min(LANES, n.tokens - first), lanes = up(count, W);
-                    turn(query.get(), n, first, count, across.get());
-                    all_products(key.get(), across.get(), n, lanes, added.get() + size_t(h) * n.tokens * n.lanes + first,
+                    turn(query.get(), n, first, lanes, across.get());
+                    all_products(key.get(), across.get(), n, lanes, added.get() + size_t(h - part.begin) * n.tokens * n.lanes + first,
                                  matrix.get());
                     float peak[LANES], share[LANES];
                     for (int lane = 0; lane < lanes; lane += W) {
                         float* m = matrix.get() + lane;
-                        V top = load(m), sum = {};
-                        for (int j = 1; j < n.tokens; ++j) top = largest(top, load(m + j * LANES));
+                        V tops[4] = {load(m), load(m), load(m), load(m)}, sum = {};
+                        for (int j = 0; j < n.tokens; ++j) tops[j % 4] = largest(tops[j % 4], load(m + j * LANES));
+                        const V top = largest(largest(tops[0], tops[1]), largest(tops[2], tops[3]));
                         for (int j = 0; j < n.tokens; ++j) {
-                            const V p = exponential(load(m + j * LANES) - top);
+                            const V p = power_of_two(load(m + j * LANES) - top);
                             sum += p;
                             store(m + j * LANES, p);
                         }
@@ -248,10 +378,7 @@ void forward(const T* qkv, const float* bias, const int32_t* order, const int32_
                         store(share + lane, 1.0f / sum);
                     }
                     all_mixtures(value.get(), n, matrix.get(), lanes, mixed.get());
-                    for (int lane = 0; lane < count; ++lane) {
-                        T* to = out + place[first + lane] * wide + h * s.width;
-                        for (int c = 0; c < n.width; ++c) narrow(mixed[c * LANES + lane] * share[lane], to + c);
-                    }
+                    scatter(mixed.get(), share, place + first, wide, n, count, out + h * s.width);
                     if (statistics) {
                         float* kept = statistics + (w * s.heads + h) * 2 * n.tokens + first;
                         std::copy(peak, peak + count, kept);
@@ -268,24 +395,38 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
               const float* statistics, const T* gradient, T* into, float* bias_parts, const Sizes s) {
     const Shape n(s);
     const int64_t wide = int64_t(s.heads) * s.width, square = int64_t(n.tokens) * n.tokens;
-    const float scale = 1.0f / __builtin_sqrtf(float(s.width));
+    const float scale = LOG2_E / __builtin_sqrtf(float(s.width));
+    float to_query[LANES];
+    std::fill_n(to_query, LANES, scale / LOG2_E);
+    const Parts parts(s);
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
-    for (int part = 0; part < PARTS; ++part) {
+    for (int number = 0; number < parts.count(); ++number) {
         const FlushDenormals flushed;
-        if (bound(s, part) == bound(s, part + 1)) continue;
+        const Part part(parts, number);
+        const int heads = part.end - part.begin;
         const size_t rows = size_t(n.rows) * n.deep, matrices = size_t(n.rows) * LANES, turned = size_t(n.deep) * LANES;
-        Buffer added = buffer(size_t(s.heads) * n.tokens * n.lanes), query = buffer(rows), key = buffer(rows),
+        Buffer added = buffer(size_t(heads) * n.tokens * n.lanes), query = buffer(rows), key = buffer(rows),
                value = buffer(rows), coming = buffer(rows), across = buffer(turned), back = buffer(turned),
                mixed = buffer(turned), matrix = buffer(matrices), slope = buffer(matrices), to_key = buffer(rows),
-               to_value = buffer(rows), bias_sum = buffer(size_t(s.heads) * n.tokens * n.lanes);
+               to_value = buffer(rows), bias_sum = buffer(size_t(heads) * n.tokens * n.lanes);
         int held = -1;
-        for (int64_t w = bound(s, part); w < bound(s, part + 1); ++w) {
+        for (int64_t w = part.first; w < part.last; ++w) {
             if (kind[w] != held) {
                 held = kind[w];
-                prepare(bias, masks + held * square, s, n, added.get());
+                prepare(bias, masks + held * square, part, n, added.get());
             }
             const int32_t* place = order + w * n.tokens;
-            for (int h = 0; h < s.heads; ++h) {
+            for (int h = part.begin; h < part.end; ++h) {
+                if (w + 1 < part.last) {
+                    const int64_t start = part.begin * s.width;
+                    for (int third = 0; third < 3; ++third) {
+                        fetch(qkv + third * wide + start, place + n.tokens, 3 * wide, heads * s.width, n,
+                              h - part.begin, heads);
+                        fetch(into + third * wide + start, place + n.tokens, 3 * wide, heads * s.width, n,
+                              h - part.begin, heads);
+                    }
+                    fetch(gradient + start, place + n.tokens, wide, heads * s.width, n, h - part.begin, heads);
+                }
                 gather(qkv + h * s.width, place, 3 * wide, n, scale, query.get());
                 gather(qkv + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
                 gather(qkv + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
@@ -294,9 +435,9 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
                 std::fill_n(to_value.get(), rows, 0.0f);
                 for (int first = 0; first < n.tokens; first += LANES) {
                     const int count = std::min(LANES, n.tokens - first), lanes = up(count, W);
-                    const size_t corner = size_t(h) * n.tokens * n.lanes + first;
-                    turn(query.get(), n, first, count, across.get());
-                    turn(coming.get(), n, first, count, back.get());
+                    const size_t corner = size_t(h - part.begin) * n.tokens * n.lanes + first;
+                    turn(query.get(), n, first, lanes, across.get());
+                    turn(coming.get(), n, first, lanes, back.get());
                     all_products(key.get(), across.get(), n, lanes, added.get() + corner, matrix.get());
                     all_products(value.get(), back.get(), n, lanes, nullptr, slope.get());
                     float peak[LANES] = {}, share[LANES] = {};
@@ -308,7 +449,7 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
                         const V top = load(peak + lane), part_of = load(share + lane);
                         V dot = {};
                         for (int j = 0; j < n.tokens; ++j) {
-                            const V p = exponential(load(m + j * LANES) - top) * part_of;
+                            const V p = power_of_two(load(m + j * LANES) - top) * part_of;
                             dot += p * load(d + j * LANES);
                             store(m + j * LANES, p);
                         }
@@ -321,22 +462,20 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
                     all_mixtures(key.get(), n, slope.get(), lanes, mixed.get());
                     back_mixtures(slope.get(), query.get() + first * n.deep, matrix.get(), coming.get() + first * n.deep,
                                   n, count, to_key.get(), to_value.get());
-                    for (int lane = 0; lane < count; ++lane) {
-                        T* to = into + place[first + lane] * 3 * wide + h * s.width;
-                        for (int c = 0; c < n.width; ++c) narrow(mixed[c * LANES + lane] * scale, to + c);
-                    }
+                    scatter(mixed.get(), to_query, place + first, 3 * wide, n, count, into + h * s.width);
                 }
-                for (int j = 0; j < n.tokens; ++j) {
-                    T* to = into + place[j] * 3 * wide + wide + h * s.width;
-                    for (int c = 0; c < n.width; ++c) {
-                        narrow(to_key[j * n.deep + c], to + c);
-                        narrow(to_value[j * n.deep + c], to + wide + c);
+                T* to = into + wide + h * s.width;
+                for (int c = 0; c < n.width; c += W) {
+                    const int columns = std::min(W, n.width - c);
+                    for (int j = 0; j < n.tokens; ++j) {
+                        put(load(&to_key[j * n.deep + c]) * (1 / LOG2_E), to + place[j] * 3 * wide + c, columns);
+                        put(load(&to_value[j * n.deep + c]), to + place[j] * 3 * wide + wide + c, columns);
                     }
                 }
             }
         }
-        float* sums = bias_parts + part * s.heads * square;
-        for (int r = 0; r < s.heads * n.tokens; ++r)
+        float* sums = bias_parts + (part.range * s.heads + part.begin) * square;
+        for (int r = 0; r < heads * n.tokens; ++r)
             std::copy_n(bias_sum.get() + size_t(r) * n.lanes, n.tokens, sums + size_t(r) * n.tokens);
     }
 }
@@ -345,7 +484,7 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
 
 // qkv: (rows, 3, heads, width); bias: (heads, keys, queries); order: the row of each token of each window; kind: for
 // each window its mask; out: (rows, heads, width); statistics: (windows, heads, 2, queries) or null;
-// bias_parts: (PARTS, heads, keys, queries), zeros.
+// bias_parts: (window_ranges, heads, keys, queries).
 #define EXPORTED(NAME, T)                                                                                              \
     extern "C" void window_forward_##NAME(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind,  \
                                           const float* masks, T* out, float* statistics, int64_t windows, int tokens,  \
@@ -363,4 +502,4 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
 EXPORTED(float32, float)
 EXPORTED(bfloat16, uint16_t)
 
-extern "C" int window_parts() { return PARTS; }
+extern "C" int window_ranges(int64_t windows) { return Parts({windows, 1, 1, 1, 1}).ranges; }
