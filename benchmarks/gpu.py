@@ -224,6 +224,7 @@ def step_of(side: int, batch: int, kind: str, variant: str) -> tuple[Callable[[]
     from dagman.nets.swin import SwinConfig
     from dagman.pretext.codistill import CoDistillation, Knobs
     from dagman.pretext.method import MethodConfig
+    from dagman.train import engine
     from dagman.types import Views
 
     torch.manual_seed(0)
@@ -262,7 +263,10 @@ def step_of(side: int, batch: int, kind: str, variant: str) -> tuple[Callable[[]
         with torch.autocast(DEVICE, torch.bfloat16, enabled=kind == "bf16"):
             outcome = module(views, knobs, draws)
         outcome.losses.total.backward()
-        torch.nn.utils.clip_grad_norm_(module.student.parameters(), 3.0)
+        if naive:
+            torch.nn.utils.clip_grad_norm_(module.student.parameters(), 3.0)
+        else:
+            engine.clip(optimizer, 3.0)
         optimizer.step()
         module.update_teacher(0.996)
         module.move_centers(outcome.means)

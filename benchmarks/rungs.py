@@ -44,7 +44,7 @@ def without_fused_teacher(replace: Replace) -> None:
 
 
 def without_fused_optimizer(replace: Replace) -> None:
-    """AdamW tensor by tensor, and the teacher's average too."""
+    """AdamW tensor by tensor, clipped in a pass of its own, and the teacher's average too."""
     import torch
 
     from dagman.train import engine
@@ -52,13 +52,18 @@ def without_fused_optimizer(replace: Replace) -> None:
     made = engine.adamw
 
     def plain(module: Any) -> Any:
-        return torch.optim.AdamW(made(module).param_groups, foreach=False)
+        return torch.optim.AdamW([{**group, "fused": False, "foreach": False} for group in made(module).param_groups])
 
     def lerp(mine: list[Any], others: list[Any], weight: float) -> None:
         for one, other in zip(mine, others, strict=True):
             one.mul_(1 - weight).add_(weight * other)
 
+    def clip(optimizer: Any, most: float) -> Any:
+        given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(given, most)
+
     replace(engine, "adamw", plain)
+    replace(engine, "clip", clip)
     replace(torch, "_foreach_lerp_", lerp)
 
 

@@ -52,10 +52,12 @@ class Ours:
         """Forward, backward, optimizer, teacher, centers; the loss."""
         import torch
 
+        from dagman.train import engine
+
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             outcome = self.module(views, self.knobs, torch.Generator().manual_seed(number))
         outcome.losses.total.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 3.0)
+        engine.clip(self.optimizer, 3.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.update_teacher(0.99)

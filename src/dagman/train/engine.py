@@ -87,6 +87,25 @@ def adamw(
     return torch.optim.AdamW(given, fused=True)
 
 
+def clip(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
+    """Measure the gradient; where its norm is above `most`, the optimizer's next step divides by the excess.
+
+    It does so as it reads the gradients, which saves a pass over them beside `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        optimizer: Fused, as `adamw` makes it; Fabric may have wrapped it.
+        most: Largest norm of all gradients together.
+
+    Returns:
+        The norm before, NaN or infinite where a gradient is.
+    """
+    fused: Any = getattr(optimizer, "optimizer", optimizer)
+    given = [parameter.grad for group in fused.param_groups for parameter in group["params"]]
+    norm = nn.utils.get_total_norm([gradient for gradient in given if gradient is not None])
+    fused.grad_scale = (norm / most).clamp(min=1.0)
+    return norm
+
+
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
     """Give the next step its learning rate, and the groups with weight decay theirs."""
     for group in optimizer.param_groups:

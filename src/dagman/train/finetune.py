@@ -242,7 +242,7 @@ class _Course:
         with self.fabric.autocast():
             loss = self.lesson.loss(batch)
         self.fabric.backward(loss)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
+        norm = engine.clip(self.optimizer, config.gradient_clip)
         if not engine.all_finite([loss.item(), norm.item()]):
             raise DagmanError(
                 "UNHEALTHY",

@@ -204,9 +204,7 @@ def _step(job: Job, step: int, source: Iterator[Pairs], stop: engine.StopRequest
         waited += time.perf_counter() - asked
         seen.append(pairs.rows)
         outcomes.append(_look(job, show(pairs, job.config.data), now, (step, micro)))
-    norm = job.fabric.clip_gradients(
-        job.model, job.optimizer, max_norm=optimisation.gradient_clip, error_if_nonfinite=False
-    )
+    norm = engine.clip(job.optimizer, optimisation.gradient_clip)
     if now.last_layers_frozen:
         job.module.freeze_last_layers()
     values = _measure(job, outcomes, norm, stop)
