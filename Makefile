@@ -20,7 +20,7 @@ DEMO ?= $(if $(DATA),demo-own,demo)
 
 setup: $(READY)
 
-$(READY): pyproject.toml hatch_build.py src/dagman/nets/window_kernel.cpp $(CONSTRAINTS)
+$(READY): pyproject.toml hatch_build.py $(wildcard src/dagman/nets/*.cpp src/dagman/nets/*.h) $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "E-PYTHON $(PYTHON): is older than 3.11; run make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

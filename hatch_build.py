@@ -1,4 +1,4 @@
-"""Compiles the attention kernel for CPUs beside its source, where there is a compiler; the package works without.
+"""Compiles the kernels for CPUs beside their sources, where there is a compiler; the package works without.
 
 `pip install` runs it; `python hatch_build.py` compiles again after a change.
 """
@@ -16,7 +16,8 @@ try:
 except ImportError:  # run by hand, outside a build
     BuildHookInterface = object
 
-SOURCE = Path(__file__).parent / "src" / "dagman" / "nets" / "window_kernel.cpp"
+FOLDER = Path(__file__).parent / "src" / "dagman" / "nets"
+SOURCES = ("window_kernel", "row_kernel")
 LEVELS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3"}
 """The processor decides at run time which of both is loaded."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
@@ -32,23 +33,28 @@ def compile_kernels() -> list[Path]:
 
 
 def _compile(compiler: list[str], name: str, level: str) -> Path | None:
-    """One kernel; None, with the reason, where that fails."""
-    compiled, library = SOURCE.with_suffix(f".{name}.o"), SOURCE.with_suffix(f".{name}.so")
+    """One library of all kernels; None, with the reason, where that fails."""
+    library = FOLDER / f"kernels.{name}.so"
+    compiled = {FOLDER / f"{source}.cpp": FOLDER / f"{source}.{name}.o" for source in SOURCES}
     # Linked without -fopenmp: the functions of OpenMP come from the one library that PyTorch has loaded.
-    commands = (
-        [*compiler, *FLAGS, f"-march={level}", "-mtune=native", "-c", str(SOURCE), "-o", str(compiled)],
-        [*compiler, "-shared", str(compiled), "-o", str(library)],
-    )
+    commands = [
+        *(
+            [*compiler, *FLAGS, f"-march={level}", "-mtune=native", "-c", source, "-o", to]
+            for source, to in compiled.items()
+        ),
+        [*compiler, "-shared", *compiled.values(), "-o", library],
+    ]
     try:
         for command in commands:
-            subprocess.run(command, capture_output=True, text=True, check=True)
+            subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
-        print(f"dagman: no {name} kernel, attention will run in PyTorch alone: {why}", file=sys.stderr)
+        print(f"dagman: no {name} kernels, attention will run in PyTorch alone: {why}", file=sys.stderr)
         library.unlink(missing_ok=True)
         return None
     finally:
-        compiled.unlink(missing_ok=True)
+        for to in compiled.values():
+            to.unlink(missing_ok=True)
     return library
 
 

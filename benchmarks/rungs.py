@@ -19,10 +19,17 @@ def replace(owner: Any, name: str, value: Any) -> None:
 
 
 def without_kernel(replace: Replace) -> None:
-    """PyTorch's attention."""
+    """PyTorch's attention, LayerNorm and gradient of GELU."""
     from dagman.nets import kernel
 
     replace(kernel, "library", lambda: None)
+
+
+def without_row_kernel(replace: Replace) -> None:
+    """PyTorch's LayerNorm and gradient of GELU."""
+    from dagman.nets import rows
+
+    replace(rows, "runs", lambda _: False)
 
 
 def without_dedup(replace: Replace) -> None:
@@ -223,6 +230,7 @@ PLAIN: dict[str, Callable[[Replace], None]] = {
 }
 """What the variant `plain` lacks."""
 RUNGS = PLAIN | {
+    "row kernel": without_row_kernel,
     "tokens in place": without_tokens_in_place,
     "cached layouts": without_cached_layouts,
     "logits of hidden cells alone": with_logits_of_all_cells,

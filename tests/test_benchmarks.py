@@ -22,7 +22,7 @@ import step
 CROP, STEPS = 32, 2
 PAPER = recipes.get("dagman-swin")
 RECIPE = replace(PAPER, method=replace(PAPER.method, heads=HeadConfig(num_prototypes=512, hidden_width=64)))
-NEEDS_KERNEL = ("kernel", "tokens in place")
+NEEDS_KERNEL = ("kernel", "row kernel", "tokens in place")
 
 
 def test_the_plain_step_and_the_fast_one_come_to_the_same_losses() -> None:

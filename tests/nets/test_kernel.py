@@ -168,7 +168,7 @@ def test_it_can_be_switched_off():
 def test_no_compiler_is_no_error(compiler, tmp_path, monkeypatch, capsys):
     hook = run_path(str(ROOT / "hatch_build.py"))
     compiling = hook["compile_kernels"]
-    monkeypatch.setitem(compiling.__globals__, "SOURCE", tmp_path / "window_kernel.cpp")
+    monkeypatch.setitem(compiling.__globals__, "FOLDER", tmp_path)
     monkeypatch.delenv("CXX", raising=False)
     if compiler:
         monkeypatch.setenv("CXX", compiler)

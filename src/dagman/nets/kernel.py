@@ -20,9 +20,9 @@ MOST_TOKENS = 343
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernel for this processor."""
+    """The kernels for this processor."""
     level = torch.backends.cpu.get_cpu_capability().lower()
-    path = Path(__file__).with_name(f"window_kernel.{level}.so")
+    path = Path(__file__).with_name(f"kernels.{level}.so")
     if os.environ.get("DAGMAN_KERNEL") == "off" or not path.exists():
         return None
     try:
@@ -38,11 +38,16 @@ def describe() -> str:
     return f"window attention by the compiled kernel ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def takes(x: Tensor, tokens: int) -> bool:
-    """Whether the kernel can attend in windows of these tokens; what is traced needs PyTorch's own operations."""
-    dtypes = {x.dtype} | ({torch.get_autocast_dtype("cpu")} if torch.is_autocast_enabled("cpu") else set())
+def runs(x: Tensor) -> bool:
+    """Whether a kernel can work on such a tensor; what is traced needs PyTorch's own operations."""
     plain = type(x) is Tensor and x.device.type == "cpu" and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return plain and dtypes <= NAMES.keys() and tokens <= MOST_TOKENS and library() is not None
+    return plain and x.dtype in NAMES and library() is not None
+
+
+def takes(x: Tensor, tokens: int) -> bool:
+    """Whether the kernel can attend in windows of these tokens."""
+    cast = not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") in NAMES
+    return runs(x) and cast and tokens <= MOST_TOKENS
 
 
 def attention(
@@ -88,13 +93,14 @@ class WindowKernel(torch.autograd.Function):
         """Of queries, keys and values, and of the bias."""
         qkv, turned, order, kinds, masks, statistics = ctx.saved_tensors
         into = torch.empty_like(qkv)
-        parts = torch.empty(_loaded().window_ranges(ctypes.c_int64(len(kinds))), *turned.shape)
+        parts = torch.empty(loaded().window_ranges(ctypes.c_int64(len(kinds))), *turned.shape)
         gradient = gradients[0].to(qkv.dtype).contiguous()
         _call("backward", [qkv, turned, order, kinds, masks, statistics, gradient, into, parts], qkv, turned, kinds)
         return into, parts.sum(dim=0).transpose(1, 2).to(ctx.bias_dtype), None, None, None
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The kernels, where there are any."""
     found = library()
     assert found is not None
     return found
@@ -104,6 +110,10 @@ def _call(name: str, tensors: list[Tensor | None], qkv: Tensor, bias: Tensor, ki
     """One function of the kernel, on the addresses of tensors."""
     heads, tokens, _ = bias.shape
     width = qkv.shape[1] // 3 // heads
-    addresses = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     sizes = ctypes.c_int64(len(kinds)), tokens, heads, width, torch.get_num_threads()
-    getattr(_loaded(), f"window_{name}_{NAMES[qkv.dtype]}")(*addresses, *sizes)
+    getattr(loaded(), f"window_{name}_{NAMES[qkv.dtype]}")(*map(address, tensors), *sizes)
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor begins; null for none."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -4,6 +4,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dagman.nets import gpu
+from dagman.nets.rows import LayerNorm
 from dagman.nets.transformer import MLP, DropPath
 from dagman.nets.window import WindowAttention
 from dagman.nets.windows import (
@@ -24,10 +25,10 @@ class WindowBlock(nn.Module):
         self, width: int, *, num_heads: int, window: int, shift: int, mlp_ratio: float, drop_path: float
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn = WindowAttention(width, num_heads=num_heads, window=window, shift=shift)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     def forward(
@@ -85,7 +86,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(8 * width)
+        self.norm = LayerNorm(8 * width)
         self.reduction = nn.Linear(8 * width, 2 * width, bias=False)
 
     def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from dagman.errors import DagmanError
 from dagman.nets import cells
 from dagman.nets.cells import Size
+from dagman.nets.rows import LayerNorm
 from dagman.nets.stage import Stage
 from dagman.nets.transformer import GlobalBlock, check_heads, sine_cosine_position
 from dagman.types import Features, LoadReport, Preparation
@@ -151,7 +152,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, width: int, *, norm: bool) -> None:
         super().__init__()
         self.proj = nn.Conv3d(1, width, kernel_size=PATCH_SIDE, stride=PATCH_SIDE)
-        self.norm = nn.LayerNorm(width) if norm else None
+        self.norm = LayerNorm(width) if norm else None
 
     def forward(self, images: Float[Tensor, "batch 1 x y z"]) -> Float[Tensor, "batch x/2 y/2 z/2 width"]:
         """Embed each patch."""
@@ -191,7 +192,7 @@ class SemanticAttention(nn.Module):
             GlobalBlock(width, num_heads=config.num_heads, mlp_ratio=config.mlp_ratio, query_gain=config.query_gain)
             for _ in range(config.num_blocks)
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
 
     def forward(self, cells: Float[Tensor, "batch x y z width"]) -> SemanticTokens:
         """Attend over the cells."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
+from dagman.nets.rows import LayerNorm, gelu
 
 
 def check_heads(name: str, heads: int, width: int) -> None:
@@ -31,7 +32,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         """Apply to each token."""
-        mixed: Tensor = self.linear2(functional.gelu(self.linear1(x)))
+        mixed: Tensor = self.linear2(gelu(self.linear1(x)))
         return mixed
 
 
@@ -80,13 +81,13 @@ class GlobalBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         with torch.no_grad():
             self.qkv.weight[: 2 * width] *= query_gain
         self.proj = nn.Linear(width, width)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     def forward(

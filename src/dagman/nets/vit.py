@@ -12,6 +12,7 @@ from torch.nn import functional
 from dagman.errors import DagmanError
 from dagman.nets import cells
 from dagman.nets.cells import Size
+from dagman.nets.rows import LayerNorm
 from dagman.nets.transformer import GlobalBlock, check_heads, sine_cosine_position
 from dagman.types import Features, LoadReport, Preparation
 
@@ -131,7 +132,7 @@ class ViTEncoder(nn.Module):
             GlobalBlock(config.width, num_heads=config.num_heads, mlp_ratio=config.mlp_ratio, drop_path=drop_path)
             for drop_path in np.linspace(0, config.drop_path, config.depth).tolist()
         )
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = LayerNorm(config.width)
 
     def forward(
         self,

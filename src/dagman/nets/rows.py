@@ -1,0 +1,87 @@
+"""What is done to each token by itself: on CPUs by the compiled `row_kernel.cpp` where it is there, else by PyTorch.
+
+PyTorch's LayerNorm takes several times as long on narrow tokens of bfloat16, and its gradient of GELU twice as long.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dagman.nets.kernel import NAMES, address, loaded, runs
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over the last dimension, in float32 inside; what comes out has the dtype of what goes in."""
+
+    def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+        """Normalise each token."""
+        if runs(x) and self.weight.dtype == torch.float32:
+            normalised: Tensor = LayerNormKernel.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+            return normalised
+        return super().forward(x)
+
+
+def gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The exact GELU."""
+    if runs(x) and x.requires_grad and torch.is_grad_enabled():
+        activated: Tensor = GeluKernel.apply(x)  # type: ignore[no-untyped-call]
+        return activated
+    return functional.gelu(x)
+
+
+class LayerNormKernel(torch.autograd.Function):
+    """Forward and backward of the compiled LayerNorm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+        """Normalise; two numbers a token are kept for the gradients."""
+        x, width = x.contiguous(), x.shape[-1]
+        out, rows = torch.empty_like(x), x.numel() // width
+        statistics = torch.empty(rows, 2) if any(ctx.needs_input_grad) else None
+        sizes = ctypes.c_int64(rows), width, ctypes.c_float(epsilon), torch.get_num_threads()
+        _of("norm_forward", x)(*map(address, (x, weight, bias, out, statistics)), *sizes)
+        if statistics is not None:
+            ctx.save_for_backward(x, weight, statistics)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the tokens, of weight and of bias."""
+        x, weight, statistics = ctx.saved_tensors
+        into, width = torch.empty_like(x), x.shape[-1]
+        rows = ctypes.c_int64(len(statistics))
+        sums = torch.empty(loaded().row_parts(rows), 2, width)
+        gradient = gradients[0].to(x.dtype).contiguous()
+        given = map(address, (x, weight, statistics, gradient, into, sums))
+        _of("norm_backward", x)(*given, rows, width, torch.get_num_threads())
+        to_weight, to_bias = sums.sum(dim=0)
+        return into, to_weight, to_bias, None
+
+
+class GeluKernel(torch.autograd.Function):
+    """PyTorch's GELU with the compiled gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """As `gelu`."""
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        return functional.gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Of what went in."""
+        (x,) = ctx.saved_tensors
+        into, gradient = torch.empty_like(x), gradients[0].to(x.dtype).contiguous()
+        given = map(address, (x, gradient, into))
+        _of("gelu_backward", x)(*given, ctypes.c_int64(x.numel()), torch.get_num_threads())
+        return into
+
+
+def _of(name: str, x: Tensor) -> Any:
+    """The kernel of that name for the dtype of `x`."""
+    return getattr(loaded(), f"{name}_{NAMES[x.dtype]}")

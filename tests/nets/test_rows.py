@@ -1,0 +1,133 @@
+"""The compiled LayerNorm and GELU against the same written out in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+from torch.profiler import profile
+
+from dagman.nets import kernel, rows
+from dagman.nets.rows import LayerNorm
+
+needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="the kernels were not compiled here")
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    return ((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-9)).item()
+
+
+def norm(width: int) -> LayerNorm:
+    module = LayerNorm(width)
+    torch.nn.init.normal_(module.weight)
+    torch.nn.init.normal_(module.bias)
+    return module
+
+
+def exactly(module: LayerNorm, x: Tensor, probe: Tensor) -> list[Tensor]:
+    """What comes out and all gradients, in float64."""
+    given_ = [value.detach().double().requires_grad_() for value in (x, module.weight, module.bias)]
+    out = functional.layer_norm(given_[0], module.normalized_shape, *given_[1:], module.eps)
+    return [out, *torch.autograd.grad((out * probe.double()).sum(), given_)]
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.one_of(st.integers(1, 200), st.just(3000)),
+    width=st.one_of(st.integers(6, 70), st.sampled_from([96, 192, 768, 1536])),
+    offset=st.sampled_from([0.0, 5.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_layer_norm_and_all_its_gradients_equal_float64(count, width, offset, seed):
+    torch.manual_seed(seed)
+    module, x = norm(width), (torch.randn(count, width) + offset).requires_grad_()
+    probe, out = torch.randn(count, width), module(x)
+    found = [out, *torch.autograd.grad((out * probe).sum(), [x, module.weight, module.bias])]
+    for ours, exact in zip(found, exactly(module, x, probe), strict=True):
+        assert gap(ours, exact) < 1e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize("width", [24, 48, 100])
+def test_bfloat16_is_rounded_only_at_the_door(width):
+    torch.manual_seed(0)
+    module, x = norm(width), torch.randn(500, width).bfloat16().requires_grad_()
+    probe, out = torch.randn(500, width).bfloat16(), module(x)
+    found = [out, *torch.autograd.grad((out * probe).sum(), [x, module.weight, module.bias])]
+    assert [value.dtype for value in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    exact = exactly(module, x, probe)
+    assert max(gap(ours, wanted) for ours, wanted in zip(found[:2], exact[:2], strict=True)) < 2**-8
+    assert max(gap(ours, wanted) for ours, wanted in zip(found[2:], exact[2:], strict=True)) < 1e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 4099])
+def test_gelu_and_its_gradient_equal_float64(count):
+    torch.manual_seed(count)
+    x, probe = (torch.randn(count) * 4).requires_grad_(), torch.randn(count)
+    exact = x.detach().double().requires_grad_()
+    out, wanted = rows.gelu(x), functional.gelu(exact)
+    slope, wanted_slope = (torch.autograd.grad((y * probe).sum(), each)[0] for y, each in ((out, x), (wanted, exact)))
+    assert (out - wanted).abs().max() < 2e-6
+    assert (slope - wanted_slope).abs().max() < 2e-6
+    rounded = x.detach().bfloat16().requires_grad_()
+    (slope,) = torch.autograd.grad((rows.gelu(rounded) * probe.bfloat16()).sum(), rounded)
+    exact = rounded.detach().double().requires_grad_()
+    (wanted_slope,) = torch.autograd.grad((functional.gelu(exact) * probe.bfloat16().double()).sum(), exact)
+    assert slope.dtype == torch.bfloat16
+    assert gap(slope, wanted_slope) < 2**-8
+
+
+@needs_kernel
+def test_gelu_far_out_is_the_identity_or_nothing():
+    x = torch.tensor([-1e30, -40.0, -13.0, 0.0, 13.0, 40.0, 1e30]).requires_grad_()
+    (slope,) = torch.autograd.grad(rows.gelu(x).sum(), x)
+    assert torch.allclose(slope, torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]), atol=1e-6)
+
+
+@needs_kernel
+def test_no_number_stays_no_number():
+    x = torch.full((4, 24), torch.nan, requires_grad=True)
+    out = norm(24)(x)
+    assert out.isnan().all()
+    (slope,) = torch.autograd.grad(rows.gelu(x).sum(), x)
+    assert slope.isnan().all()
+
+
+@needs_kernel
+def test_threads_change_no_bit():
+    torch.manual_seed(0)
+    module, x, before, results = norm(24), torch.randn(5000, 24, requires_grad=True), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = rows.gelu(module(x))
+            results.append([out, *torch.autograd.grad(out.square().sum(), [x, module.weight, module.bias])])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_the_kernel_runs_where_it_can_and_pytorch_elsewhere():
+    for x, ran in ((torch.randn(9, 24), kernel.library() is not None), (torch.randn(9, 24).double(), False)):
+        module = norm(24).to(x.dtype)
+        with profile() as record:
+            rows.gelu(module(x)).sum().backward()
+        names = {event.key for event in record.key_averages()}
+        assert {"LayerNormKernel", "GeluKernel"} <= names if ran else not {"LayerNormKernel", "GeluKernel"} & names
+
+
+def test_it_computes_the_same_with_and_without(monkeypatch):
+    torch.manual_seed(0)
+    module, x = norm(48), torch.randn(2, 3, 4, 48).transpose(0, 1).requires_grad_()
+    results = []
+    for _ in range(2):
+        out = rows.gelu(module(x))
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, module.weight, module.bias])])
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    for one, other in zip(*results, strict=True):
+        assert one.shape == other.shape
+        assert gap(one, other) < 1e-5
