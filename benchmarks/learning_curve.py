@@ -209,14 +209,20 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--threads", type=int, default=0, help="processor threads; 0 for all")
     parser.add_argument("--results", type=Path, help="folder of the result; WORK/results without it")
     arguments, rest = parser.parse_known_args()
-    if len(rest) % 2 or not all(flag.startswith("--") and "." in flag for flag in rest[::2]):
-        parser.error(f"cannot read {' '.join(rest)}; settings are pairs such as --method.guide noisy")
+    settings = pairs(parser, rest)
     if arguments.corpus == "real" and not arguments.data:
         parser.error("--corpus real wants the folder of real CTs: --data FOLDER")
     if arguments.data and (lacking := cases.missing(arguments.data)):
         parser.error(f"{arguments.data} lacks {', '.join(lacking)}")
     arguments.results = arguments.results or arguments.work / "results"
-    return arguments, dict(zip([flag.removeprefix("--") for flag in rest[::2]], rest[1::2], strict=True))
+    return arguments, settings
+
+
+def pairs(parser: argparse.ArgumentParser, rest: Sequence[str]) -> dict[str, str]:
+    """Settings by their dotted names, from what a parser left over."""
+    if len(rest) % 2 or not all(flag.startswith("--") and "." in flag for flag in rest[::2]):
+        parser.error(f"cannot read {' '.join(rest)}; settings are pairs such as --method.guide noisy")
+    return dict(zip([flag.removeprefix("--") for flag in rest[::2]], rest[1::2], strict=True))
 
 
 def gather(arguments: argparse.Namespace, side: int) -> tuple[PreparedStore, dict[str, cases.Crops]]:

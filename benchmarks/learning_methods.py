@@ -1,10 +1,10 @@
 """Do the compared methods learn at a tiny size? Every tiny recipe on the real CTs, three seeds, probed at the end.
 
-    python benchmarks/learning_methods.py --work WORK --data DATA [--steps 300] [--seeds 0 1 2] [--part 0/2]
+    python benchmarks/learning_methods.py --work WORK --data DATA [--steps 300] [--seeds 0 1 2] [--part 0/2] [SETTINGS]
 
-Each run is one of `learning_curve.py` and writes `WORK/results/real-METHOD-seedSEED.json`, or into the folder of
-`--results`, with its length in its name where that is not 300 steps; what is there is not run again, so that the table
-grows over several sittings.
+SETTINGS are pairs such as `--optimisation.precision bf16`. Each run is one of `learning_curve.py` and writes
+`WORK/results/real-METHOD-seedSEED.json`, or into the folder of `--results`, with its length in its name where that is
+not 300 steps; what is there is not run again, so that the table grows over several sittings.
 """
 
 import argparse
@@ -30,24 +30,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, help="folder of the results; WORK/results without it")
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    settings = learning_curve.pairs(parser, rest)
     results = arguments.results or arguments.work / "results"
     part, parts = map(int, arguments.part.split("/"))
     tiny = [name for name in recipes.RECIPES if name.endswith("-tiny")]
     planned = [(name, seed) for seed in arguments.seeds for name in tiny]
     for name, seed in planned[part::parts]:
         chosen = recipes.with_length(recipes.get(name), arguments.steps, None)
-        chosen = config.override(chosen, {"optimisation.seed": seed})
+        chosen = config.override(chosen, {**settings, "optimisation.seed": seed})
         label = name if arguments.steps == STEPS else f"{name}-{arguments.steps}"
         path = results / f"real-{label}-seed{seed}.json"
-        if learning_curve.is_done(path, learning_curve.about(label, "real", seed, chosen), chosen, []):
+        if learning_curve.is_done(
+            path, learning_curve.about(label, "real", seed, chosen, settings=settings), chosen, []
+        ):
             continue
         print(f"{name}, seed {seed}", flush=True)
         script = Path(__file__).with_name("learning_curve.py")
         command = [
             *(sys.executable, script, "--work", arguments.work, "--data", arguments.data, "--corpus", "real"),
             *("--name", label, "--recipe", name, "--seed", seed, "--steps", arguments.steps, "--results", results),
-            *("--threads", arguments.threads, "--device", arguments.device, "--at"),
+            *("--threads", arguments.threads, "--device", arguments.device, *rest, "--at"),
         ]
         subprocess.run(list(map(str, command)), check=True)
 
