@@ -96,3 +96,8 @@ def test_cases_stay_with_their_patient_or_with_the_side_that_a_table_says():
     assert folds == dict(zip(NAMES, NAMES, strict=True))
     sides = protocol.together(NAMES, group_of, classified(VALIDATION, Protocol(split=True)), Protocol(split=True))
     assert sides == {name: "test" if number >= 20 else "training" for number, name in enumerate(NAMES)}
+
+
+def test_a_number_of_folds_beside_a_split_is_refused():
+    with pytest.raises(DagmanError, match=r"E-CONFIG folds: 5 are not drawn beside a split"):
+        Protocol(split=True, folds=5)

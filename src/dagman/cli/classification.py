@@ -1,19 +1,17 @@
-"""The verbs of classification: classify probe, finetune and predict."""
+"""The verbs of classification: classify probe and finetune; predict is in `predicting`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from dagman.cli.predicting import predict, say_result
 from dagman.cli.watching import (
-    PREDICT,
     STOPPED,
     Crop,
     Device,
     Output,
-    Sources,
     Switch,
-    by,
     claim,
     next_step,
     progress,
@@ -23,21 +21,17 @@ from dagman.cli.watching import (
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
-    from dagman.ct.store import PreparedStore
-    from dagman.tasks.classifier import Classifier
     from dagman.tasks.embed import Origin
     from dagman.tasks.protocol import Protocol
     from dagman.tasks.table import Table
-    from dagman.types import Preparation
 
 classify = App(
     name="classify",
     help="Predict labels: a linear probe on frozen features, fine-tuning, and new cases.",
     help_format="plaintext",
 )
+classify.command(predict)
 Data = Annotated[Path, Parameter(name=["--input", "-i"])]
-MOST_NAMED = 10
-"""Of scans that cannot be used."""
 PROBE = "classify probe"
 GroupBy = Literal["patient", "case"]
 Unlabelled = Literal["refuse", "leave_out"]
@@ -139,25 +133,9 @@ def _probed(
     written = classifying.write(found, place, more)
     files.write_bytes(place / "roc.png", roc.png({f"{place.name}: {found.auc()}": found}))
     result = predictions.summary(found) | more
-    _say(result)
+    say_result(result)
     say(f"wrote {', '.join(map(str, written))} and {place / 'roc.png'}")
     return result
-
-
-def _say(result: dict[str, Any]) -> None:
-    """What was found, for a person."""
-    from dagman.tasks import leakage, predictions
-
-    grouped = f"{result['patients']} patients" if result["patients"] else "patients unknown"
-    counts = ", ".join(f"{count} {name}" for name, count in result["classes"].items())
-    shown = f", crops of {by(result['crop_mm'])} mm" if result.get("crop_mm") else ""
-    say(f"{result['cases']} tested cases ({counts}), {grouped}, {result['protocol']}{shown}")
-    for line in predictions.lines(result):
-        print(line)
-    if result["warning"]:
-        say(f"Note: {result['warning']}")
-    if "pretraining_overlap" in result:
-        say(f"Note: {leakage.line(result['pretraining_overlap'])}")
 
 
 def _spread(results: list[dict[str, Any]], output: Path) -> None:
@@ -331,98 +309,8 @@ def finetune(
             say(STOPPED)
             return ExitCode.STOPPED
         results.append(result)
-        _say(result)
+        say_result(result)
         say(f"wrote {place / 'predictions.csv'}, {place / 'result.json'} and {place / 'roc.png'}")
     _spread(results, output)
     next_step(f"dagman classify predict --weights {place} -i SCANS -o {output / 'predicted'}")
     return ExitCode.OK
-
-
-@classify.command
-def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1, device: Device = "cpu") -> int:
-    """Classify new CTs; those that cannot be used are named, and the rest goes on.
-
-    Args:
-        weights: Output of `dagman classify finetune` (the mean of its folds), one of its folds, or `classifier` of a
-            probe.
-        sources: CT files, folders, DICOM trees, a CSV (with masks, if the classifier learnt around masks), or a
-            prepared store.
-        output: Folder for predictions.csv, with all scans prepared into its folder `prepared`, by this call or earlier.
-            Where scans have labels (a CSV), `tested` says what predictions are worth.
-        workers: Processes that prepare scans.
-        device: `cpu` or `cuda`.
-    """
-    from dagman.ct.store import MANIFEST, PreparedStore
-    from dagman.nets.classifier import EncoderClassifier
-    from dagman.tasks import classifier as classifiers
-
-    claim(output, PREDICT)
-    loaded = classifiers.load(weights)
-    first = loaded[0]
-    say(f"{len(loaded)} classifiers of {', '.join(first.names)}")
-    given = len(sources) == 1 and (sources[0] / MANIFEST).is_file()
-    stored = sources[0] if given else output / "prepared"
-    rejected = 0 if given else _prepared(sources, stored, first.network.preparation, workers)
-    store = PreparedStore(stored)
-    rows, said = classifiers.usable(loaded, store)
-    for line in said:
-        say(line)
-    if not rows:
-        say("no scan can be used")
-        return ExitCode.NOTHING_USABLE
-    with progress("Classifying") as tell:
-        table, called = classifiers.predict(loaded, store, rows, device=device, progress=tell)
-    path = classifiers.write_predictions(table, called, first.names, output)
-    say(f"{len(called)} cases: " + ", ".join(f"{called.count(name)} {name}" for name in first.names))
-    say(f"wrote {path}")
-    _tested(table, loaded, store, weights, output / "tested")
-    if isinstance(first.network, EncoderClassifier) and first.network.encoder.config.has_cls:
-        place = classifiers.places(weights)[0]
-        next_step(f"dagman attention --weights {place} -i SCANS -o {output / 'attention'}")
-    return ExitCode.REJECTED if rejected or len(rows) < len(store) else ExitCode.OK
-
-
-def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", weights: Path, folder: Path) -> None:
-    """Where new cases have labels, say and write what the predictions are worth."""
-    from dagman.ct import crops
-    from dagman.tasks import classifier as classifiers
-    from dagman.tasks import leakage, predictions
-    from dagman.tasks.classify import TASK
-
-    seen = [leakage.seen(store.rows, place, head=True) for place in classifiers.places(weights)]
-    learnt = {case for one in seen for case, tasks in one.learnt.items() if TASK in tasks}
-    try:
-        found = classifiers.tested(table, loaded, learnt)
-    except DagmanError as error:
-        say(f"{error}; what the predictions are worth is not told")
-        return
-    if learnt:
-        say(f"the classifier learnt from labels of {len(learnt)} of these cases or their patients: they test nothing")
-    if not found:
-        return
-    more = {
-        "made_by": PREDICT,
-        "method": f"{len(loaded)} classifiers of {weights}, tested on cases that they did not learn from",
-        "protocol": "frozen classifier and threshold",
-        "crop_mm": crops.sides_mm(store, loaded[0].network.preparation.crop),
-        "crops_around": crops.around(store),
-        "pretraining_overlap": leakage.report(seen[0], found.case_ids),
-    }
-    paths = predictions.write(found, folder, more)
-    _say(predictions.summary(found) | more)
-    say(f"wrote {' and '.join(map(str, paths))}")
-
-
-def _prepared(sources: list[Path], stored: Path, preparation: "Preparation", workers: int) -> int:
-    """Bring new scans into the form that a classifier knows; name those that cannot be used, and count them."""
-    from dagman.ct.prepare import REJECTED, PrepareConfig, prepare
-    from dagman.files import read_lines
-
-    with progress("Preparing") as tell:
-        config = PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
-        summary = prepare(sources, stored, config, workers=workers, progress=tell)
-    for row in read_lines(stored / REJECTED)[:MOST_NAMED]:
-        say(f"E-{row['code']} {row['case_id'] or row['source']}: {row['problem']}; {row['advice']}")
-    if summary.rejected > MOST_NAMED:
-        say(f"and {summary.rejected - MOST_NAMED} more: see {stored / REJECTED}")
-    return summary.rejected

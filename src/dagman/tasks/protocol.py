@@ -50,6 +50,8 @@ class Protocol:
             raise DagmanError("CONFIG", "fraction", f"cannot be {self.fraction}", "give a share above 0, up to 1")
         if self.folds < 2:
             raise DagmanError("CONFIG", "folds", f"cannot be {self.folds}", "give at least 2, or use the split column")
+        if self.split and self.folds != Protocol.folds:
+            raise DagmanError("CONFIG", "folds", f"{self.folds} are not drawn beside a split", "leave one of both out")
 
     @property
     def words(self) -> str:
