@@ -9,6 +9,7 @@ a side, does not.
 
 import argparse
 import functools
+import json
 import time
 from pathlib import Path
 
@@ -73,10 +74,14 @@ def main() -> None:
     asked = asked._replace(hu=asked.middle(chosen.data.crop[0]))
     put = functools.partial(ask, asked=asked)
     plain = [put(baselines.untrained(chosen, seed)) for seed in range(baselines.UNTRAINED)]
-    rows = []
+    rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
     for corpus in CORPORA:
-        for seed in range(SEEDS):
-            for name, answers in put(curve.last(given.work, f"{corpus}-tiny-seed{seed}")[1]).items():
+        names = [f"{corpus}-tiny-seed{seed}" for seed in range(SEEDS)]
+        if not all((given.work / "encoders" / name).is_dir() for name in names):
+            continue  # its rows stay as they are
+        rows = [row for row in rows if row["corpus"] != corpus]
+        for seed, run in enumerate(names):
+            for name, answers in put(curve.last(given.work, run)[1]).items():
                 for labels, scores in answers.items():
                     others = [one[name][labels] for one in plain]
                     row = {"corpus": corpus, "seed": seed, "features": name, "labels": labels}
@@ -85,6 +90,7 @@ def main() -> None:
                     row["untrained"] = round(float(np.mean([other.statistic(once)[0] for other in others])), 4)
                     rows.append(row)
             print(f"{corpus}, seed {seed}: asked", flush=True)
+    rows.sort(key=lambda row: CORPORA.index(row["corpus"]))
     about = {"date": time.strftime("%Y-%m-%d"), "machine": describe_environment()["versions"]}
     files.write_json(given.json, about | {"question": QUESTION, "rows": rows})
     print(f"wrote {given.json}")

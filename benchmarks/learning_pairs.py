@@ -8,6 +8,7 @@ knew the volume alone would meet the first two alike. Only runs of `dagman-tiny`
 """
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -86,15 +87,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "learning-pairs.json")
     asked = parser.parse_args()
     stores = {"real": asked.work / "real", "phantoms": asked.work / "phantoms_160"}
-    rows = []
+    rows = json.loads(asked.json.read_text())["rows"] if asked.json.exists() else []
     for folder in sorted((asked.work / "runs").glob("*-tiny-seed[0-9]")):
         run, corpus = Run(folder), folder.name.split("-")[0]
         if folder.name != f"{corpus}-tiny-seed{folder.name[-1]}":
             continue
         chosen = config.from_dict(PretrainConfig, yaml.safe_load(run.config_file.read_text()))
         found = ask(module_of(run, chosen), chosen, PreparedStore(stores[corpus]), asked.batches)
-        rows.append({"corpus": corpus, "seed": chosen.optimisation.seed, **found})
+        named = {"corpus": corpus, "seed": chosen.optimisation.seed}
+        rows = [row for row in rows if not named.items() <= row.items()] + [named | found]  # of others stay as they are
         print(corpus, chosen.optimisation.seed, found, flush=True)
+    rows.sort(key=lambda row: (row["corpus"], row["seed"]))
     result = {"batches": asked.batches, "rows": rows, "date": time.strftime("%Y-%m-%d")}
     files.write_json(asked.json, result | {"machine": describe_environment()["versions"]})
     print(f"wrote {asked.json}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dagman.errors import DagmanError
-from dagman.nets.heads import ProjectionHead, VoxelHead
+from dagman.nets.heads import ProjectionHead, VoxelHead, WeightNorm
 from dagman.pretext import hiding
 
 
@@ -26,6 +26,22 @@ def test_logits_are_cosines_between_unit_vectors(head):
 def test_the_mean_bottleneck_gives_the_mean_logits(head):
     bottleneck = head.project(torch.randn(100, 48))
     torch.testing.assert_close(head.logits(bottleneck.mean(0)), head.logits(bottleneck).mean(0))
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4)])
+def test_the_gradient_of_the_logits_is_exact(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(WeightNorm.apply, (x, weight))
+    expected = torch.nn.functional.linear(x, weight) / weight.norm(dim=-1)
+    torch.testing.assert_close(WeightNorm.apply(x, weight), expected)
+
+
+def test_a_prototype_of_zeros_gives_no_nan():
+    weight = torch.zeros(3, 4, requires_grad=True)
+    WeightNorm.apply(torch.randn(5, 4), weight).sum().backward()
+    assert weight.grad.isfinite().all()
 
 
 def test_the_gain_of_the_prototypes_is_fixed(head):
