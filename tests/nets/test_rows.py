@@ -62,28 +62,52 @@ def test_bfloat16_is_rounded_only_at_the_door(width):
     assert max(gap(ours, wanted) for ours, wanted in zip(found[2:], exact[2:], strict=True)) < 1e-5
 
 
+def linear(width: int, outputs: int) -> torch.nn.Linear:
+    layer = torch.nn.Linear(width, outputs)
+    torch.nn.init.normal_(layer.bias)
+    return layer
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.one_of(st.integers(1, 200), st.just(3000)),
+    outputs=st.one_of(st.integers(1, 70), st.sampled_from([96, 768])),
+    seed=st.integers(0, 2**16),
+)
+def test_gelu_of_a_layer_and_all_its_gradients_equal_float64(count, outputs, seed):
+    torch.manual_seed(seed)
+    layer, x, probe = linear(8, outputs), (torch.randn(count, 8) * 4).requires_grad_(), torch.randn(count, outputs)
+    exact = [value.detach().double().requires_grad_() for value in (x, layer.weight, layer.bias)]
+    out, wanted = rows.linear_gelu(x, layer), functional.gelu(functional.linear(*exact))
+    found = torch.autograd.grad((out * probe).sum(), [x, layer.weight, layer.bias])
+    gradients = torch.autograd.grad((wanted * probe).sum(), exact)
+    assert (out - wanted).abs().max() < 1e-5
+    for ours, gradient in zip(found, gradients, strict=True):
+        assert (ours - gradient).abs().max() < 1e-5 * gradient.abs().max().clamp_min(1.0)
+
+
 @needs_kernel
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 4099])
-def test_gelu_and_its_gradient_equal_float64(count):
+def test_gelu_alone_equals_float64(count):
     torch.manual_seed(count)
-    x, probe = (torch.randn(count) * 4).requires_grad_(), torch.randn(count)
-    exact = x.detach().double().requires_grad_()
-    out, wanted = rows.gelu(x), functional.gelu(exact)
-    slope, wanted_slope = (torch.autograd.grad((y * probe).sum(), each)[0] for y, each in ((out, x), (wanted, exact)))
-    assert (out - wanted).abs().max() < 2e-6
-    assert (slope - wanted_slope).abs().max() < 2e-6
-    rounded = x.detach().bfloat16().requires_grad_()
-    (slope,) = torch.autograd.grad((rows.gelu(rounded) * probe.bfloat16()).sum(), rounded)
-    exact = rounded.detach().double().requires_grad_()
-    (wanted_slope,) = torch.autograd.grad((functional.gelu(exact) * probe.bfloat16().double()).sum(), exact)
-    assert slope.dtype == torch.bfloat16
-    assert gap(slope, wanted_slope) < 2**-8
+    x, bias, probe = torch.randn(3, count) * 4, torch.zeros(count), torch.randn(3, count)
+    for dtype, within in ((torch.float32, 2e-6), (torch.bfloat16, None)):
+        given_, exact = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
+        out, wanted = rows.GeluKernel.apply(given_, bias), functional.gelu(exact)
+        (slope,) = torch.autograd.grad((out * probe.to(dtype)).sum(), given_)
+        (steep,) = torch.autograd.grad((wanted * probe.to(dtype).double()).sum(), exact)
+        assert out.dtype == slope.dtype == dtype
+        for ours, right in ((out, wanted), (slope, steep)):
+            assert gap(ours, right) < 2**-8 if within is None else (ours - right).abs().max() < within
 
 
 @needs_kernel
 def test_gelu_far_out_is_the_identity_or_nothing():
     x = torch.tensor([-1e30, -40.0, -13.0, 0.0, 13.0, 40.0, 1e30]).requires_grad_()
-    (slope,) = torch.autograd.grad(rows.gelu(x).sum(), x)
+    out = rows.GeluKernel.apply(x, torch.zeros(7))
+    (slope,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(out, torch.tensor([0.0, 0.0, 0.0, 0.0, 13.0, 40.0, 1e30]))
     assert torch.allclose(slope, torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]), atol=1e-6)
 
 
@@ -92,19 +116,22 @@ def test_no_number_stays_no_number():
     x = torch.full((4, 24), torch.nan, requires_grad=True)
     out = norm(24)(x)
     assert out.isnan().all()
-    (slope,) = torch.autograd.grad(rows.gelu(x).sum(), x)
+    out = rows.GeluKernel.apply(x, torch.zeros(24))
+    assert out.isnan().all()
+    (slope,) = torch.autograd.grad(out.sum(), x)
     assert slope.isnan().all()
 
 
 @needs_kernel
 def test_threads_change_no_bit():
     torch.manual_seed(0)
-    module, x, before, results = norm(24), torch.randn(5000, 24, requires_grad=True), torch.get_num_threads(), []
+    module, layer, x = norm(24), linear(24, 40), torch.randn(5000, 24, requires_grad=True)
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            out = rows.gelu(module(x))
-            results.append([out, *torch.autograd.grad(out.square().sum(), [x, module.weight, module.bias])])
+            out = rows.linear_gelu(module(x), layer)
+            results.append([out, *torch.autograd.grad(out.square().sum(), [x, module.weight, module.bias, layer.bias])])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -115,18 +142,18 @@ def test_the_kernel_runs_where_it_can_and_pytorch_elsewhere():
     for x, ran in ((torch.randn(9, 24), kernel.library() is not None), (torch.randn(9, 24).double(), False)):
         module = norm(24).to(x.dtype)
         with profile() as record:
-            rows.gelu(module(x)).sum().backward()
+            rows.linear_gelu(module(x), linear(24, 5).to(x.dtype)).sum().backward()
         names = {event.key for event in record.key_averages()}
         assert {"LayerNormKernel", "GeluKernel"} <= names if ran else not {"LayerNormKernel", "GeluKernel"} & names
 
 
 def test_it_computes_the_same_with_and_without(monkeypatch):
     torch.manual_seed(0)
-    module, x = norm(48), torch.randn(2, 3, 4, 48).transpose(0, 1).requires_grad_()
+    module, layer, x = norm(48), linear(48, 20), torch.randn(2, 3, 4, 48).transpose(0, 1).requires_grad_()
     results = []
     for _ in range(2):
-        out = rows.gelu(module(x))
-        results.append([out, *torch.autograd.grad(out.square().sum(), [x, module.weight, module.bias])])
+        out = rows.linear_gelu(module(x), layer)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, module.weight, module.bias, layer.bias])])
         monkeypatch.setattr(kernel, "library", lambda: None)
     for one, other in zip(*results, strict=True):
         assert one.shape == other.shape

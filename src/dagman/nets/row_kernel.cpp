@@ -1,4 +1,4 @@
-// What is done to each token by itself: LayerNorm with its gradients, and the gradient of GELU; float32 inside.
+// What is done to each token by itself: LayerNorm with its gradients, and the gradients of GELU; float32 inside.
 //
 // Rows are dealt out in parts that do not depend on the threads: sums come out the same with any.
 
@@ -93,7 +93,7 @@ void norm_backward(const T* x, const float* weight, const float* statistics, con
     }
 }
 
-// The normal distribution function and x times its density: Abramowitz and Stegun 7.1.26, within 1.5e-7.
+// The normal distribution function (Abramowitz and Stegun 7.1.26, within 1e-7) and x times its density.
 inline V gelu_slope(V x) {
     const V bell = power_of_two(x * x * (-0.5f * LOG2_E));
     const V t = reciprocal(largest(x, -x) * 0.2316418882f + 1.0f);
@@ -106,18 +106,22 @@ inline V gelu_slope(V x) {
     return (x > 0.0f ? 1.0f - tail : tail) + x * bell * 0.3989422804f;
 }
 
+// sums: (parts, width), over the rows: the gradient of a bias before the GELU.
 template <typename T>
-void gelu_backward(const T* x, const T* gradient, T* into, int64_t count, int threads) {
-    const Parts parts(count / W);
+void gelu_backward(const T* x, const T* gradient, T* into, float* sums, int64_t rows, int width, int threads) {
+    const Parts parts(rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts.count > 1)
     for (int part = 0; part < parts.count; ++part) {
         const FlushDenormals flushed;
-        for (int64_t i = parts.bound(part) * W; i < parts.bound(part + 1) * W; i += W)
-            put(row(gradient + i, W) * gelu_slope(row(x + i, W)), into + i, W);
-    }
-    if (const int rest = int(count % W)) {
-        const int64_t i = count - rest;
-        put(row(gradient + i, rest) * gelu_slope(row(x + i, rest)), into + i, rest);
+        float* to_bias = sums + int64_t(part) * width;
+        std::fill_n(to_bias, width, 0.0f);
+        for (int64_t r = parts.bound(part); r < parts.bound(part + 1); ++r)
+            for (int c = 0; c < width; c += W) {
+                const int count = std::min(W, width - c);
+                const V back = row(gradient + r * width + c, count) * gelu_slope(row(x + r * width + c, count));
+                put(back, into + r * width + c, count);
+                put(row(to_bias + c, count) + back, to_bias + c, count);
+            }
     }
 }
 
@@ -132,8 +136,9 @@ void gelu_backward(const T* x, const T* gradient, T* into, int64_t count, int th
                                          T* into, float* sums, int64_t rows, int width, int threads) {                 \
         norm_backward<T>(x, weight, statistics, gradient, into, sums, rows, width, threads);                           \
     }                                                                                                                  \
-    extern "C" void gelu_backward_##NAME(const T* x, const T* gradient, T* into, int64_t count, int threads) {         \
-        gelu_backward<T>(x, gradient, into, count, threads);                                                           \
+    extern "C" void gelu_backward_##NAME(const T* x, const T* gradient, T* into, float* sums, int64_t rows, int width, \
+                                         int threads) {                                                                \
+        gelu_backward<T>(x, gradient, into, sums, rows, width, threads);                                               \
     }
 
 EXPORTED(float32, float)

@@ -1,6 +1,7 @@
 """What is done to each token by itself: on CPUs by the compiled `row_kernel.cpp` where it is there, else by PyTorch.
 
-PyTorch's LayerNorm takes several times as long on narrow tokens of bfloat16, and its gradient of GELU twice as long.
+PyTorch's LayerNorm takes several times as long on narrow tokens of bfloat16, and its gradient of GELU twice as long;
+the gradient of the bias before it costs another pass there.
 """
 
 import ctypes
@@ -25,12 +26,13 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x)
 
 
-def gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The exact GELU."""
-    if runs(x) and x.requires_grad and torch.is_grad_enabled():
-        activated: Tensor = GeluKernel.apply(x)  # type: ignore[no-untyped-call]
+def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Linear) -> Float[Tensor, "*shape outputs"]:
+    """A linear layer and the exact GELU."""
+    if runs(x) and torch.is_grad_enabled() and layer.bias.dtype == torch.float32:
+        mixed = functional.linear(x, layer.weight, layer.bias.detach())
+        activated: Tensor = GeluKernel.apply(mixed, layer.bias)  # type: ignore[no-untyped-call]
         return activated
-    return functional.gelu(x)
+    return functional.gelu(layer(x))
 
 
 class LayerNormKernel(torch.autograd.Function):
@@ -63,23 +65,23 @@ class LayerNormKernel(torch.autograd.Function):
 
 
 class GeluKernel(torch.autograd.Function):
-    """PyTorch's GELU with the compiled gradient."""
+    """PyTorch's GELU with the compiled gradients: of what goes in, and of a bias that was added to it before."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """As `gelu`."""
-        x = x.contiguous()
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG004
+        """Activate; `bias` is in `x` already."""
+        ctx.save_for_backward(x.contiguous())
         return functional.gelu(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Of what went in."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in one pass."""
         (x,) = ctx.saved_tensors
-        into, gradient = torch.empty_like(x), gradients[0].to(x.dtype).contiguous()
-        given = map(address, (x, gradient, into))
-        _of("gelu_backward", x)(*given, ctypes.c_int64(x.numel()), torch.get_num_threads())
-        return into
+        into, gradient, width = torch.empty_like(x), gradients[0].to(x.dtype).contiguous(), x.shape[-1]
+        rows = ctypes.c_int64(x.numel() // width)
+        sums = torch.empty(loaded().row_parts(rows), width)
+        _of("gelu_backward", x)(*map(address, (x, gradient, into, sums)), rows, width, torch.get_num_threads())
+        return into, sums.sum(dim=0)
 
 
 def _of(name: str, x: Tensor) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
-from dagman.nets.rows import LayerNorm, gelu
+from dagman.nets.rows import LayerNorm, linear_gelu
 
 
 def check_heads(name: str, heads: int, width: int) -> None:
@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         """Apply to each token."""
-        mixed: Tensor = self.linear2(gelu(self.linear1(x)))
+        mixed: Tensor = self.linear2(linear_gelu(x, self.linear1))
         return mixed
 
 
