@@ -3,6 +3,7 @@
 `pip install` runs it; `python hatch_build.py` compiles again after a change.
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -17,7 +18,6 @@ except ImportError:  # run by hand, outside a build
     BuildHookInterface = object
 
 FOLDER = Path(__file__).parent / "src" / "dagman" / "nets"
-SOURCES = ("window_kernel", "row_kernel")
 LEVELS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3"}
 """The processor decides at run time which of both is loaded."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
@@ -25,17 +25,21 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 
 def compile_kernels() -> list[Path]:
     """Compile for each level of the instruction set; what was compiled. Says once why nothing was."""
+    for old in FOLDER.glob("*kernel*.so"):
+        old.unlink()
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux" or platform.machine() != "x86_64" or compiler is None:
-        print("dagman: no C++ compiler for Linux on x86-64 found; attention will run in PyTorch alone", file=sys.stderr)
+        print("dagman: no C++ compiler for Linux on x86-64 found; all will run in PyTorch alone", file=sys.stderr)
         return []
     return [library for name, level in LEVELS.items() if (library := _compile(compiler.split(), name, level))]
 
 
 def _compile(compiler: list[str], name: str, level: str) -> Path | None:
     """One library of all kernels; None, with the reason, where that fails."""
-    library = FOLDER / f"kernels.{name}.so"
-    compiled = {FOLDER / f"{source}.cpp": FOLDER / f"{source}.{name}.o" for source in SOURCES}
+    sources = sorted(FOLDER.glob("*_kernel.cpp"))
+    text = b"".join(path.read_bytes() for path in [*sources, FOLDER / "vectors.h"])
+    library = FOLDER / f"kernels.{name}.{hashlib.sha256(text).hexdigest()[:12]}.so"  # as `dagman.nets.kernel` asks for
+    compiled = {source: source.with_suffix(f".{name}.o") for source in sources}
     # Linked without -fopenmp: the functions of OpenMP come from the one library that PyTorch has loaded.
     commands = [
         *(
@@ -47,9 +51,11 @@ def _compile(compiler: list[str], name: str, level: str) -> Path | None:
     try:
         for command in commands:
             subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+        if not library.exists():
+            raise OSError(f"{compiler[0]} wrote nothing")
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
-        print(f"dagman: no {name} kernels, attention will run in PyTorch alone: {why}", file=sys.stderr)
+        print(f"dagman: no {name} kernels, all will run in PyTorch alone: {why}", file=sys.stderr)
         library.unlink(missing_ok=True)
         return None
     finally:

@@ -86,26 +86,38 @@ def without_network(questions: Questions, window_hu: tuple[float, float]) -> dic
     }
 
 
-def chance(questions: Questions, window_hu: tuple[float, float]) -> list[dict[str, Any]]:
-    """AUCs of labels that were drawn again: mean, and where 95 of 100 lie."""
-    rows = []
+def chance(questions: Questions, window_hu: tuple[float, float], folder: Path) -> list[dict[str, Any]]:
+    """AUCs of labels that were drawn again: mean, and where 95 of 100 lie; kept in the folder, as all runs share it."""
+    rows: list[dict[str, Any]] = []
     for question, asked in questions.items():
-        features = histogram(asked.hu, window_hu)[probes.TOGETHER]
-        groups = [np.flatnonzero(asked.patients == patient) for patient in np.unique(asked.patients)]
-        draws, once = generator(0, "learning.chance", question), np.ones((1, len(asked.words)))
-        found: dict[int | None, list[float]] = {labels: [] for labels in probes.LABELS}
-        for _ in range(PERMUTATIONS):
-            words = asked.words.copy()
-            for group in groups:
-                words[group] = words[draws.permutation(group)]
-            for labels, values in found.items():
-                values.append(
-                    float(probes.probe(features, words, asked.patients, labels, asked.scored).statistic(once)[0])
-                )
+        key = hashlib.sha256(
+            repr([question, window_hu, probes.STRENGTH, asked.words.tolist(), asked.patients.tolist()]).encode()
+        )
+        key.update(np.ascontiguousarray(asked.hu))
+        path = folder / f"chance-{key.hexdigest()[:16]}.json"
+        if not path.exists():
+            files.write_json(path, _chance(question, asked, window_hu))
+        rows += json.loads(path.read_text())
+    return rows
+
+
+def _chance(question: str, asked: Crops, window_hu: tuple[float, float]) -> list[dict[str, Any]]:
+    """Of one question."""
+    rows = []
+    features = histogram(asked.hu, window_hu)[probes.TOGETHER]
+    groups = [np.flatnonzero(asked.patients == patient) for patient in np.unique(asked.patients)]
+    draws, once = generator(0, "learning.chance", question), np.ones((1, len(asked.words)))
+    found: dict[int | None, list[float]] = {labels: [] for labels in probes.LABELS}
+    for _ in range(PERMUTATIONS):
+        words = asked.words.copy()
+        for group in groups:
+            words[group] = words[draws.permutation(group)]
         for labels, values in found.items():
-            low, high = np.quantile(values, (0.025, 0.975))
-            row = {"mean": np.mean(values), "low": low, "high": high}
-            rows.append({"question": question, "labels": labels} | {key: round(float(row[key]), 4) for key in row})
+            values.append(float(probes.probe(features, words, asked.patients, labels, asked.scored).statistic(once)[0]))
+    for labels, values in found.items():
+        low, high = np.quantile(values, (0.025, 0.975))
+        row = {"mean": np.mean(values), "low": low, "high": high}
+        rows.append({"question": question, "labels": labels} | {key: round(float(row[key]), 4) for key in row})
     return rows
 
 

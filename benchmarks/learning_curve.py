@@ -372,7 +372,7 @@ def main() -> None:
         },
         "untrained": [table(one, [other for other in networks if other is not one], {}) for one in networks],
         "baselines": {kind: table(asked, networks, {}) for kind, asked in plain.items()},
-        "chance": baselines.chance(questions, chosen.data.window_hu),
+        "chance": baselines.chance(questions, chosen.data.window_hu, arguments.work / "untrained"),
         "probes": [looks | {"rows": table(answers, networks, plain)} for answers, looks in probed],
         "alarms": alarms(Run(arguments.work / "runs" / name)),
         "curve": curve(Run(arguments.work / "runs" / name)),

@@ -25,7 +25,7 @@ CURVES = {
     "grad_norm": 1,
 }
 """Columns of `metrics.jsonl` that a user may lay theirs beside, and digits."""
-STOPS = (0, 100, 200, 300, 600, 1000)
+STOPS = (0, 100, 300, 600, 1000)
 """Steps at which the recorded runs were asked."""
 
 QUESTIONS = {

@@ -28,7 +28,7 @@ def test_the_mean_bottleneck_gives_the_mean_logits(head):
     torch.testing.assert_close(head.logits(bottleneck.mean(0)), head.logits(bottleneck).mean(0))
 
 
-@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (5, 4), (2, 3, 4)])
 def test_the_gradient_of_the_logits_is_exact(shape):
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)

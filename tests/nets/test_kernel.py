@@ -1,10 +1,12 @@
 """The compiled window attention against the same written out in float64."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from runpy import run_path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +107,16 @@ def test_threads_change_no_bit():
 
 
 @needs_kernel
+def test_no_number_in_one_key_reaches_every_query_of_its_window():
+    qkv, bias, order, _, masks = case(2, 64, 1, 12)
+    poisoned = qkv.detach().clone()
+    poisoned[order[7], 12] = torch.nan  # a key of the first window
+    mixed = kernel.attention(poisoned, bias, order, torch.zeros(2, dtype=torch.int32), masks)
+    assert mixed[order[:64]].isnan().all()
+    assert mixed[order[64:]].isfinite().all()
+
+
+@needs_kernel
 def test_logits_far_apart_give_no_nan():
     given_ = case(3, 64, 1, 12)
     mixed = kernel.attention(given_[0] * 100, *given_[1:])
@@ -164,15 +176,47 @@ def test_it_can_be_switched_off():
     assert told.startswith("None window attention in PyTorch alone")
 
 
-@pytest.mark.parametrize("compiler", [None, "/no/such/compiler", "false"])
-def test_no_compiler_is_no_error(compiler, tmp_path, monkeypatch, capsys):
-    hook = run_path(str(ROOT / "hatch_build.py"))
-    compiling = hook["compile_kernels"]
-    monkeypatch.setitem(compiling.__globals__, "FOLDER", tmp_path)
+@pytest.fixture
+def hook(tmp_path, monkeypatch) -> dict[str, Any]:
+    """The build's own, on a copy of the sources beside which an older library lies."""
+    found = run_path(str(ROOT / "hatch_build.py"))
+    for source in [*found["FOLDER"].glob("*.cpp"), *found["FOLDER"].glob("*.h")]:
+        shutil.copy(source, tmp_path)
+    (tmp_path / "kernels.avx2.0123.so").write_text("of other sources")
+    monkeypatch.setitem(found["compile_kernels"].__globals__, "FOLDER", tmp_path)
     monkeypatch.delenv("CXX", raising=False)
+    return found
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ here")
+def test_a_compiler_makes_the_library_that_is_asked_for(hook, tmp_path, monkeypatch):
+    monkeypatch.setitem(hook["compile_kernels"].__globals__, "LEVELS", {"avx2": "x86-64-v3"})
+    assert hook["compile_kernels"]() == [tmp_path / f"kernels.avx2.{kernel.sources()}.so"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".cpp", ".cpp", ".h", ".so"]
+
+
+@needs_kernel
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="what runs here is AVX2 already")
+def test_avx2_computes_the_same(tmp_path):
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_kernel as t; from dagman.nets import kernel\n"
+        "assert kernel.describe().endswith('(AVX2)'), kernel.describe()\n"
+        "t.test_outputs_and_all_gradients_equal_float64(); t.test_bfloat16_is_rounded_only_at_the_door(27, 7)\n"
+        "import test_rows as r; r.test_layer_norm_and_all_its_gradients_equal_float64()\n"
+        "r.test_gelu_of_a_layer_and_all_its_gradients_equal_float64()\n"
+        "r.test_bfloat16_is_rounded_only_at_the_door(100)\n"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}, cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("compiler", [None, "/no/such/compiler", "false", "true"])
+def test_no_compiler_is_no_error(compiler, hook, tmp_path, monkeypatch, capsys):
+    compiling = hook["compile_kernels"]
     if compiler:
         monkeypatch.setenv("CXX", compiler)
     else:
         monkeypatch.setattr(hook["shutil"], "which", lambda name: None)
     assert compiling() == []
-    assert "attention will run in PyTorch alone" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.so")), "the older one would not fit"
+    assert "will run in PyTorch alone" in capsys.readouterr().err

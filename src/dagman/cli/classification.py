@@ -59,7 +59,7 @@ def probe(
         output: Folder for predictions.csv, result.json, roc.png and classifier/ (for `dagman classify predict`).
         labels: CSV `case_id,label`, in place of the labels of the prepared store.
         positive: The positive one of two labels, where labels are words.
-        folds: Folds of the cross-validation.
+        folds: Folds of the cross-validation; not beside `--split`.
         split: Use the column `split` (train, validation, test; or fold-0, fold-1, ...) in place of our folds.
         fraction: Of the patients to learn from and to choose on, for few-shot studies: 0.25, 0.5.
         draws: Of the fraction; each is a study of its own, in draw-0, draw-1, ...
@@ -227,7 +227,7 @@ def finetune(
             encoder), or at `random`.
         crop: Voxels (x, y, z) of a crop, such as 64,64,64; the encoder's own without.
         positive: The positive one of two labels, where labels are words.
-        folds: Number of folds.
+        folds: Number of folds; not beside `--split`.
         split: Use the store's column `split` (train, validation, test; or fold-0, fold-1, ...) in place of our folds.
         fraction: Of the patients to learn from and to choose on, for few-shot studies: 0.25, 0.5.
         draws: Of the fraction; each is a study of its own, in draw-0, draw-1, ...

@@ -75,7 +75,7 @@ def train(
             of a run folder; `dagman-tiny` without.
         crop: Voxels (x, y, z) of a crop, such as 96,96,96; the encoder's own without.
         labels: Such as `2,5`, or `tumour=1+2,node=5` to join labels; all labels without.
-        folds: Number of folds.
+        folds: Number of folds; not beside `--split`.
         fold: Do this fold only, from 0.
         split: Use the store's column `split` (train, validation, test; or fold-0, fold-1, ...) in place of our folds.
         fraction: Of the patients to learn from and to choose on, for few-shot studies: 0.25, 0.5.

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dagman.errors import DagmanError
@@ -78,17 +79,18 @@ class WeightNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """Products with the weights as unit vectors."""
         length = torch.linalg.vector_norm(weight, dim=-1).clamp_min(1e-12)
-        out = functional.linear(x, weight).div_(length)
+        out: Tensor = functional.linear(x, weight) / length
         ctx.save_for_backward(x, weight, length, out)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Of features and weights; what would only lengthen a weight is taken away."""
         x, weight, length, out = ctx.saved_tensors
         along = (gradients[0] * out).reshape(-1, len(length)).sum(dim=0) / length.square()
         shorter = gradients[0].reshape(-1, len(length)) / length
-        to_weight = (shorter.t() @ x.reshape(len(shorter), -1)).addcmul_(weight, along[:, None], value=-1)
+        to_weight = (shorter.t() @ x.reshape(-1, weight.shape[1])).addcmul_(weight, along[:, None], value=-1)
         return (shorter @ weight).view(x.shape), to_weight
 
 

@@ -1,10 +1,12 @@
-"""The compiled window attention for CPUs: `window_kernel.cpp`, with its exact gradients, the bias's too.
+"""The compiled kernels for CPUs; of these, window attention (`window_kernel.cpp`) with its exact gradients.
 
-It is optional. Where it was not compiled, or `DAGMAN_KERNEL=off` is set, `library` is None and PyTorch computes.
+They are optional. Where they were not compiled from the sources that lie here, or `DAGMAN_KERNEL=off` is set, `library`
+is None and PyTorch computes.
 """
 
 import ctypes
 import functools
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,26 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 MOST_TOKENS = 343
 """Of a window; beyond it a row of the attention matrix no longer stays in cache."""
 
 
+def sources() -> str:
+    """Stands in the name of what is compiled: a library of other sources would read its arguments wrongly."""
+    here = Path(__file__).parent
+    return hashlib.sha256(
+        b"".join(path.read_bytes() for path in sorted(here.glob("*_kernel.cpp"))) + (here / "vectors.h").read_bytes()
+    ).hexdigest()[:12]
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels for this processor."""
     level = torch.backends.cpu.get_cpu_capability().lower()
-    path = Path(__file__).with_name(f"kernels.{level}.so")
+    path = Path(__file__).with_name(f"kernels.{level}.{sources()}.so")
     if os.environ.get("DAGMAN_KERNEL") == "off" or not path.exists():
         return None
     try:
@@ -89,6 +100,7 @@ class WindowKernel(torch.autograd.Function):
         return mixed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of queries, keys and values, and of the bias."""
         qkv, turned, order, kinds, masks, statistics = ctx.saved_tensors

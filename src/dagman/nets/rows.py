@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dagman.nets.kernel import NAMES, address, loaded, runs
@@ -20,19 +21,25 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         """Normalise each token."""
-        if runs(x) and self.weight.dtype == torch.float32:
+        if runs(x) and self.normalized_shape == x.shape[-1:] and _plain(self.weight) and _plain(self.bias):
             normalised: Tensor = LayerNormKernel.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
             return normalised
         return super().forward(x)
 
 
 def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Linear) -> Float[Tensor, "*shape outputs"]:
-    """A linear layer and the exact GELU."""
-    if runs(x) and torch.is_grad_enabled() and layer.bias.dtype == torch.float32:
+    """A linear layer, whose hooks are not called, and the exact GELU."""
+    if runs(x) and torch.is_grad_enabled() and type(layer) is nn.Linear and _plain(layer.bias):
         mixed = functional.linear(x, layer.weight, layer.bias.detach())
-        activated: Tensor = GeluKernel.apply(mixed, layer.bias)  # type: ignore[no-untyped-call]
-        return activated
+        if runs(mixed):  # autocast may have cast it
+            activated: Tensor = GeluKernel.apply(mixed, layer.bias)  # type: ignore[no-untyped-call]
+            return activated
     return functional.gelu(layer(x))
+
+
+def _plain(weights: Tensor | None) -> bool:
+    """Whether a kernel can read them as they lie."""
+    return weights is not None and weights.dtype == torch.float32 and weights.is_contiguous()
 
 
 class LayerNormKernel(torch.autograd.Function):
@@ -51,6 +58,7 @@ class LayerNormKernel(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of the tokens, of weight and of bias."""
         x, weight, statistics = ctx.saved_tensors
@@ -74,6 +82,7 @@ class GeluKernel(torch.autograd.Function):
         return functional.gelu(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Both in one pass."""
         (x,) = ctx.saved_tensors

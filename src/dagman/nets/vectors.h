@@ -33,11 +33,11 @@ inline V largest(V a, V b) { return _mm256_max_ps(a, b); }
 inline V reciprocal(V x) { return 1.0f / x; }
 #endif
 
-// 2^x for x of at most 0, and 0 below 2^-126; the polynomial is within 3e-9.
+// 2^x for x of at most 0, and 0 below 2^-126; the polynomial is within 3e-9. What is no number stays none.
 inline V power_of_two(V x) {
     const V magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const I kept = x > -126.0f;
-    x = largest(x, V{} - 126.0f);
+    const I kept = ~(x < -126.0f);
+    x = largest(V{} - 126.0f, x);  // the second, where one is no number
     const V t = x + magic, r = x - (t - magic);
     V p = V{} + 1.55946776e-4f;
     p = p * r + 1.34066439e-3f;

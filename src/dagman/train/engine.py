@@ -84,7 +84,9 @@ def adamw(
         {"params": named, "scale": scale, "decayed": not free} | ({"weight_decay": 0.0} if free else {})
         for (scale, free), named in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return torch.optim.AdamW(given, fused=True)
+    optimizer = torch.optim.AdamW(given, fused=True)
+    optimizer.register_step_post_hook(lambda stepped, *_: setattr(stepped, "grad_scale", None))  # of `clip`
+    return optimizer
 
 
 def clip(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
@@ -102,7 +104,7 @@ def clip(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
     fused: Any = getattr(optimizer, "optimizer", optimizer)
     given = [parameter.grad for group in fused.param_groups for parameter in group["params"]]
     norm = nn.utils.get_total_norm([gradient for gradient in given if gradient is not None])
-    fused.grad_scale = (norm / most).clamp(min=1.0)
+    fused.grad_scale = (norm / most).clamp(min=1.0).float()
     return norm
 
 
