@@ -281,7 +281,13 @@ def test_the_demo_on_labelled_scans_prints_its_table_and_continues(near_nodules:
     command = ("demo", "-o", tmp_path / "demo", "--data", near_nodules / "cases.csv", "--steps", "1")
     result = called(*command)
     assert result.returncode == 0, result.stderr
-    for words in ("raw voxels", "pretrained minus this", "image error relative", "docs/learning.md", "Next: dagman"):
+    for words in (
+        "raw voxels",
+        "pretrained minus this",
+        "image error relative",
+        "docs/learning.md",
+        "dagman pretrain dagman-tiny",
+    ):
         assert words in result.stderr
     found = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert [row["features"] for row in found["probe"]] == ["pretrained", "untrained", "raw voxels"]

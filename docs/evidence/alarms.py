@@ -1,13 +1,14 @@
 """What the alarms of `dagman.train.health` say of the recorded runs of `dagman-tiny`: `docs/learning.md`."""
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from common import rows
 from learning import asked, learning
 
 from dagman.pretext import examination
-from dagman.train.health import COLLAPSED, Watch
+from dagman.train.health import ALARMS, COLLAPSED, Watch
 
 
 class Heard(NamedTuple):
@@ -41,16 +42,30 @@ def learning_alarms() -> str:
         [
             meaning,
             str(len(runs)),
-            *(str(sum(run.organs == end for run in runs)) for end in ("above", "not apart", "below")),
+            *(str(sum(run.organs == end for run in runs)) for end in ("above", "not apart", "below", "")),
             str(sum(run.rang for run in runs)),
             str(sum(run.rang and run.organs == "above" for run in runs)),
             str(sum(COLLAPSED in run.lasting for run in runs)),
         ]
         for meaning, runs in kinds.items()
     ]
-    header = ["`dagman-tiny`", "runs", "organs above untrained", "not apart", "below", "an alarm rang"]
+    header = ["`dagman-tiny`", "runs", "organs above untrained", "not apart", "below", "not asked", "an alarm rang"]
     table = rows([*header, "of these, organs above", "collapsed at the end: exit code 7"], body)
     return f"{table}\n\n{_told(heard)} {_sources(results)}"
+
+
+def learning_limits() -> str:
+    """Every alarm of the package: what it watches, its limit, from when, and what it says."""
+    body = []
+    for alarm in ALARMS:
+        column = re.sub("^(aitd|ampd|gitd)_", "*_", alarm.column)
+        parts = ([f"{alarm.first_ratio:.0%} of the run"] if alarm.first_ratio else []) + (
+            [f"step {alarm.first_step}"] if alarm.first_step > 1 else []
+        )
+        row = [alarm.name, f"`{column}`", alarm.limit, str(alarm.steps), " and ".join(parts) or "the start"]
+        if row not in body:
+            body.append(row)
+    return rows(["alarm", "column", "rings", "rows in a row", "watched from"], body)
 
 
 def _told(heard: list[Heard]) -> str:
@@ -63,7 +78,7 @@ def _told(heard: list[Heard]) -> str:
         f"**False alarms: {len(false)} of {len(plain)}** runs of the recipe as it is{above}. **Caught: {len(caught)} "
         f"of {len(below)}** runs that end below an untrained encoder; at their end still ring: {_ends(caught)}. "
         f"**Missed**, with nothing that rings: {len(missed)} ({names}). Exit code "
-        f"7 would miss {silent} of the {len(below)}."
+        f"7 catches {len(below) - silent} of the {len(below)}."
     )
 
 

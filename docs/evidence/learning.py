@@ -25,6 +25,13 @@ CURVES = {
     "grad_norm": 1,
 }
 """Columns of `metrics.jsonl` that a user may lay theirs beside, and digits."""
+EXAMINED = {
+    **{f"{term}_image_nats": 2 for term in ("aitd", "ampd", "gitd")},
+    "ampd_position_nats": 2,
+    "tokens_effective_rank": 1,
+    "level4_effective_rank": 1,
+}
+"""Of these, what is examined every so many steps, and the ranks that alarms watch."""
 STOPS = (0, 100, 300, 600, 1000)
 """Steps at which the recorded runs were asked."""
 
@@ -310,7 +317,7 @@ def learning_look() -> str:
     """What is logged on the way, lowest to highest of the seeds."""
     body = []
     for corpus, results in corpora().items():
-        for column, digits in CURVES.items():
+        for column, digits in (CURVES | EXAMINED).items():
             cells = []
             for step in LOOKED_AT:
                 if step > min(result["steps"] for result in results):
@@ -332,7 +339,7 @@ def learning_far() -> str:
         return NOT_YET
     result, body = runs[0], []
     steps = [probe["step"] for probe in result["probes"]]
-    for column, digits in CURVES.items():
+    for column, digits in (CURVES | EXAMINED).items():
         body.append([f"`{column}`", *(number(logged(result, column, step), digits) for step in steps)])
     for question, meaning in QUESTIONS.items():
         found = [asked(probe["rows"], question, "all", 32) for probe in result["probes"]]
@@ -341,7 +348,8 @@ def learning_far() -> str:
     settings = result["config"]["optimisation"]
     told = f"One seed, {settings['batch_size']} pairs a step in {settings['precision']}, "
     told += f"{minutes(result) / 60:.1f} hours of training"
-    return rows(["", *(f"step {step:,}" for step in steps)], body) + f"\n\n{told}. {machine(result)}."
+    header = ["", *(f"step {step:,}" if step else "step 1 (probes: 0)" for step in steps)]
+    return rows(header, body) + f"\n\n{told}. {machine(result)}."
 
 
 def logged(result: dict[str, Any], column: str, step: int) -> float | None:

@@ -109,6 +109,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-half": asking.learning_half,
     "learning-heads": learning.learning_heads,
     "learning-far": learning.learning_far,
+    "learning-limits": alarms.learning_limits,
     "learning-look": learning.learning_look,
     "learning-methods": factors.learning_methods,
     "learning-methods-auc": factors.learning_methods_auc,

@@ -1,5 +1,8 @@
 """The whole chain in a few minutes: prepare, pretrain, probe beside the baselines, look at the attention."""
 
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -221,8 +224,8 @@ def _report(found: dict[str, Any], folder: Path, pictures: list[Path], say: Say)
         if training["seconds"] and training["steps"] < CROSSING_STEPS:
             say(
                 "Which organ a crop shows, not malignancy, is told better than by untrained encoders after "
-                f"{CROSSING_STEPS} steps on real CTs ({duration(training['seconds'] * CROSSING_STEPS)} at this pace); "
-                "on phantoms three runs of 600 did not show it."
+                f"{CROSSING_STEPS} steps on real CTs or on phantoms "
+                f"({duration(training['seconds'] * CROSSING_STEPS)} at this pace)."
             )
     say("")
     made = [
@@ -233,7 +236,9 @@ def _report(found: dict[str, Any], folder: Path, pictures: list[Path], say: Say)
     say(f"Wrote {folder}: {' '.join(made)}")
     for picture in pictures:
         say(f"  {picture}")
-    say(f"Next: dagman pretrain dagman-tiny --data {folder / 'prepared'} -o runs/longer --steps 1000")
+    verb = "dagman" if shutil.which("dagman") else shlex.quote(str(Path(sys.executable).with_name("dagman")))
+    say("With CTs of yours: make demo DATA=FOLDER; docs/learning.md says how to see whether a run of yours pays")
+    say(f"Next: {verb} pretrain dagman-tiny --data {folder / 'prepared'} -o runs/longer --steps 1000")
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

@@ -99,5 +99,5 @@ def test_cases_stay_with_their_patient_or_with_the_side_that_a_table_says():
 
 
 def test_a_number_of_folds_beside_a_split_is_refused():
-    with pytest.raises(DagmanError, match=r"E-CONFIG folds: 5 are not drawn beside a split"):
+    with pytest.raises(DagmanError, match=r"E-CONFIG folds: 5 are to be drawn, but the split says its own"):
         Protocol(split=True, folds=5)

@@ -76,6 +76,7 @@ def prepare(
     """
     from dagman.ct.prepare import PrepareConfig
     from dagman.ct.prepare import prepare as prepare_all
+    from dagman.ct.store import PreparedStore
 
     config = PrepareConfig(spacing_mm=spacing_mm, resampling=resampling, storage=storage)
     with progress("Preparing") as tell:
@@ -83,6 +84,8 @@ def prepare(
     _describe(summary, output)
     if summary.exit_code is not ExitCode.NOTHING_USABLE:
         next_step(f"dagman pretrain dagman-tiny --data {output} -o runs/first")
+        if any(row.get("label") is not None for row in PreparedStore(output).rows):
+            say(f"To judge pretraining by these labels, train on other scans: --data OTHER --labelled {output}")
     return summary.exit_code
 
 
@@ -142,7 +145,11 @@ def _describe(summary: "Summary", output: Path) -> None:
     from dagman.train.cost import duration
 
     there = f", {summary.already_there} were there already" if summary.already_there else ""
-    say(f"{summary.stored} cases prepared in {duration(summary.seconds)}{there}; wrote {output}")
+    cases = "case" if summary.stored == 1 else "cases"
+    say(f"{summary.stored} {cases} prepared in {duration(summary.seconds)}{there}; wrote {output}")
+    if summary.kept:
+        held = summary.stored + summary.already_there + summary.kept
+        say(f"Note: the store holds {held} cases, {summary.kept} of them from other sources than those given now")
     stored = PreparedStore(output).rows if summary.exit_code is not ExitCode.NOTHING_USABLE else []
     if said := labels.told([row.get("label") for row in stored]):
         say(said)

@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
     """The kernels for this processor."""
     level = torch.backends.cpu.get_cpu_capability().lower()
     path = Path(__file__).with_name(f"kernels.{level}.{sources()}.so")
-    if os.environ.get("DAGMAN_KERNEL") == "off" or not path.exists():
+    if _is_off() or not path.exists():
         return None
     try:
         return ctypes.CDLL(str(path))
@@ -42,10 +42,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def _is_off() -> bool:
+    return os.environ.get("DAGMAN_KERNEL") == "off"
+
+
 def describe() -> str:
     """Which window attention CPUs run, in words."""
     if library() is None:
-        return "window attention in PyTorch alone (no compiled kernel; a C++ compiler and a new installation give one)"
+        why = "no compiled kernel of these sources; a C++ compiler and a new installation give one"
+        return f"window attention in PyTorch alone ({'DAGMAN_KERNEL=off' if _is_off() else why})"
     return f"window attention by the compiled kernel ({torch.backends.cpu.get_cpu_capability()})"
 
 

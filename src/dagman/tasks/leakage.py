@@ -243,7 +243,10 @@ def line(found: dict[str, Any]) -> str:
     if not found["known"]:
         said = "whether pretraining saw the tested cases is unknown: no list of its cases is there"
     elif not found["patients_known"]:
-        said = "whether it saw other CTs of their patients is unknown: cases lack a patient, or names differ in kind"
+        said = (
+            "whether it saw other CTs of their patients is unknown: cases lack a patient, or names differ in kind "
+            "(prepare them from tables with a column `patient`)"
+        )
     if voxels["count"] or patient["count"]:
         names = ", ".join((voxels["cases"] + patient["cases"])[:5])
         how = f"with labels of {labels['count']} of them" if labels["count"] else "without their labels"

@@ -370,6 +370,8 @@ def difference_from_one_of(first: Predictions, others: Sequence[Predictions]) ->
         return Estimate(value=value, why=first.auc().why)
     ends = ndtr(statistics.widening(models) * ndtri(np.array([0.025, 0.975])))
     low, high = np.nanquantile(gained, ends)
+    if low == high:
+        return Estimate(value=value, why=statistics.UNMOVED)
     return Estimate(value=value, low=float(low), high=float(high))
 
 

@@ -51,7 +51,9 @@ class Protocol:
         if self.folds < 2:
             raise DagmanError("CONFIG", "folds", f"cannot be {self.folds}", "give at least 2, or use the split column")
         if self.split and self.folds != Protocol.folds:
-            raise DagmanError("CONFIG", "folds", f"{self.folds} are not drawn beside a split", "leave one of both out")
+            raise DagmanError(
+                "CONFIG", "folds", f"{self.folds} are to be drawn, but the split says its own", "give one of both"
+            )
 
     @property
     def words(self) -> str:

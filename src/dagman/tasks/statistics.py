@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from dagman import randomness
 
 RESAMPLES = 2000
+UNMOVED = "resampling the patients does not change it"
 FARTHER = 5
 """Times as many where an interval is widened (`farther`)."""
 WIDENED = "; standard error times 1.41, as each fold's cases taught the models that test the others"
@@ -159,7 +160,7 @@ def estimate(
         what = "a case that counts" if classes is None else "a class"
         return Estimate(value=value, why=f"most resamples of the patients lack {what}")
     if replicates[0] == replicates[-1]:
-        return Estimate(value=value, why="resampling the patients does not change it")
+        return Estimate(value=value, why=UNMOVED)
     without_one = _values(statistic, 1 - np.eye(len(names)), patient)
     low, high = _accelerated(value, replicates, without_one[~np.isnan(without_one)], widening(models))
     return Estimate(value=value, low=low, high=high)

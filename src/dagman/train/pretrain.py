@@ -367,9 +367,10 @@ def _checkpoint(job: Job, done: int, *, last: bool) -> None:
 
 def _probe(job: Job, step: int, labelled: PreparedStore) -> dict[str, float | None]:
     """AUC of a linear probe on all features of the teacher about labelled cases, with its interval."""
-    encoder = job.module.teacher.encoder
+    encoder, began = job.module.teacher.encoder, time.perf_counter()
     auc = watching.probe(encoder, labelled, which=watching.features_of(encoder), device=job.fabric.device)
-    job.say(f"step {step + 1}: the probe's AUC is {auc}" + (f"; {TOO_FEW}" if _is_wide(auc) else ""))
+    took = f"{cost.duration(time.perf_counter() - began)} for {len(labelled)} cases"
+    job.say(f"step {step + 1}: the probe's AUC is {auc}, after {took}" + (f"; {TOO_FEW}" if _is_wide(auc) else ""))
     return {"probe_auc": auc.value, "probe_low": auc.low, "probe_high": auc.high}
 
 

@@ -169,7 +169,7 @@ def test_prepare_writes_a_store_as_any_other_and_continues(tmp_path: Path, capsy
     before = store.store_id
     (tmp_path / "store" / "volumes" / "cubes-val-0001.b2nd").unlink()
     assert run(command) == 0
-    assert "1 cases prepared" in capsys.readouterr().err
+    assert "1 case prepared" in capsys.readouterr().err
     assert PreparedStore(tmp_path / "store").store_id == before
 
 
