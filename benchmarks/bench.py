@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-STEP = ("step.py", "--crops", "64", "--batches", "1", "--rounds", "3", "--parts")
+STEP = ("step.py", "--crops", "64", "--batches", "1", "--parts")
 
 
 def pieces(data: Path | None, series: Path | None) -> dict[str, tuple[str, list[str]]]:
@@ -32,11 +32,12 @@ def pieces(data: Path | None, series: Path | None) -> dict[str, tuple[str, list[
     ]
     return {
         "storages": ("store", storages),
-        "steps in float32": ("step", [*STEP, "--precisions", "float32"]),
-        "steps in bf16": ("step", [*STEP, "--precisions", "bf16", "--allocators", "default"]),
-        "the ladder": ("step", [*STEP, "--precisions", "bf16", "--allocators", "tuned", "--ladder"]),
+        "targets": ("targets", ["targets.py", "--crops", "64", "--rounds", "3"]),
+        "steps in float32": ("step", [*STEP, "--rounds", "3", "--precisions", "float32", "--allocators", "tuned"]),
+        "steps in bf16": ("step", [*STEP, "--rounds", "3", "--precisions", "bf16", "--allocators", "default"]),
+        "the ladder": ("step", [*STEP, "--rounds", "2", "--precisions", "bf16", "--allocators", "tuned", "--ladder"]),
         "input": ("input", rates),
-        "scaling": ("scaling", ["scaling.py", "--steps", "6"]),
+        "scaling": ("scaling", ["scaling.py", "--steps", "5"]),
     }
 
 

@@ -73,33 +73,34 @@ def step() -> str:
 def sittings(result: dict[str, Any]) -> str:
     """When and where the rows of `step.json` were measured: each sitting keeps the rows of others."""
     known = {(row["date"], row["machine"]) for row in result["rows"] if "date" in row}
-    told = [f"{sum('date' not in row for row in result['rows'])} rows in sittings until {machine(result)}"]
-    return "; ".join([*told, *(f"others on {date}, {where}" for date, where in sorted(known))]) + "."
+    before = sum("date" not in row for row in result["rows"])
+    told = [f"{before} rows in sittings until {machine(result)}"] if before else []
+    return "; ".join([*told, *(f"{'others ' * bool(told)}on {date}, {where}" for date, where in sorted(known))]) + "."
 
 
 def step_targets() -> str:
     """What was aimed at on two cores, and what is reached: ours in bf16 beside MONAI's in float32."""
-    found = {
-        (row["crop"], row["variant"], row["precision"], row["allocator"]): row
-        for row in load("step")["rows"]
-        if row["batch"] == 1
-    }
+    result = measured("targets")
+    if result is None:
+        return NOT_YET
+    aims = {(64, "default"): 5, (128, "default"): 7} | {(crop, "tuned"): 4 for crop in (64, 96, 128)}
     body = []
-    for crop, as_it_comes in ((64, 5), (96, None), (128, 7)):
-        ours = found[crop, "fast", "bf16", "tuned"]
-        for allocator, aim in (("default", as_it_comes), ("tuned", 4)):
-            theirs = found[crop, "monai", "float32", allocator]
-            body.append(
-                [
-                    str(crop),
-                    "as it comes" if allocator == "default" else "with our allocator",
-                    f"{aim} times" if aim else "",
-                    f"{theirs['seconds_median'] / ours['seconds_median']:.1f} times",
-                    f"{ours['peak_mib'] / theirs['peak_mib']:.2f}",
-                ]
-            )
-    header = ["crop", "MONAI", "aim: time", "reached", "our memory / theirs (aim .5)"]
-    return rows(header, body) + f"\n\n{sittings(load('step'))}"
+    for row in result["rows"]:
+        aim = aims.get((row["crop"], row["allocator"]))
+        body.append(
+            [
+                str(row["crop"]),
+                "as it comes" if row["allocator"] == "default" else "with our allocator",
+                f"{aim} times" if aim else "",
+                f"{row['times']:.1f} times",
+                f"{row['cpu_times']:.1f} times",
+                f"{row['monai']['seconds_median']:.2f}, {row['fast']['seconds_median']:.2f}",
+                f"{row['fast']['peak_mib'] / row['monai']['peak_mib']:.2f}",
+            ]
+        )
+    header = ["crop", "MONAI", "aim: time", "reached", "CPU time", "s a step: MONAI, ours"]
+    told = f"Medians of {min(row['steps'] for row in result['rows'])} or more pairs of steps, taken in turns."
+    return rows([*header, "our memory / theirs (aim .5)"], body) + f"\n\n{told} {machine(result)}."
 
 
 def step_parts() -> str:
