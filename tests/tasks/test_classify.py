@@ -338,7 +338,8 @@ def test_one_of_several_alike_is_drawn_with_the_patients(result):
     assert gained.value == pytest.approx(np.mean([one.value for one in each]))
     assert gained.low < min(one.value for one in each) < max(one.value for one in each) < gained.high
     same = predictions.difference_from_one_of(result, [result, dataclasses.replace(result)])
-    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert (same.value, same.low, same.high) == (0, None, None), "no resample changes it, which is no certainty"
+    assert same.why == "resampling the patients does not change it"
     best = max(noise, key=lambda one: one.auc().value)
     against = predictions.difference_from_one_of(best, [one for one in noise if one is not best])
     assert against.low < 0 < against.high
