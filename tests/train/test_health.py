@@ -262,13 +262,14 @@ RANG = {
     "real-dagman-vit-tiny-seed0": {"targets tell nothing", "no signal"},
     "real-dagman-vit-tiny-seed2": {"no signal", "attention uniform"},
     **{f"real-attmask-vit-tiny-seed{seed}": {"attention uniform"} for seed in range(3)},
+    "real-attmask-vit-tiny-1000-seed0": {"attention uniform"},
 }
 """What the runs of the twelve recipes ring; the others ring nothing."""
 OF_RECIPES = [
     f"real-{'dagman-tiny' if name == 'dagman-swin' else f'{name}-tiny'}-seed{seed}"
     for name in recipes.METHODS
     for seed in range(3)
-]
+] + sorted(path.stem for path in RECORDED.glob("real-*-tiny-1000-seed*.json"))
 
 
 @pytest.mark.parametrize("recorded", OF_RECIPES)
