@@ -26,7 +26,7 @@ def without_kernel(replace: Replace) -> None:
 
 
 def without_row_kernel(replace: Replace) -> None:
-    """PyTorch's LayerNorm and gradient of GELU."""
+    """PyTorch's LayerNorm and GELU; biases, drop path and sums in passes of their own."""
     from dagman.nets import rows
 
     replace(rows, "runs", lambda _: False)
@@ -95,7 +95,7 @@ def without_tokens_in_place(replace: Replace) -> None:
     from dagman.nets.window import WindowAttention
     from dagman.nets.windows import effective_window, window_layout
 
-    found = WindowAttention.forward
+    found = WindowAttention.mix
 
     def attend(self: Any, x: Any) -> Any:
         batch, *grid, width = x.shape
@@ -110,14 +110,14 @@ def without_tokens_in_place(replace: Replace) -> None:
         # the layout sorts windows by their masks; their first tokens tell where each comes from
         first = layout.order.view(-1, batch * layout.tokens)[:, 0]
         kinds = layout.kinds.view(-1, batch)[first.argsort()].flatten()
-        mixed = self.attend(windows, layout._replace(kinds=kinds)).view(*counts, batch, *sides, width)
+        mixed = self.mix_windows(windows, layout._replace(kinds=kinds)).view(*counts, batch, *sides, width)
         return torch.roll(mixed.permute(3, 0, 4, 1, 5, 2, 6, 7).reshape(x.shape), shifts, (1, 2, 3))
 
     def merge(self: Any, x: Any) -> Any:
         octants = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
         return self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in octants], dim=-1)))
 
-    replace(WindowAttention, "forward", attend)
+    replace(WindowAttention, "mix", attend)
     replace(PatchMerging, "forward", merge)
 
 
@@ -181,7 +181,7 @@ def without_both_views_at_once(replace: Replace) -> None:
     from dagman.nets.transformer import DropPath
     from dagman.types import Features
 
-    together, draw = SwinEncoder.forward, DropPath.factors
+    together, draw = SwinEncoder.forward, DropPath.forward
     drawn: deque[Any] = deque()
     views: list[Any] = []
 
@@ -207,7 +207,7 @@ def without_both_views_at_once(replace: Replace) -> None:
         return both[:items]
 
     replace(SwinEncoder, "forward", encode)
-    replace(DropPath, "factors", factors)
+    replace(DropPath, "forward", factors)
 
 
 def without_inference_mode(replace: Replace) -> None:

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="the kernel was not compiled here")
 
 
-def written_out(qkv: Tensor, bias: Tensor, order: Tensor, kinds: Tensor, masks: Tensor) -> Tensor:
+def written_out(qkv: Tensor, shift: Tensor, bias: Tensor, order: Tensor, kinds: Tensor, masks: Tensor) -> Tensor:
     heads, tokens, _ = bias.shape
-    windows = qkv[order.long()].view(len(kinds), tokens, 3, heads, -1)
+    windows = (qkv + shift)[order.long()].view(len(kinds), tokens, 3, heads, -1)
     query, key, value = windows.permute(2, 0, 3, 1, 4)
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5 + bias + masks.to(qkv.dtype)[kinds.long()][:, None]
     mixed = (logits.softmax(-1) @ value).transpose(1, 2).reshape(len(order), -1)
@@ -39,11 +39,17 @@ def case(windows: int, tokens: int, heads: int, width: int, dtype: torch.dtype =
     masks = torch.where(regions[:, :, None] == regions[:, None], 0.0, FORBIDDEN)
     return [
         torch.randn(rows, 3 * heads * width).to(dtype).requires_grad_(),
+        torch.randn(3 * heads * width).requires_grad_(),
         torch.randn(heads, tokens, tokens).mul(0.5).requires_grad_(),
         torch.randperm(rows).int(),
         torch.randint(0, 3, (windows,)).int(),
         masks,
     ]
+
+
+def attended(given_: list[Tensor]) -> Tensor:
+    *tensors, kinds, masks = given_
+    return kernel.attention(*tensors, kinds=kinds, masks=masks)
 
 
 def gap(one: Tensor, other: Tensor) -> float:
@@ -62,11 +68,11 @@ def gap(one: Tensor, other: Tensor) -> float:
 def test_outputs_and_all_gradients_equal_float64(windows, tokens, heads, width, seed):
     torch.manual_seed(seed)
     given_ = case(windows if tokens < 100 else min(windows, 3), tokens, heads, width)
-    exact = [given_[0].detach().double().requires_grad_(), given_[1].detach().double().requires_grad_(), *given_[2:]]
-    mixed, expected = kernel.attention(*given_), written_out(*exact)
+    exact = [*(each.detach().double().requires_grad_() for each in given_[:3]), *given_[3:]]
+    mixed, expected = attended(given_), written_out(*exact)
     probe = torch.randn(mixed.shape)
-    found = torch.autograd.grad((mixed * probe).sum(), given_[:2])
-    wanted = torch.autograd.grad((expected * probe).sum(), exact[:2])
+    found = torch.autograd.grad((mixed * probe).sum(), given_[:3])
+    wanted = torch.autograd.grad((expected * probe).sum(), exact[:3])
     assert gap(mixed, expected) < 1e-6
     assert (mixed - expected).abs().max() < 1e-5
     for ours, plain in zip(found, wanted, strict=True):
@@ -78,17 +84,16 @@ def test_outputs_and_all_gradients_equal_float64(windows, tokens, heads, width, 
 def test_bfloat16_is_rounded_only_at_the_door(tokens, width):
     torch.manual_seed(0)
     rounded = case(9, tokens, 2, width, torch.bfloat16)
-    exact = [rounded[0].detach().double().requires_grad_(), rounded[1].detach().double().requires_grad_(), *rounded[2:]]
-    mixed, expected = kernel.attention(*rounded), written_out(*exact)
+    exact = [*(each.detach().double().requires_grad_() for each in rounded[:3]), *rounded[3:]]
+    mixed, expected = attended(rounded), written_out(*exact)
     assert mixed.dtype == torch.bfloat16
     assert gap(mixed, expected) < 2**-8
     probe = torch.randn(mixed.shape).bfloat16()
-    found = torch.autograd.grad((mixed * probe).sum(), rounded[:2])
-    wanted = torch.autograd.grad((expected * probe.double()).sum(), exact[:2])
-    assert found[0].dtype == torch.bfloat16
-    assert found[1].dtype == torch.float32
+    found = torch.autograd.grad((mixed * probe).sum(), rounded[:3])
+    wanted = torch.autograd.grad((expected * probe.double()).sum(), exact[:3])
+    assert [each.dtype for each in found] == [torch.bfloat16, torch.float32, torch.float32]
     assert gap(found[0], wanted[0]) < 2**-8
-    assert gap(found[1], wanted[1]) < 1e-5
+    assert max(gap(ours, plain) for ours, plain in zip(found[1:], wanted[1:], strict=True)) < 1e-5
 
 
 @needs_kernel
@@ -98,8 +103,8 @@ def test_threads_change_no_bit():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            mixed = kernel.attention(*given_)
-            results.append([mixed, *torch.autograd.grad(mixed.square().sum(), given_[:2])])
+            mixed = attended(given_)
+            results.append([mixed, *torch.autograd.grad(mixed.square().sum(), given_[:3])])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -108,10 +113,10 @@ def test_threads_change_no_bit():
 
 @needs_kernel
 def test_no_number_in_one_key_reaches_every_query_of_its_window():
-    qkv, bias, order, _, masks = case(2, 64, 1, 12)
+    qkv, shift, bias, order, _, masks = case(2, 64, 1, 12)
     poisoned = qkv.detach().clone()
     poisoned[order[7], 12] = torch.nan  # a key of the first window
-    mixed = kernel.attention(poisoned, bias, order, torch.zeros(2, dtype=torch.int32), masks)
+    mixed = kernel.attention(poisoned, shift, bias, order, kinds=torch.zeros(2, dtype=torch.int32), masks=masks)
     assert mixed[order[:64]].isnan().all()
     assert mixed[order[64:]].isfinite().all()
 
@@ -119,7 +124,7 @@ def test_no_number_in_one_key_reaches_every_query_of_its_window():
 @needs_kernel
 def test_logits_far_apart_give_no_nan():
     given_ = case(3, 64, 1, 12)
-    mixed = kernel.attention(given_[0] * 100, *given_[1:])
+    mixed = attended([given_[0] * 100, *given_[1:]])
     mixed.sum().backward()
     assert mixed.isfinite().all()
     assert given_[0].grad.isfinite().all()

@@ -1,4 +1,4 @@
-"""The compiled LayerNorm and GELU against the same written out in float64."""
+"""The compiled residual sum, LayerNorm and GELU against the same written out in float64."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_gelu_alone_equals_float64(count):
     x, bias, probe = torch.randn(3, count) * 4, torch.zeros(count), torch.randn(3, count)
     for dtype, within in ((torch.float32, 2e-6), (torch.bfloat16, None)):
         given_, exact = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
-        out, wanted = rows.GeluKernel.apply(given_, bias), functional.gelu(exact)
+        out, wanted = rows.BiasGelu.apply(given_, bias), functional.gelu(exact)
         (slope,) = torch.autograd.grad((out * probe.to(dtype)).sum(), given_)
         (steep,) = torch.autograd.grad((wanted * probe.to(dtype).double()).sum(), exact)
         assert out.dtype == slope.dtype == dtype
@@ -105,7 +105,7 @@ def test_gelu_alone_equals_float64(count):
 @needs_kernel
 def test_gelu_far_out_is_the_identity_or_nothing():
     x = torch.tensor([-1e30, -40.0, -13.0, 0.0, 13.0, 40.0, 1e30]).requires_grad_()
-    out = rows.GeluKernel.apply(x, torch.zeros(7))
+    out = rows.BiasGelu.apply(x, torch.zeros(7))
     (slope,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(out, torch.tensor([0.0, 0.0, 0.0, 0.0, 13.0, 40.0, 1e30]))
     assert torch.allclose(slope, torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]), atol=1e-6)
@@ -116,7 +116,7 @@ def test_no_number_stays_no_number():
     x = torch.full((4, 24), torch.nan, requires_grad=True)
     out = norm(24)(x)
     assert out.isnan().all()
-    out = rows.GeluKernel.apply(x, torch.zeros(24))
+    out = rows.BiasGelu.apply(x, torch.zeros(24))
     assert out.isnan().all()
     (slope,) = torch.autograd.grad(out.sum(), x)
     assert slope.isnan().all()
@@ -144,7 +144,7 @@ def test_the_kernel_runs_where_it_can_and_pytorch_elsewhere():
         with profile() as record:
             rows.linear_gelu(module(x), linear(24, 5).to(x.dtype)).sum().backward()
         names = {event.key for event in record.key_averages()}
-        assert {"LayerNormKernel", "GeluKernel"} <= names if ran else not {"LayerNormKernel", "GeluKernel"} & names
+        assert {"Residual", "BiasGelu"} <= names if ran else not {"Residual", "BiasGelu"} & names
 
 
 def test_it_computes_the_same_with_and_without(monkeypatch):
@@ -158,3 +158,125 @@ def test_it_computes_the_same_with_and_without(monkeypatch):
     for one, other in zip(*results, strict=True):
         assert one.shape == other.shape
         assert gap(one, other) < 1e-5
+
+
+class Joined:
+    """A stream, a branch that joins it, and what is expected of it, in float64."""
+
+    def __init__(self, items: int, tokens: int, width: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        stream, branch = dtypes
+        self.x = (torch.randn(items, tokens, width) + 2).to(stream).requires_grad_()
+        self.mixed = torch.randn(items, tokens, 8).to(branch).requires_grad_()
+        self.layer, self.next = linear(8, width), norm(width)
+        self.factors = torch.rand(items)
+        self.probes = torch.randn(items, tokens, width).to(stream), torch.randn(items, tokens, width).to(branch)
+        self.autocast = torch.autocast("cpu", enabled=branch == HALF)
+        self.trained = [self.x, self.mixed, *self.layer.parameters(), *self.next.parameters()]
+
+    def found(self, *, dropping: bool, norm: bool) -> list[Tensor]:
+        """What comes out and all gradients."""
+        factors = self.factors if dropping else None
+        with self.autocast:
+            if norm:
+                out = rows.join_and_branch_off(self.x, self.mixed, self.layer, factors, self.next)
+            else:
+                out = (rows.join(self.x, self.mixed, self.layer, factors),)
+        total = sum((each * probe).sum() for each, probe in zip(out, self.probes, strict=False))
+        return [*out, *torch.autograd.grad(total, self.trained[: 6 if norm else 4])]
+
+    def wanted(self, *, dropping: bool, norm: bool) -> list[Tensor]:
+        """The same in float64."""
+        x, mixed, weight, bias, *of_norm = exact = [each.detach().double().requires_grad_() for each in self.trained]
+        branch = functional.linear(mixed, weight, bias)
+        out = [x + (branch * self.factors.double()[:, None, None] if dropping else branch)]
+        if norm:
+            out.append(functional.layer_norm(out[0], out[0].shape[-1:], *of_norm, self.next.eps))
+        total = sum((each * probe.double()).sum() for each, probe in zip(out, self.probes, strict=False))
+        return [*out, *torch.autograd.grad(total, exact[: 6 if norm else 4])]
+
+
+SINGLE, HALF = torch.float32, torch.bfloat16
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=60)
+@given(
+    items=st.integers(1, 9),
+    tokens=st.one_of(st.integers(1, 60), st.just(700)),
+    width=st.one_of(st.integers(6, 70), st.sampled_from([96, 192, 768])),
+    dropping=st.booleans(),
+    norm=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_joined_branches_and_all_their_gradients_equal_float64(items, tokens, width, dropping, norm, seed):
+    torch.manual_seed(seed)
+    joined = Joined(items, tokens, width, (SINGLE, SINGLE))
+    found, wanted = joined.found(dropping=dropping, norm=norm), joined.wanted(dropping=dropping, norm=norm)
+    assert len(found) == len(wanted)
+    assert max(gap(ours, exact) for ours, exact in zip(found, wanted, strict=True)) < 1e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtypes", [(HALF, HALF), (SINGLE, HALF)])
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("width", [24, 100])
+def test_joined_branches_in_bfloat16(dtypes, dropping, norm, width):
+    torch.manual_seed(0)
+    joined = Joined(3, 50, width, dtypes)
+    found, wanted = joined.found(dropping=dropping, norm=norm), joined.wanted(dropping=dropping, norm=norm)
+    kinds = [dtypes[0], *([HALF] if norm else []), *dtypes, *[SINGLE] * (4 if norm else 2)]
+    assert [each.dtype for each in found] == kinds
+    assert max(gap(ours, exact) for ours, exact in zip(found, wanted, strict=True)) < 2**-7  # products round too
+
+
+@needs_kernel
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_branch_joins_with_and_without_the_kernel_alike(monkeypatch, norm):
+    torch.manual_seed(0)
+    joined, results = Joined(4, 30, 24, (SINGLE, SINGLE)), []
+    for _ in range(2):
+        results.append(joined.found(dropping=True, norm=norm))
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    assert max(gap(one, other) for one, other in zip(*results, strict=True)) < 1e-5
+
+
+@needs_kernel
+def test_a_stream_branches_off_with_the_sum_of_both_gradients():
+    torch.manual_seed(0)
+    module, x, probes = norm(24), torch.randn(5, 7, 24, requires_grad=True), torch.randn(2, 5, 7, 24)
+    for used in ((0, 1), (0,), (1,)):
+        out, exact = rows.branch_off(x, module), x.detach().double().requires_grad_()
+        layer = functional.layer_norm(exact, (24,), module.weight.double(), module.bias.double(), module.eps)
+        assert torch.equal(out[0], x)
+        (found,) = torch.autograd.grad(sum((out[i] * probes[i]).sum() for i in used), x)
+        (wanted,) = torch.autograd.grad(sum(((exact, layer)[i] * probes[i].double()).sum() for i in used), exact)
+        assert gap(found, wanted) < 1e-5
+
+
+@needs_kernel
+def test_threads_change_no_bit_of_a_joined_branch():
+    torch.manual_seed(0)
+    joined, before, results = Joined(4, 900, 24, (SINGLE, SINGLE)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            stream, normalised = rows.Residual.apply(
+                joined.x, joined.x.detach(), joined.layer.bias, joined.factors, *joined.next.parameters(), 1e-5
+            )
+            total = (stream * normalised).sum()
+            results.append([stream, normalised, *torch.autograd.grad(total, [joined.x, *joined.next.parameters()])])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@needs_kernel
+def test_float64_joins_in_pytorch():
+    joined = Joined(2, 9, 24, (torch.float64, torch.float64))
+    joined.layer.double()
+    with profile() as record:
+        out = rows.join(joined.x, joined.mixed, joined.layer, joined.factors.double())
+    assert out.dtype == torch.float64
+    assert "Residual" not in {event.key for event in record.key_averages()}

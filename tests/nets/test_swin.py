@@ -183,12 +183,16 @@ def test_position_code_is_fixed_and_distinct_on_any_grid():
 
 def test_drop_path_leaves_items_out_in_training_only():
     torch.manual_seed(0)
-    drop, x = DropPath(0.25), torch.ones(4000, 2, 3)
-    kept = drop(x)
+    drop, like = DropPath(0.25), torch.ones(1)
+    kept = drop(4000, like)
     assert kept.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert kept.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(kept.amin((1, 2)), kept.amax((1, 2)))
-    assert drop.eval()(x) is x
+    assert drop.eval()(4000, like) is None
+    block, x = GlobalBlock(24, num_heads=2, mlp_ratio=2.0, drop_path=0.75), torch.randn(40, 5, 24)
+    unchanged = [torch.equal(one, other) for one, other in zip(block(x)[0], x, strict=True)]
+    assert any(unchanged)
+    assert not all(unchanged)
+    assert not any(torch.equal(one, other) for one, other in zip(block.eval()(x)[0], x, strict=True))
     chances = [block.drop_path.chance for stage in SwinEncoder(SMALL).stages for block in stage.blocks]
     np.testing.assert_allclose(chances, np.linspace(0, 0.1, 8))
 
@@ -269,6 +273,17 @@ def test_networks_need_torch_alone():
     assert not {"monai", "scipy", "sklearn", "SimpleITK", "blosc2", "matplotlib", "cyclopts"} & set(loaded)
 
 
+def noting(tokens, mlp):
+    """Its `between`, which notes how many tokens come through."""
+    between = mlp.between
+
+    def noted(x):
+        tokens.append(x[..., 0].numel())
+        return between(x)
+
+    return noted
+
+
 @pytest.mark.parametrize(
     ("crop", "stage"), [((32, 32, 32), 2), ((64, 32, 64), 3), ((32, 64, 96), 2), ((64, 32, 64), 1), ((64, 64, 64), 4)]
 )
@@ -282,17 +297,14 @@ def test_windows_computed_once_give_what_every_window_gives(monkeypatch, crop, s
     torch.manual_seed(0)
     encoder = SwinEncoder(config).double().train(training)
     widest, found = [], []
+    monkeypatch.setattr(encoder.stages[0].blocks[0].mlp, "between", noting(widest, encoder.stages[0].blocks[0].mlp))
     for dense in (False, True):
         if dense:
             monkeypatch.setattr(stages, "blank_windows", lambda *_, **__: None)
-        hook = (
-            encoder.stages[0].blocks[0].mlp.register_forward_pre_hook(lambda _, given: widest.append(given[0].numel()))
-        )
         torch.manual_seed(1)
         encoder.zero_grad()
         features = encoder(images, hidden)
         (features.pooled.pow(3).sum() + features.tokens.pow(2).sum() + features.cls.pow(3).sum()).backward()
-        hook.remove()
         found.append((features, [p.grad.clone() for p in encoder.parameters() if p.grad is not None]))
     assert torch.equal(found[0][0].pooled, found[1][0].pooled)
     for once, dense in zip(found[0][1], found[1][1], strict=True):
@@ -340,7 +352,7 @@ def test_shifted_windows_are_computed_once_too_with_and_without_drop_path(monkey
     torch.manual_seed(0)
     encoder = SwinEncoder(config).double().train()
     tokens, found = [], []
-    encoder.stages[0].blocks[1].mlp.register_forward_pre_hook(lambda _, given: tokens.append(given[0][..., 0].numel()))
+    monkeypatch.setattr(encoder.stages[0].blocks[1].mlp, "between", noting(tokens, encoder.stages[0].blocks[1].mlp))
     for dense in (False, True):
         if dense:
             monkeypatch.setattr(stages, "blank_windows", lambda *_, **__: None)

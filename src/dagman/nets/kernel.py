@@ -68,8 +68,10 @@ def takes(x: Tensor, tokens: int) -> bool:
 
 def attention(
     qkv: Float[Tensor, "rows threefold"],
+    shift: Float[Tensor, " threefold"],
     bias: Float[Tensor, "heads tokens tokens"],
     order: Int[Tensor, " rows"],
+    *,
     kinds: Int[Tensor, " windows"],
     masks: Float[Tensor, "kinds tokens tokens"],
 ) -> Float[Tensor, "rows width"]:
@@ -77,12 +79,13 @@ def attention(
 
     Args:
         qkv: Queries, keys and values of each token.
+        shift: Added to each: the bias of the layer that they come from.
         bias: Added to the logits of each head, query by key.
         order: For each token of each window, its row.
         kinds: For each window, which of the masks is added to its logits.
         masks: Symmetric.
     """
-    mixed: Tensor = WindowKernel.apply(qkv, bias, order, kinds, masks)  # type: ignore[no-untyped-call]
+    mixed: Tensor = WindowKernel.apply(qkv, shift, bias, order, kinds, masks)  # type: ignore[no-untyped-call]
     return mixed
 
 
@@ -92,28 +95,31 @@ class WindowKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
         """As `attention`."""
-        qkv, bias, order, kinds, masks = given
+        qkv, shift, bias, order, kinds, masks = given
         heads, tokens, _ = bias.shape
         qkv, turned = qkv.contiguous(), bias.float().transpose(1, 2).contiguous()
+        moved = shift.float().contiguous()
         mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
         wanted = any(ctx.needs_input_grad)
         statistics = torch.empty(len(kinds), heads, 2, tokens) if wanted else None
-        _call("forward", [qkv, turned, order, kinds, masks, mixed, statistics], qkv, turned, kinds)
+        _call("forward", [qkv, moved, turned, order, kinds, masks, mixed, statistics], qkv, turned, kinds)
         if statistics is not None:
-            ctx.save_for_backward(qkv, turned, order, kinds, masks, statistics)
-            ctx.bias_dtype = bias.dtype
+            ctx.save_for_backward(qkv, moved, turned, order, kinds, masks, statistics)
+            ctx.dtypes = shift.dtype, bias.dtype
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of queries, keys and values, and of the bias."""
-        qkv, turned, order, kinds, masks, statistics = ctx.saved_tensors
-        into = torch.empty_like(qkv)
-        parts = torch.empty(loaded().window_ranges(ctypes.c_int64(len(kinds))), *turned.shape)
-        gradient = gradients[0].to(qkv.dtype).contiguous()
-        _call("backward", [qkv, turned, order, kinds, masks, statistics, gradient, into, parts], qkv, turned, kinds)
-        return into, parts.sum(dim=0).transpose(1, 2).to(ctx.bias_dtype), None, None, None
+        """Of queries, keys and values, of what was added to them, and of the bias."""
+        qkv, moved, turned, order, kinds, masks, statistics = ctx.saved_tensors
+        ranges = loaded().window_ranges(ctypes.c_int64(len(kinds)))
+        into, gradient = torch.empty_like(qkv), gradients[0].to(qkv.dtype).contiguous()
+        to_shift, to_bias = torch.empty(ranges, len(moved)), torch.empty(ranges, *turned.shape)
+        given = [qkv, moved, turned, order, kinds, masks, statistics, gradient, into, to_shift, to_bias]
+        _call("backward", given, qkv, turned, kinds)
+        of_shift, of_bias = ctx.dtypes
+        return into, to_shift.sum(dim=0).to(of_shift), to_bias.sum(dim=0).transpose(1, 2).to(of_bias), None, None, None
 
 
 def loaded() -> ctypes.CDLL:

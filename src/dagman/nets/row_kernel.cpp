@@ -1,10 +1,12 @@
-// What is done to each token by itself: LayerNorm with its gradients, and the gradients of GELU; float32 inside.
+// What is done to each token by itself: a branch's bias, drop path, sum with the stream and LayerNorm in one pass, a
+// bias and GELU in another, and their gradients; float32 inside.
 //
 // Rows are dealt out in parts that do not depend on the threads: sums come out the same with any.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "vectors.h"
 
@@ -24,91 +26,156 @@ inline V ones(int count) {
     return load(lanes);
 }
 
-// statistics: mean and 1 / standard deviation of each row.
-template <typename T>
-void norm_forward(const T* x, const float* weight, const float* bias, T* out, float* statistics, int64_t rows,
-                  int width, float epsilon, int threads) {
+// Calls work(c) or work(c, count) for the vectors of a row; a count is given where they are not whole.
+template <typename Work>
+inline void over(int width, Work work) {
+    int c = 0;
+    for (; c + W <= width; c += W) work(c);
+    if (c < width) work(c, width - c);
+}
+
+// `from` is followed by zeros up to a whole vector. statistics: mean and 1 / standard deviation.
+template <typename B>
+inline void normalise(const float* from, V all, const float* weight, const float* bias, B* out, float* statistics,
+                      int width, float epsilon, V inside) {
+    const int whole = width / W * W;
+    const float mean = total(all) / width;
+    V square = {};
+    for (int c = 0; c < whole; c += W) {
+        const V far = load(from + c) - mean;
+        square += far * far;
+    }
+    if (whole < width) {
+        const V far = (load(from + whole) - mean) * inside;
+        square += far * far;
+    }
+    const float scale = 1.0f / std::sqrt(total(square) / width + epsilon);
+    over(width, [&](int c, auto... count) {
+        const V slope = row(weight + c, count...) * scale;
+        put((load(from + c) - mean) * slope + row(bias + c, count...), out + c, count...);
+    });
+    if (statistics) statistics[0] = mean, statistics[1] = scale;
+}
+
+// sum = x + factor * (branch + added), one factor for `each` rows, or 1 without factors; without a branch, x is the
+// sum. Then, with a weight, out = LayerNorm of the sum.
+template <typename X, typename B>
+void residual_forward(const X* x, const B* branch, const float* added, const float* factors, int64_t each, X* sum,
+                      const float* weight, const float* bias, B* out, float* statistics, int64_t rows, int width,
+                      float epsilon, int threads) {
     const Parts parts(rows);
-    const int whole = width / W * W, rest = width - whole;
-    const V inside = ones(rest);
+    const V inside = ones(width % W);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts.count > 1)
     for (int part = 0; part < parts.count; ++part) {
         const FlushDenormals flushed;
+        std::vector<float> held(width + W);
         for (int64_t r = parts.bound(part); r < parts.bound(part + 1); ++r) {
-            const T* from = x + r * width;
-            V sum = {}, square = {};
-            for (int c = 0; c < whole; c += W) sum += row(from + c, W);
-            if (rest) sum += row(from + whole, rest);
-            const float mean = total(sum) / width;
-            for (int c = 0; c < whole; c += W) {
-                const V far = row(from + c, W) - mean;
-                square += far * far;
-            }
-            if (rest) {
-                const V far = (row(from + whole, rest) - mean) * inside;
-                square += far * far;
-            }
-            const float scale = 1.0f / std::sqrt(total(square) / width + epsilon);
-            for (int c = 0; c < width; c += W) {
-                const int count = std::min(W, width - c);
-                const V slope = row(weight + c, count) * scale;
-                put((row(from + c, count) - mean) * slope + row(bias + c, count), out + r * width + c, count);
-            }
-            if (statistics) statistics[2 * r] = mean, statistics[2 * r + 1] = scale;
+            const int64_t start = r * width;
+            const float factor = factors ? factors[r / each] : 1.0f;
+            V all = {};
+            over(width, [&](int c, auto... count) {
+                V here = row(x + start + c, count...);
+                if (branch) {
+                    const V joining = row(branch + start + c, count...) + row(added + c, count...);
+                    here = stored(here + joining * factor, x);
+                    put(here, sum + start + c, count...);
+                }
+                all += here;
+                store(held.data() + c, here);
+            });
+            if (weight)
+                normalise(held.data(), all, weight, bias, out + start, statistics ? statistics + 2 * r : nullptr, width,
+                          epsilon, inside);
         }
     }
 }
 
-// sums: (parts, 2, width), of the weight's and the bias's gradient.
-template <typename T>
-void norm_backward(const T* x, const float* weight, const float* statistics, const T* gradient, T* into, float* sums,
-                   int64_t rows, int width, int threads) {
+// The way back: `coming` is the gradient of `out`, `also` that of the sum beside it, `into` that of the sum and of x in
+// all (without a weight it is `also` and not written), `to_branch` that of the branch where it differs.
+// norm_sums: (parts, 2, width), of weight and bias; branch_sums: (parts, width), of `added`.
+template <typename X, typename B>
+void residual_backward(const X* sum, const float* weight, const float* statistics, const B* coming, const X* also,
+                       const float* factors, int64_t each, X* into, B* to_branch, float* norm_sums, float* branch_sums,
+                       int64_t rows, int width, int threads) {
     const Parts parts(rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts.count > 1)
     for (int part = 0; part < parts.count; ++part) {
         const FlushDenormals flushed;
-        float *to_weight = sums + int64_t(part) * 2 * width, *to_bias = to_weight + width;
-        std::fill_n(to_weight, 2 * width, 0.0f);
+        float *to_weight = norm_sums + int64_t(part) * 2 * width, *to_bias = to_weight + width;
+        float* to_added = branch_sums + int64_t(part) * width;
+        if (weight) std::fill_n(to_weight, 2 * width, 0.0f);
+        if (branch_sums) std::fill_n(to_added, width, 0.0f);
         for (int64_t r = parts.bound(part); r < parts.bound(part + 1); ++r) {
-            const T *from = x + r * width, *coming = gradient + r * width;
-            const float mean = statistics[2 * r], scale = statistics[2 * r + 1];
-            V sum = {}, along = {};
-            for (int c = 0; c < width; c += W) {
-                const int count = std::min(W, width - c);
-                const V g = row(coming + c, count), unit = (row(from + c, count) - mean) * scale;
-                const V weighed = g * row(weight + c, count);
-                sum += weighed;
-                along += weighed * unit;
-                put(row(to_weight + c, count) + g * unit, to_weight + c, count);
-                put(row(to_bias + c, count) + g, to_bias + c, count);
+            const X *from = sum + r * width, *beside = also + r * width;
+            const float factor = factors ? factors[r / each] : 1.0f;
+            float mean = 0, scale = 0, level = 0, tilt = 0;
+            if (weight) {
+                mean = statistics[2 * r], scale = statistics[2 * r + 1];
+                V all = {}, along = {};
+                over(width, [&](int c, auto... count) {
+                    const V g = row(coming + r * width + c, count...), unit = (row(from + c, count...) - mean) * scale;
+                    const V weighed = g * row(weight + c, count...);
+                    all += weighed;
+                    along += weighed * unit;
+                    put(row(to_weight + c, count...) + g * unit, to_weight + c, count...);
+                    put(row(to_bias + c, count...) + g, to_bias + c, count...);
+                });
+                level = total(all) / width, tilt = total(along) / width;
             }
-            const float level = total(sum) / width, tilt = total(along) / width;
-            for (int c = 0; c < width; c += W) {
-                const int count = std::min(W, width - c);
-                const V unit = (row(from + c, count) - mean) * scale;
-                const V weighed = row(coming + c, count) * row(weight + c, count);
-                put((weighed - level - unit * tilt) * scale, into + r * width + c, count);
-            }
+            over(width, [&](int c, auto... count) {
+                V back = also ? row(beside + c, count...) : V{};
+                if (weight) {
+                    const V unit = (row(from + c, count...) - mean) * scale;
+                    const V weighed = row(coming + r * width + c, count...) * row(weight + c, count...);
+                    back += (weighed - level - unit * tilt) * scale;
+                    put(back, into + r * width + c, count...);
+                }
+                const V joined = back * factor;
+                if (to_branch) put(joined, to_branch + r * width + c, count...);
+                if (branch_sums) put(row(to_added + c, count...) + joined, to_added + c, count...);
+            });
         }
     }
 }
 
 // The normal distribution function (Abramowitz and Stegun 7.1.26, within 1e-7) and x times its density.
+struct Normal {
+    V below, bell;
+    explicit Normal(V x) : below(), bell(power_of_two(x * x * (-0.5f * LOG2_E))) {
+        const V t = reciprocal(magnitude(x) * 0.2316418882f + 1.0f);
+        V p = V{} + 0.5307027145f;
+        p = p * t - 0.7265760135f;
+        p = p * t + 0.7107068705f;
+        p = p * t - 0.142248368f;
+        p = p * t + 0.127414796f;
+        const V tail = p * t * bell;
+        below = x > 0.0f ? 1.0f - tail : tail;
+    }
+};
+inline V gelu(V x) { return x * Normal(x).below; }
 inline V gelu_slope(V x) {
-    const V bell = power_of_two(x * x * (-0.5f * LOG2_E));
-    const V t = reciprocal(largest(x, -x) * 0.2316418882f + 1.0f);
-    V p = V{} + 0.5307027145f;
-    p = p * t - 0.7265760135f;
-    p = p * t + 0.7107068705f;
-    p = p * t - 0.142248368f;
-    p = p * t + 0.127414796f;
-    const V tail = p * t * bell;
-    return (x > 0.0f ? 1.0f - tail : tail) + x * bell * 0.3989422804f;
+    const Normal normal(x);
+    return normal.below + x * normal.bell * 0.3989422804f;
 }
 
-// sums: (parts, width), over the rows: the gradient of a bias before the GELU.
+// out = GELU(x + bias)
 template <typename T>
-void gelu_backward(const T* x, const T* gradient, T* into, float* sums, int64_t rows, int width, int threads) {
+void gelu_forward(const T* x, const float* bias, T* out, int64_t rows, int width, int threads) {
+    const Parts parts(rows);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts.count > 1)
+    for (int part = 0; part < parts.count; ++part) {
+        const FlushDenormals flushed;
+        for (int64_t r = parts.bound(part); r < parts.bound(part + 1); ++r)
+            over(width, [&](int c, auto... count) {
+                put(gelu(row(x + r * width + c, count...) + row(bias + c, count...)), out + r * width + c, count...);
+            });
+    }
+}
+
+// sums: (parts, width), over the rows: the gradient of the bias.
+template <typename T>
+void gelu_backward(const T* x, const float* bias, const T* gradient, T* into, float* sums, int64_t rows, int width,
+                   int threads) {
     const Parts parts(rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts.count > 1)
     for (int part = 0; part < parts.count; ++part) {
@@ -116,32 +183,44 @@ void gelu_backward(const T* x, const T* gradient, T* into, float* sums, int64_t 
         float* to_bias = sums + int64_t(part) * width;
         std::fill_n(to_bias, width, 0.0f);
         for (int64_t r = parts.bound(part); r < parts.bound(part + 1); ++r)
-            for (int c = 0; c < width; c += W) {
-                const int count = std::min(W, width - c);
-                const V back = row(gradient + r * width + c, count) * gelu_slope(row(x + r * width + c, count));
-                put(back, into + r * width + c, count);
-                put(row(to_bias + c, count) + back, to_bias + c, count);
-            }
+            over(width, [&](int c, auto... count) {
+                const V at = row(x + r * width + c, count...) + row(bias + c, count...);
+                const V back = row(gradient + r * width + c, count...) * gelu_slope(at);
+                put(back, into + r * width + c, count...);
+                put(row(to_bias + c, count...) + back, to_bias + c, count...);
+            });
     }
 }
 
 }  // namespace
 
-#define EXPORTED(NAME, T)                                                                                             \
-    extern "C" void norm_forward_##NAME(const T* x, const float* weight, const float* bias, T* out, float* statistics, \
-                                        int64_t rows, int width, float epsilon, int threads) {                         \
-        norm_forward<T>(x, weight, bias, out, statistics, rows, width, epsilon, threads);                              \
-    }                                                                                                                  \
-    extern "C" void norm_backward_##NAME(const T* x, const float* weight, const float* statistics, const T* gradient,  \
-                                         T* into, float* sums, int64_t rows, int width, int threads) {                 \
-        norm_backward<T>(x, weight, statistics, gradient, into, sums, rows, width, threads);                           \
-    }                                                                                                                  \
-    extern "C" void gelu_backward_##NAME(const T* x, const T* gradient, T* into, float* sums, int64_t rows, int width, \
-                                         int threads) {                                                                \
-        gelu_backward<T>(x, gradient, into, sums, rows, width, threads);                                               \
+#define RESIDUAL(NAME, X, B)                                                                                          \
+    extern "C" void residual_forward_##NAME(const X* x, const B* branch, const float* added, const float* factors,    \
+                                            int64_t each, X* sum, const float* weight, const float* bias, B* out,     \
+                                            float* statistics, int64_t rows, int width, float epsilon, int threads) { \
+        residual_forward<X, B>(x, branch, added, factors, each, sum, weight, bias, out, statistics, rows, width,      \
+                               epsilon, threads);                                                                     \
+    }                                                                                                                 \
+    extern "C" void residual_backward_##NAME(const X* sum, const float* weight, const float* statistics,              \
+                                             const B* coming, const X* also, const float* factors, int64_t each,      \
+                                             X* into, B* to_branch, float* norm_sums, float* branch_sums,             \
+                                             int64_t rows, int width, int threads) {                                  \
+        residual_backward<X, B>(sum, weight, statistics, coming, also, factors, each, into, to_branch, norm_sums,     \
+                                branch_sums, rows, width, threads);                                                   \
+    }
+#define GELU(NAME, T)                                                                                                 \
+    extern "C" void gelu_forward_##NAME(const T* x, const float* bias, T* out, int64_t rows, int width, int threads) { \
+        gelu_forward<T>(x, bias, out, rows, width, threads);                                                          \
+    }                                                                                                                 \
+    extern "C" void gelu_backward_##NAME(const T* x, const float* bias, const T* gradient, T* into, float* sums,      \
+                                         int64_t rows, int width, int threads) {                                      \
+        gelu_backward<T>(x, bias, gradient, into, sums, rows, width, threads);                                        \
     }
 
-EXPORTED(float32, float)
-EXPORTED(bfloat16, uint16_t)
+RESIDUAL(float32, float, float)
+RESIDUAL(bfloat16, uint16_t, uint16_t)
+RESIDUAL(mixed, float, uint16_t)  // a stream of float32, branches of bfloat16
+GELU(float32, float)
+GELU(bfloat16, uint16_t)
 
 extern "C" int row_parts(int64_t rows) { return Parts(rows).count; }

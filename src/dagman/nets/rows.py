@@ -1,7 +1,8 @@
 """What is done to each token by itself: on CPUs by the compiled `row_kernel.cpp` where it is there, else by PyTorch.
 
-PyTorch's LayerNorm takes several times as long on narrow tokens of bfloat16, and its gradient of GELU twice as long;
-the gradient of the bias before it costs another pass there.
+PyTorch's LayerNorm takes several times as long on narrow tokens of bfloat16, and its gradient of GELU twice as long.
+What lies between two matrix products (bias, drop path, sum, norm) costs it a pass over memory each, and another for
+each gradient.
 """
 
 import ctypes
@@ -15,82 +16,207 @@ from torch.nn import functional
 
 from dagman.nets.kernel import NAMES, address, loaded, runs
 
+RESIDUALS = {
+    (torch.float32, torch.float32): "float32",
+    (torch.bfloat16, torch.bfloat16): "bfloat16",
+    (torch.float32, torch.bfloat16): "mixed",
+}
+"""Dtypes of the stream and of a branch that there are kernels for."""
+
 
 class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension, in float32 inside; what comes out has the dtype of what goes in."""
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         """Normalise each token."""
-        if runs(x) and self.normalized_shape == x.shape[-1:] and _plain(self.weight) and _plain(self.bias):
-            normalised: Tensor = LayerNormKernel.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+        if runs(x) and _normalises(self, x):
+            normalised: Tensor = Residual.apply(x, None, None, None, self.weight, self.bias, self.eps)[1]  # type: ignore[no-untyped-call]
             return normalised
         return super().forward(x)
 
 
 def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Linear) -> Float[Tensor, "*shape outputs"]:
     """A linear layer, whose hooks are not called, and the exact GELU."""
-    if runs(x) and torch.is_grad_enabled() and type(layer) is nn.Linear and _plain(layer.bias):
-        mixed = functional.linear(x, layer.weight, layer.bias.detach())
-        if runs(mixed):  # autocast may have cast it
-            activated: Tensor = GeluKernel.apply(mixed, layer.bias)  # type: ignore[no-untyped-call]
-            return activated
+    if runs(x) and _is_plain_layer(layer) and _dtype_of_products(x) in NAMES:
+        activated: Tensor = BiasGelu.apply(functional.linear(x, layer.weight), layer.bias)  # type: ignore[no-untyped-call]
+        return activated
     return functional.gelu(layer(x))
 
 
-def _plain(weights: Tensor | None) -> bool:
+def branch_off(x: Float[Tensor, "*shape width"], norm: LayerNorm) -> tuple[Tensor, Tensor]:
+    """The residual stream as it is, and normalised for a branch; the gradients of both are added in one pass."""
+    if runs(x) and _normalises(norm, x):
+        stream, normalised = Residual.apply(x, None, None, None, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
+        return stream, normalised
+    return x, norm(x)
+
+
+def join(
+    x: Float[Tensor, "items *shape width"],
+    mixed: Float[Tensor, "items *shape in_width"],
+    layer: nn.Linear,
+    factors: Float[Tensor, " items"] | None,
+) -> Float[Tensor, "items *shape width"]:
+    """Add a branch to the residual stream, as `join_and_branch_off`."""
+    return _join(x, mixed, layer, factors, None)[0]
+
+
+def join_and_branch_off(
+    x: Float[Tensor, "items *shape width"],
+    mixed: Float[Tensor, "items *shape in_width"],
+    layer: nn.Linear,
+    factors: Float[Tensor, " items"] | None,
+    norm: LayerNorm,
+) -> tuple[Float[Tensor, "items *shape width"], Float[Tensor, "items *shape width"]]:
+    """Add a branch to the residual stream, and branch off the next.
+
+    Args:
+        x: The stream.
+        mixed: What the branch's last layer works on.
+        layer: That layer; its hooks are not called.
+        factors: What each item's branch is multiplied with (drop path).
+        norm: Of the next branch.
+
+    Returns:
+        The stream, and what comes out of the norm, in the precision of products.
+    """
+    stream, normalised = _join(x, mixed, layer, factors, norm)
+    assert normalised is not None
+    return stream, normalised
+
+
+def _join(
+    x: Tensor, mixed: Tensor, layer: nn.Linear, factors: Tensor | None, norm: LayerNorm | None
+) -> tuple[Tensor, Tensor | None]:
+    if (
+        runs(x)
+        and _is_plain_layer(layer)
+        and (x.dtype, _dtype_of_products(mixed)) in RESIDUALS
+        and (norm is None or _normalises(norm, x))
+    ):
+        of_norm = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+        stream, normalised = Residual.apply(x, functional.linear(mixed, layer.weight), layer.bias, factors, *of_norm)  # type: ignore[no-untyped-call]
+        return stream, normalised
+    branch = layer(mixed)
+    x = x + (branch if factors is None else branch * factors.view(-1, *(1,) * (x.ndim - 1)))
+    return x, None if norm is None else norm(x)
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _is_plain_layer(layer: nn.Linear) -> bool:
+    return type(layer) is nn.Linear and _is_plain(layer.bias)
+
+
+def _normalises(norm: nn.LayerNorm, x: Tensor) -> bool:
+    return norm.normalized_shape == x.shape[-1:] and _is_plain(norm.weight) and _is_plain(norm.bias)
+
+
+def _is_plain(weights: Tensor | None) -> bool:
     """Whether a kernel can read them as they lie."""
     return weights is not None and weights.dtype == torch.float32 and weights.is_contiguous()
 
 
-class LayerNormKernel(torch.autograd.Function):
-    """Forward and backward of the compiled LayerNorm."""
+class Residual(torch.autograd.Function):
+    """sum = x + factor * (branch + added), and the LayerNorm of it; without a branch or a norm, the other alone.
+
+    Two numbers a token are kept for the gradients, and the sum.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-        """Normalise; two numbers a token are kept for the gradients."""
-        x, width = x.contiguous(), x.shape[-1]
-        out, rows = torch.empty_like(x), x.numel() // width
-        statistics = torch.empty(rows, 2) if any(ctx.needs_input_grad) else None
-        sizes = ctypes.c_int64(rows), width, ctypes.c_float(epsilon), torch.get_num_threads()
-        _of("norm_forward", x)(*map(address, (x, weight, bias, out, statistics)), *sizes)
-        if statistics is not None:
-            ctx.save_for_backward(x, weight, statistics)
-        return out
+    def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, Tensor | None]:
+        """The sum, or x itself, and that normalised; given branch, added, factors, the norm's weight, bias, epsilon."""
+        branch, added, factors, weight, bias, epsilon = given
+        whole, width = x.contiguous(), x.shape[-1]
+        rows = x.numel() // width
+        branch, factors = (None if each is None else each.contiguous() for each in (branch, factors))
+        single = None if factors is None else factors.float()
+        stream = whole if branch is None else torch.empty_like(whole)
+        out = None if weight is None else torch.empty_like(whole, dtype=x.dtype if branch is None else branch.dtype)
+        statistics = torch.empty(rows, 2) if weight is not None and any(ctx.needs_input_grad) else None
+        name = _name(x, branch)
+        each = 0 if single is None else rows // len(single)
+        getattr(loaded(), f"residual_forward_{name}")(
+            *map(address, (whole, branch, added, single)),
+            ctypes.c_int64(each),
+            *map(address, (stream, weight, bias, out, statistics)),
+            *_sizes(rows, width),
+            ctypes.c_float(epsilon),
+            torch.get_num_threads(),
+        )
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(stream if weight is not None else None, weight, statistics, single)
+            ctx.name, ctx.branch, ctx.shape, ctx.each = name, None if branch is None else branch.dtype, x.shape, each
+            ctx.dtype = x.dtype
+            ctx.set_materialize_grads(False)
+        return (x if branch is None else stream), out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of the tokens, of weight and of bias."""
-        x, weight, statistics = ctx.saved_tensors
-        into, width = torch.empty_like(x), x.shape[-1]
-        rows = ctypes.c_int64(len(statistics))
-        sums = torch.empty(loaded().row_parts(rows), 2, width)
-        gradient = gradients[0].to(x.dtype).contiguous()
-        given = map(address, (x, weight, statistics, gradient, into, sums))
-        _of("norm_backward", x)(*given, rows, width, torch.get_num_threads())
-        to_weight, to_bias = sums.sum(dim=0)
-        return into, to_weight, to_bias, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of stream, branch, its bias, and the norm's weight and bias."""
+        stream, weight, statistics, factors = ctx.saved_tensors
+        of_sum, of_norm = gradients
+        width = ctx.shape[-1]
+        rows = ctx.shape.numel() // width
+        also = None if of_sum is None else of_sum.to(ctx.dtype).contiguous()
+        if weight is not None and of_norm is None:
+            of_norm = torch.zeros(ctx.shape, dtype=ctx.branch or ctx.dtype)
+        coming = None if of_norm is None else of_norm.to(ctx.branch or ctx.dtype).contiguous()
+        into = also if weight is None else torch.empty(ctx.shape, dtype=ctx.dtype)
+        differs = ctx.branch is not None and (factors is not None or ctx.branch != ctx.dtype)
+        to_branch = torch.empty(ctx.shape, dtype=ctx.branch) if differs else None
+        parts = loaded().row_parts(ctypes.c_int64(rows))
+        norm_sums = None if weight is None else torch.empty(parts, 2, width)
+        branch_sums = None if ctx.branch is None else torch.empty(parts, width)
+        getattr(loaded(), f"residual_backward_{ctx.name}")(
+            *map(address, (stream, weight, statistics, coming, also, factors)),
+            ctypes.c_int64(ctx.each),
+            *map(address, (into, to_branch, norm_sums, branch_sums)),
+            *_sizes(rows, width),
+            torch.get_num_threads(),
+        )
+        to_weight, to_bias = (None, None) if norm_sums is None else norm_sums.sum(dim=0)
+        to_added = None if branch_sums is None else branch_sums.sum(dim=0)
+        if ctx.branch is not None and to_branch is None:
+            to_branch = into
+        return into, to_branch, to_added, None, to_weight, to_bias, None
 
 
-class GeluKernel(torch.autograd.Function):
-    """PyTorch's GELU with the compiled gradients: of what goes in, and of a bias that was added to it before."""
+class BiasGelu(torch.autograd.Function):
+    """GELU of what a bias is added to."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG004
-        """Activate; `bias` is in `x` already."""
-        ctx.save_for_backward(x.contiguous())
-        return functional.gelu(x)
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        """Add and activate."""
+        x, width = x.contiguous(), x.shape[-1]
+        out, sizes = torch.empty_like(x), _sizes(x.numel() // width, width)
+        _of("gelu_forward", x)(*map(address, (x, bias, out)), *sizes, torch.get_num_threads())
+        ctx.save_for_backward(x, bias)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Both in one pass."""
-        (x,) = ctx.saved_tensors
+        x, bias = ctx.saved_tensors
         into, gradient, width = torch.empty_like(x), gradients[0].to(x.dtype).contiguous(), x.shape[-1]
-        rows = ctypes.c_int64(x.numel() // width)
-        sums = torch.empty(loaded().row_parts(rows), width)
-        _of("gelu_backward", x)(*map(address, (x, gradient, into, sums)), rows, width, torch.get_num_threads())
+        rows = x.numel() // width
+        sums = torch.empty(loaded().row_parts(ctypes.c_int64(rows)), width)
+        given = map(address, (x, bias, gradient, into, sums))
+        _of("gelu_backward", x)(*given, *_sizes(rows, width), torch.get_num_threads())
         return into, sums.sum(dim=0)
+
+
+def _name(x: Tensor, branch: Tensor | None) -> str:
+    """Of the kernel for a stream and a branch."""
+    return RESIDUALS[x.dtype, x.dtype if branch is None else branch.dtype]
+
+
+def _sizes(rows: int, width: int) -> tuple[ctypes.c_int64, int]:
+    return ctypes.c_int64(rows), width
 
 
 def _of(name: str, x: Tensor) -> Any:

@@ -4,7 +4,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dagman.nets import gpu
-from dagman.nets.rows import LayerNorm
+from dagman.nets.rows import LayerNorm, branch_off, join, join_and_branch_off
 from dagman.nets.transformer import MLP, DropPath
 from dagman.nets.window import WindowAttention
 from dagman.nets.windows import (
@@ -48,17 +48,26 @@ class WindowBlock(nn.Module):
 
     def _forward_all(self, x: Tensor) -> Tensor:
         """Every window."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
-        return out
+        x, normalised = branch_off(x, self.norm1)
+        return self._add_branches(x, self.attn.mix(normalised), len(x))
+
+    def _add_branches(self, x: Tensor, mixed: Tensor, batch: int, item: Tensor | None = None) -> Tensor:
+        """Both residual steps, once attention is done; `item` names the batch item of each row of other rows."""
+
+        def factors() -> Tensor | None:
+            drawn: Tensor | None = self.drop_path(batch, x)
+            return drawn if drawn is None or item is None else drawn[item]
+
+        x, normalised = join_and_branch_off(x, mixed, self.attn.proj, factors(), self.norm2)
+        return join(x, self.mlp.between(normalised), self.mlp.linear2, factors())
 
     def _forward_on_chip(self, x: Tensor, tokens: int) -> Tensor:
         """Each residual step as one kernel, all windows computed: to count the blank ones would cost more."""
         attn, mlp = self.attn, self.mlp
         bias, window, shift = attn.bias(tokens), attn.window, attn.shift
-        kept = self.drop_path.factors(x.shape[0], x)
+        kept = self.drop_path(x.shape[0], x)
         x = gpu.attention_half(x, self.norm1, attn.qkv, bias, attn.proj, kept=kept, window=window, shift=shift)
-        return gpu.mlp_half(x, self.norm2, mlp.linear1, mlp.linear2, self.drop_path.factors(x.shape[0], x))
+        return gpu.mlp_half(x, self.norm2, mlp.linear1, mlp.linear2, self.drop_path(x.shape[0], x))
 
     def _forward_once(self, x: Tensor, blank: Tensor) -> Tensor:
         """Every window that is unlike the others, and one that stands for all that are alike."""
@@ -71,13 +80,8 @@ class WindowBlock(nn.Module):
         if alike is None:
             return self._forward_all(x)
         windows = partition(x, layout).index_select(0, alike.unique)
-        for branch in (
-            lambda rows: self.attn.attend(self.norm1(rows), alike.layout),
-            lambda rows: self.mlp(self.norm2(rows)),
-        ):
-            residual = branch(windows)
-            factors = self.drop_path.factors(batch, residual)
-            windows = windows + (residual if factors is None else residual * factors[alike.item][:, None, None])
+        windows, normalised = branch_off(windows, self.norm1)
+        windows = self._add_branches(windows, self.attn.mix_windows(normalised, alike.layout), batch, alike.item)
         return reverse(windows.index_select(0, alike.place), layout, grid)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
-from dagman.nets.rows import LayerNorm, linear_gelu
+from dagman.nets.rows import LayerNorm, branch_off, join, join_and_branch_off, linear_gelu
 
 
 def check_heads(name: str, heads: int, width: int) -> None:
@@ -32,8 +32,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         """Apply to each token."""
-        mixed: Tensor = self.linear2(linear_gelu(x, self.linear1))
-        return mixed
+        out: Tensor = self.linear2(self.between(x))
+        return out
+
+    def between(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape hidden_width"]:
+        """What the second layer works on."""
+        return linear_gelu(x, self.linear1)
 
 
 class DropPath(nn.Module):
@@ -43,12 +47,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.chance = chance
 
-    def forward(self, x: Float[Tensor, " batch *shape"]) -> Float[Tensor, " batch *shape"]:
-        """Drop with the module's chance; the identity in eval mode."""
-        factors = self.factors(x.shape[0], x)
-        return x if factors is None else x * factors.view(-1, *(1,) * (x.ndim - 1))
-
-    def factors(self, items: int, like: Tensor) -> Float[Tensor, " items"] | None:
+    def forward(self, items: int, like: Tensor) -> Float[Tensor, " items"] | None:
         """What the residual of each batch item is multiplied with, in the dtype of `like`; None where all stay."""
         if not self.training or self.chance == 0:
             return None
@@ -99,15 +98,20 @@ class GlobalBlock(nn.Module):
             x: Tokens.
             position: Added to what queries and keys are made of, and to nothing else.
         """
-        query, key, value = self.heads_of(x, position)
-        mixed = _attend(query, key, value)
-        x = x + self.drop_path(self.proj(mixed.transpose(1, 2).reshape(x.shape)))
-        return x + self.drop_path(self.mlp(self.norm2(x))), attention_of_first(query, key)
+        x, normalised = branch_off(x, self.norm1)
+        query, key, value = self._heads_of(normalised, position)
+        mixed = _attend(query, key, value).transpose(1, 2).reshape(x.shape)
+        x, normalised = join_and_branch_off(x, mixed, self.proj, self.drop_path(len(x), x), self.norm2)
+        x = join(x, self.mlp.between(normalised), self.mlp.linear2, self.drop_path(len(x), x))
+        return x, attention_of_first(query, key)
 
     def heads_of(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (batch, heads, tokens, head width)."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        return self._heads_of(self.norm1(x), position)
+
+    def _heads_of(self, normalised: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        batch, tokens, width = normalised.shape
+        qkv = self.qkv(normalised).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if position is not None:
             moved = functional.linear(position, self.qkv.weight[: 2 * width]).view(tokens, 2, self.num_heads, -1)

@@ -28,25 +28,37 @@ inline V reciprocal(V x) {
     const V near = _mm512_rcp14_ps(x);
     return near * (2.0f - x * near);
 }
+inline V magnitude(V x) { return _mm512_abs_ps(x); }
 #else
 inline V largest(V a, V b) { return _mm256_max_ps(a, b); }
 inline V reciprocal(V x) { return 1.0f / x; }
+inline V magnitude(V x) { return (V)((I)x & 0x7fffffff); }
 #endif
 
-// 2^x for x of at most 0, and 0 below 2^-126; the polynomial is within 3e-9. What is no number stays none.
-inline V power_of_two(V x) {
-    const V magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const I kept = ~(x < -126.0f);
-    x = largest(V{} - 126.0f, x);  // the second, where one is no number
-    const V t = x + magic, r = x - (t - magic);
+// 2^r for r from -1/2 to 1/2, within 3e-9.
+inline V power_of_rest(V r) {
     V p = V{} + 1.55946776e-4f;
     p = p * r + 1.34066439e-3f;
     p = p * r + 9.61769297e-3f;
     p = p * r + 5.55031055e-2f;
     p = p * r + 2.40226528e-1f;
     p = p * r + 6.93147215e-1f;
-    p = p * r + 1.0f;
+    return p * r + 1.0f;
+}
+
+// 2^x for x of at most 0, and 0 below 2^-126. What is no number stays none.
+inline V power_of_two(V x) {
+#ifdef __AVX512F__
+    x = largest(V{} - 200.0f, x);  // the second, where one is no number
+    const V whole = _mm512_roundscale_ps(x, 0);
+    return _mm512_scalef_ps(power_of_rest(x - whole), whole);
+#else
+    const V magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const I kept = ~(x < -126.0f);
+    x = largest(V{} - 126.0f, x);
+    const V t = x + magic, p = power_of_rest(x - (t - magic));
     return (V)(((I)p + ((I)t << 23)) & kept);
+#endif
 }
 
 // To the nearest number of bfloat16, the even one of two: it stands in the upper half of the bits.
@@ -101,6 +113,25 @@ inline void put(V x, uint16_t* p, int count) {
     }
 }
 #endif
+
+// A whole vector.
+inline V row(const float* p) { return load(p); }
+inline void put(V x, float* p) { store(p, x); }
+#ifdef __AVX512F__
+inline V row(const uint16_t* p) {
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+inline void put(V x, uint16_t* p) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded(x), 16)));
+}
+#else
+inline V row(const uint16_t* p) { return row(p, W); }
+inline void put(V x, uint16_t* p) { put(x, p, W); }
+#endif
+
+// What `put` leaves of a number.
+inline V stored(V x, const float*) { return x; }
+inline V stored(V x, const uint16_t*) { return (V)(rounded(x) & int32_t(0xffff0000)); }
 
 // W rows of W become columns.
 inline void transpose(V v[W]) {

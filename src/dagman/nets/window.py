@@ -41,34 +41,37 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x y z width"]:
         """Attend within each window of each map."""
+        projected: Tensor = self.proj(self.mix(x))
+        return projected
+
+    def mix(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x y z width"]:
+        """The same without the last layer, `proj`."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
         tokens = self.tokens(grid)
         if gpu.chosen(x, tokens) == "triton":
-            mixed = gpu.window_attention(
+            return gpu.window_attention(
                 self.qkv(x), self.qkv.bias, self.bias(tokens), window=self.window, shift=self.shift
             )
-            projected: Tensor = self.proj(mixed)
-            return projected
         layout = window_layout(x.shape[0], grid, self.window, self.shift, x.device)
         if layout.padded == grid and kernel.takes(x, layout.tokens):  # it finds a window's tokens where they lie
-            return self._attend_in_place(x, layout, layout.order)
-        return reverse(self.attend(partition(x, layout), layout), layout, grid)
+            return self._mix_in_place(x, layout, layout.order)
+        return reverse(self.mix_windows(partition(x, layout), layout), layout, grid)
 
-    def _attend_in_place(self, x: Tensor, layout: WindowLayout, order: Tensor) -> Tensor:
+    def _mix_in_place(self, x: Tensor, layout: WindowLayout, order: Tensor) -> Tensor:
         """By the compiled kernel; `order` names the row of each token of each window."""
-        qkv = self.qkv(x).view(-1, 3 * x.shape[-1])
+        qkv = functional.linear(x, self.qkv.weight).view(-1, 3 * x.shape[-1])
         kinds = layout.kinds[: len(order) // layout.tokens]
-        mixed = kernel.attention(qkv, self.bias(layout.tokens), order, kinds, layout.stacked)
-        projected: Tensor = self.proj(mixed).view(x.shape)
-        return projected
+        bias = self.bias(layout.tokens)
+        mixed = kernel.attention(qkv, self.qkv.bias, bias, order, kinds=kinds, masks=layout.stacked)
+        return mixed.view(x.shape)
 
-    def attend(
+    def mix_windows(
         self, windows: Float[Tensor, "windows tokens width"], layout: WindowLayout
     ) -> Float[Tensor, "windows tokens width"]:
-        """Attend within windows; `layout.masks` names the rows of `windows` that need one."""
+        """`mix` of windows; `layout.masks` names the rows of `windows` that need one."""
         count, tokens, width = windows.shape
         if kernel.takes(windows, tokens):
-            return self._attend_in_place(windows, layout, torch.arange(count * tokens, dtype=torch.int32))
+            return self._mix_in_place(windows, layout, torch.arange(count * tokens, dtype=torch.int32))
         bias, head_width = self.bias(tokens), width // self.num_heads
         weight: Tensor = self.qkv.weight
         added: Tensor = self.qkv.bias
@@ -81,8 +84,7 @@ class WindowAttention(nn.Module):
             mixed = explicit_attention(query, key, value, bias, layout, scale=head_width**-0.5)
         else:
             mixed = fused_attention(query, key, value, bias, layout, scale=head_width**-0.5)[..., :head_width]
-        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
-        return projected
+        return mixed.transpose(1, 2).reshape(count, tokens, width)
 
     def tokens(self, grid: Size) -> int:
         """Tokens in a window of such a map."""

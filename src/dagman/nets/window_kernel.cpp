@@ -47,12 +47,15 @@ Buffer buffer(size_t count) {
     return Buffer(p, &std::free);
 }
 
-// Rows of one head of one window, side by side: to[token][deep].
+// Rows of one head of one window, side by side: to[token][deep], moved by `shift` if there is one, and scaled.
 template <typename T>
-void gather(const T* from, const int32_t* order, int64_t stride, const Shape& n, float scale, float* to) {
+void gather(const T* from, const float* shift, const int32_t* order, int64_t stride, const Shape& n, float scale,
+            float* to) {
     for (int c = 0; c < n.width; c += W) {
         const int count = std::min(W, n.width - c);
-        for (int i = 0; i < n.tokens; ++i) store(to + i * n.deep + c, row(from + order[i] * stride + c, count) * scale);
+        const V moved = shift ? row(shift + c, count) : V{};
+        for (int i = 0; i < n.tokens; ++i)
+            store(to + i * n.deep + c, (row(from + order[i] * stride + c, count) + moved) * scale);
     }
 }
 
@@ -67,10 +70,10 @@ void turn(const float* rows, const Shape& n, int first, int lanes, float* across
         }
 }
 
-// The row of each query: to[order[lane]][c] = across[c][lane] * factor[lane]
+// The row of each query: to[order[lane]][c] = across[c][lane] * factor[lane], added up in `sums` if there are any.
 template <typename T>
 void scatter(const float* across, const float* factor, const int32_t* order, int64_t stride, const Shape& n, int count,
-             T* to) {
+             T* to, float* sums) {
     for (int lane = 0; lane < count; lane += W) {
         const V times = load(factor + lane);
         for (int c = 0; c < n.width; c += W) {
@@ -79,6 +82,10 @@ void scatter(const float* across, const float* factor, const int32_t* order, int
             transpose(block);
             const int rows = std::min(W, count - lane), columns = std::min(W, n.width - c);
             for (int i = 0; i < rows; ++i) put(block[i], to + order[lane + i] * stride + c, columns);
+            if (!sums) continue;
+            V sum = load(sums + c);
+            for (int i = 0; i < rows; ++i) sum += block[i];
+            store(sums + c, sum);
         }
     }
 }
@@ -206,7 +213,7 @@ inline void fetch(const T* from, const int32_t* order, int64_t stride, int count
 }
 
 template <typename T>
-void forward(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind, const float* masks, T* out,
+void forward(const T* qkv, const float* shift, const float* bias, const int32_t* order, const int32_t* kind, const float* masks, T* out,
              float* statistics, const Sizes s) {
     const Shape n(s);
     const int64_t wide = int64_t(s.heads) * s.width, square = int64_t(n.tokens) * n.tokens;
@@ -233,9 +240,9 @@ void forward(const T* qkv, const float* bias, const int32_t* order, const int32_
                     for (int third = 0; third < 3; ++third)
                         fetch(qkv + third * wide + part.begin * s.width, place + n.tokens, 3 * wide, heads * s.width, n,
                               h - part.begin, heads);
-                gather(qkv + h * s.width, place, 3 * wide, n, scale, query.get());
-                gather(qkv + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
-                gather(qkv + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
+                gather(qkv + h * s.width, shift + h * s.width, place, 3 * wide, n, scale, query.get());
+                gather(qkv + wide + h * s.width, shift + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
+                gather(qkv + 2 * wide + h * s.width, shift + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
                 for (int first = 0; first < n.tokens; first += LANES) {
                     const int count = std::min(LANES, n.tokens - first), lanes = up(count, W);
                     turn(query.get(), n, first, lanes, across.get());
@@ -256,7 +263,7 @@ void forward(const T* qkv, const float* bias, const int32_t* order, const int32_
                         store(share + lane, 1.0f / sum);
                     }
                     all_mixtures(value.get(), n, matrix.get(), lanes, mixed.get());
-                    scatter(mixed.get(), share, place + first, wide, n, count, out + h * s.width);
+                    scatter(mixed.get(), share, place + first, wide, n, count, out + h * s.width, nullptr);
                     if (statistics) {
                         float* kept = statistics + (w * s.heads + h) * 2 * n.tokens + first;
                         std::copy(peak, peak + count, kept);
@@ -269,8 +276,8 @@ void forward(const T* qkv, const float* bias, const int32_t* order, const int32_
 }
 
 template <typename T>
-void backward(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind, const float* masks,
-              const float* statistics, const T* gradient, T* into, float* bias_parts, const Sizes s) {
+void backward(const T* qkv, const float* shift, const float* bias, const int32_t* order, const int32_t* kind, const float* masks,
+              const float* statistics, const T* gradient, T* into, float* shift_parts, float* bias_parts, const Sizes s) {
     const Shape n(s);
     const int64_t wide = int64_t(s.heads) * s.width, square = int64_t(n.tokens) * n.tokens;
     const float scale = LOG2_E / __builtin_sqrtf(float(s.width));
@@ -286,7 +293,8 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
         Buffer added = buffer(size_t(heads) * n.tokens * n.lanes), query = buffer(rows), key = buffer(rows),
                value = buffer(rows), coming = buffer(rows), across = buffer(turned), back = buffer(turned),
                mixed = buffer(turned), matrix = buffer(matrices), slope = buffer(matrices), to_key = buffer(rows),
-               to_value = buffer(rows), bias_sum = buffer(size_t(heads) * n.tokens * n.lanes);
+               to_value = buffer(rows), bias_sum = buffer(size_t(heads) * n.tokens * n.lanes),
+               shift_sum = buffer(size_t(heads) * 3 * n.deep);
         int held = -1;
         for (int64_t w = part.first; w < part.last; ++w) {
             if (kind[w] != held) {
@@ -305,10 +313,11 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
                     }
                     fetch(gradient + start, place + n.tokens, wide, heads * s.width, n, h - part.begin, heads);
                 }
-                gather(qkv + h * s.width, place, 3 * wide, n, scale, query.get());
-                gather(qkv + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
-                gather(qkv + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
-                gather(gradient + h * s.width, place, wide, n, 1.0f, coming.get());
+                gather(qkv + h * s.width, shift + h * s.width, place, 3 * wide, n, scale, query.get());
+                gather(qkv + wide + h * s.width, shift + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
+                gather(qkv + 2 * wide + h * s.width, shift + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
+                gather(gradient + h * s.width, nullptr, place, wide, n, 1.0f, coming.get());
+                float* to_shift = shift_sum.get() + (h - part.begin) * 3 * n.deep;
                 std::fill_n(to_key.get(), rows, 0.0f);
                 std::fill_n(to_value.get(), rows, 0.0f);
                 for (int first = 0; first < n.tokens; first += LANES) {
@@ -340,18 +349,28 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
                     all_mixtures(key.get(), n, slope.get(), lanes, mixed.get());
                     back_mixtures(slope.get(), query.get() + first * n.deep, matrix.get(), coming.get() + first * n.deep,
                                   n, count, to_key.get(), to_value.get());
-                    scatter(mixed.get(), to_query, place + first, 3 * wide, n, count, into + h * s.width);
+                    scatter(mixed.get(), to_query, place + first, 3 * wide, n, count, into + h * s.width, to_shift);
                 }
                 T* to = into + wide + h * s.width;
                 for (int c = 0; c < n.width; c += W) {
                     const int columns = std::min(W, n.width - c);
+                    V keys = load(to_shift + n.deep + c), values = load(to_shift + 2 * n.deep + c);
                     for (int j = 0; j < n.tokens; ++j) {
-                        put(load(&to_key[j * n.deep + c]) * (1 / LOG2_E), to + place[j] * 3 * wide + c, columns);
-                        put(load(&to_value[j * n.deep + c]), to + place[j] * 3 * wide + wide + c, columns);
+                        const V k = load(&to_key[j * n.deep + c]) * (1 / LOG2_E), v = load(&to_value[j * n.deep + c]);
+                        put(k, to + place[j] * 3 * wide + c, columns);
+                        put(v, to + place[j] * 3 * wide + wide + c, columns);
+                        keys += k;
+                        values += v;
                     }
+                    store(to_shift + n.deep + c, keys);
+                    store(to_shift + 2 * n.deep + c, values);
                 }
             }
         }
+        for (int h = part.begin; h < part.end; ++h)
+            for (int third = 0; third < 3; ++third)
+                std::copy_n(shift_sum.get() + ((h - part.begin) * 3 + third) * n.deep, n.width,
+                            shift_parts + (int64_t(part.range) * 3 + third) * wide + h * s.width);
         float* sums = bias_parts + (part.range * s.heads + part.begin) * square;
         for (int r = 0; r < heads * n.tokens; ++r)
             std::copy_n(bias_sum.get() + size_t(r) * n.lanes, n.tokens, sums + size_t(r) * n.tokens);
@@ -360,20 +379,20 @@ void backward(const T* qkv, const float* bias, const int32_t* order, const int32
 
 }  // namespace
 
-// qkv: (rows, 3, heads, width); bias: (heads, keys, queries); order: the row of each token of each window; kind: for
-// each window its mask; out: (rows, heads, width); statistics: (windows, heads, 2, queries) or null;
-// bias_parts: (window_ranges, heads, keys, queries).
+// qkv: (rows, 3, heads, width); shift: (3, heads, width), added to each row; bias: (heads, keys, queries); order: the row
+// of each token of each window; kind: for each window its mask; out: (rows, heads, width); statistics: (windows, heads,
+// 2, queries) or null; shift_parts: (window_ranges, 3, heads, width); bias_parts: (window_ranges, heads, keys, queries).
 #define EXPORTED(NAME, T)                                                                                              \
-    extern "C" void window_forward_##NAME(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind,  \
-                                          const float* masks, T* out, float* statistics, int64_t windows, int tokens,  \
-                                          int heads, int width, int threads) {                                         \
-        forward<T>(qkv, bias, order, kind, masks, out, statistics, {windows, tokens, heads, width, threads});          \
+    extern "C" void window_forward_##NAME(const T* qkv, const float* shift, const float* bias, const int32_t* order,   \
+                                          const int32_t* kind, const float* masks, T* out, float* statistics,          \
+                                          int64_t windows, int tokens, int heads, int width, int threads) {            \
+        forward<T>(qkv, shift, bias, order, kind, masks, out, statistics, {windows, tokens, heads, width, threads});   \
     }                                                                                                                  \
-    extern "C" void window_backward_##NAME(const T* qkv, const float* bias, const int32_t* order, const int32_t* kind, \
-                                           const float* masks, const float* statistics, const T* gradient, T* into,    \
-                                           float* bias_parts, int64_t windows, int tokens, int heads, int width,       \
-                                           int threads) {                                                              \
-        backward<T>(qkv, bias, order, kind, masks, statistics, gradient, into, bias_parts,                             \
+    extern "C" void window_backward_##NAME(const T* qkv, const float* shift, const float* bias, const int32_t* order,  \
+                                           const int32_t* kind, const float* masks, const float* statistics,           \
+                                           const T* gradient, T* into, float* shift_parts, float* bias_parts,          \
+                                           int64_t windows, int tokens, int heads, int width, int threads) {           \
+        backward<T>(qkv, shift, bias, order, kind, masks, statistics, gradient, into, shift_parts, bias_parts,         \
                     {windows, tokens, heads, width, threads});                                                         \
     }
 

@@ -103,9 +103,16 @@ def clip(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
     """
     fused: Any = getattr(optimizer, "optimizer", optimizer)
     given = [parameter.grad for group in fused.param_groups for parameter in group["params"]]
-    norm = nn.utils.get_total_norm([gradient for gradient in given if gradient is not None])
+    norm = _norm([gradient for gradient in given if gradient is not None])
     fused.grad_scale = (norm / most).clamp(min=1.0).float()
     return norm
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all together. On CPUs the norms of PyTorch sum up in one thread, to fewer digits."""
+    if any(gradient.device.type != "cpu" for gradient in gradients):
+        return nn.utils.get_total_norm(gradients)
+    return torch.stack([torch.dot(flat, flat) for flat in map(torch.flatten, gradients)]).sum().sqrt()
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
