@@ -18,8 +18,12 @@ except ImportError:  # run by hand, outside a build
     BuildHookInterface = object
 
 FOLDER = Path(__file__).parent / "src" / "dagman" / "nets"
-LEVELS = {"avx512": "x86-64-v4", "avx2": "x86-64-v3"}
-"""The processor decides at run time which of both is loaded."""
+LEVELS = {
+    "avx512_bf16": ("-march=x86-64-v4", "-mavx512bf16"),
+    "avx512": ("-march=x86-64-v4",),
+    "avx2": ("-march=x86-64-v3",),
+}
+"""The processor decides at run time which of them is loaded."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 
 
@@ -34,7 +38,7 @@ def compile_kernels() -> list[Path]:
     return [library for name, level in LEVELS.items() if (library := _compile(compiler.split(), name, level))]
 
 
-def _compile(compiler: list[str], name: str, level: str) -> Path | None:
+def _compile(compiler: list[str], name: str, level: tuple[str, ...]) -> Path | None:
     """One library of all kernels; None, with the reason, where that fails."""
     sources = sorted(FOLDER.glob("*_kernel.cpp"))
     text = b"".join(path.read_bytes() for path in [*sources, FOLDER / "vectors.h"])
@@ -42,10 +46,7 @@ def _compile(compiler: list[str], name: str, level: str) -> Path | None:
     compiled = {source: source.with_suffix(f".{name}.o") for source in sources}
     # Linked without -fopenmp: the functions of OpenMP come from the one library that PyTorch has loaded.
     commands = [
-        *(
-            [*compiler, *FLAGS, f"-march={level}", "-mtune=native", "-c", source, "-o", to]
-            for source, to in compiled.items()
-        ),
+        *([*compiler, *FLAGS, *level, "-mtune=native", "-c", source, "-o", to] for source, to in compiled.items()),
         [*compiler, "-shared", *compiled.values(), "-o", library],
     ]
     try:

@@ -32,14 +32,21 @@ def sources() -> str:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels for this processor."""
-    level = torch.backends.cpu.get_cpu_capability().lower()
-    path = Path(__file__).with_name(f"kernels.{level}.{sources()}.so")
-    if _is_off() or not path.exists():
+    paths = [Path(__file__).with_name(f"kernels.{level}.{sources()}.so") for level in _levels()]
+    path = next(filter(Path.exists, paths), None)
+    if _is_off() or path is None:
         return None
     try:
         return ctypes.CDLL(str(path))
     except OSError:  # PyTorch was built without the OpenMP that the kernel was compiled for
         return None
+
+
+def _levels() -> list[str]:
+    """What the processor can do, best first, in the words of the build."""
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    rounds = level == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16")
+    return ["avx512_bf16", level] if rounds else [level]
 
 
 def _is_off() -> bool:

@@ -66,6 +66,11 @@ inline I rounded(V x) {
     const I bits = (I)x;
     return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : I{} + 0x7fc00000;
 }
+#if defined(__AVX512BF16__)
+inline __m256i halves(V x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+#elif defined(__AVX512F__)
+inline __m256i halves(V x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded(x), 16)); }
+#endif
 
 // A row of up to W numbers in its own precision: what is beyond `count` is zero, or is left as it is.
 #ifdef __AVX512F__
@@ -76,8 +81,7 @@ inline V row(const uint16_t* p, int count) {
 }
 inline void put(V x, float* p, int count) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), x); }
 inline void put(V x, uint16_t* p, int count) {
-    const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded(x), 16));
-    _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), halves);
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), halves(x));
 }
 #else
 inline __m256i some(int count) {
@@ -122,7 +126,7 @@ inline V row(const uint16_t* p) {
     return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 inline void put(V x, uint16_t* p) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded(x), 16)));
+    _mm256_storeu_si256((__m256i*)p, halves(x));
 }
 #else
 inline V row(const uint16_t* p) { return row(p, W); }
@@ -131,7 +135,11 @@ inline void put(V x, uint16_t* p) { put(x, p, W); }
 
 // What `put` leaves of a number.
 inline V stored(V x, const float*) { return x; }
+#ifdef __AVX512F__
+inline V stored(V x, const uint16_t*) { return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves(x)), 16); }
+#else
 inline V stored(V x, const uint16_t*) { return (V)(rounded(x) & int32_t(0xffff0000)); }
+#endif
 
 // W rows of W become columns.
 inline void transpose(V v[W]) {
