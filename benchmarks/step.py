@@ -165,15 +165,21 @@ def measure(variants: list[str], allocator: str, case: tuple[int, int, str], opt
     groups = [others, *(["fast", *ladder[start : start + AT_ONCE]] for start in range(0, len(ladder), AT_ONCE))]
     steps: dict[str, list[dict[str, Any]]] = {}
     parts: dict[str, dict[str, float]] = {}
+    beside: dict[str, dict[str, float]] = {}
     for group in filter(None, groups):
         children = {variant: Child(variant, allocator, case, options.smit) for variant in group}
+        together: dict[str, list[dict[str, Any]]] = {}
         try:
-            take_turns(children, steps, options.rounds)
+            take_turns(children, together, options.rounds)
             if options.parts and group is others:
                 parts = {variant: child.ask("profile")["parts"] for variant, child in children.items()}
         finally:
             for child in children.values():
                 child.close()
+        for variant, taken in together.items():
+            steps.setdefault(variant, []).extend(taken)
+            if "fast" in together and variant != "fast":
+                beside[variant] = over(taken, together["fast"])
     crop, batch, precision = case
     rows = []
     for variant, taken in steps.items():
@@ -183,8 +189,18 @@ def measure(variants: list[str], allocator: str, case: tuple[int, int, str], opt
         row["seconds_least"] = min(step["seconds"] for step in taken)
         row["cpu_seconds"] = statistics.median(step["cpu_seconds"] for step in taken)
         row["peak_mib"] = max(step["peak_mib"] for step in taken)
+        row |= {"over_fast": beside[variant]} if variant in beside else {}
         rows.append(row | ({"parts": parts[variant]} if variant in parts else {}))
     return rows
+
+
+def over(steps: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times as much as others took in the same rounds: medians."""
+    pairs = list(zip(steps, others, strict=True))
+    return {
+        kind: statistics.median(one[kind] / other[kind] for one, other in pairs)
+        for kind in ("seconds", "cpu_seconds", "peak_mib")
+    }
 
 
 def take_turns(children: dict[str, Child], steps: dict[str, list[dict[str, Any]]], rounds: int) -> None:

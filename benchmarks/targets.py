@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from step import ALLOCATORS, Child, take_turns
+from step import ALLOCATORS, Child, over, take_turns
 
 
 def measure(crop: int, allocator: str, rounds: int) -> dict[str, Any]:
@@ -34,10 +34,8 @@ def measure(crop: int, allocator: str, rounds: int) -> dict[str, Any]:
             "seconds_median": statistics.median(step["seconds"] for step in taken),
             "peak_mib": max(step["peak_mib"] for step in taken),
         }
-    pairs = list(zip(steps["monai"], steps["fast"], strict=True))
-    for name, kind in (("times", "seconds"), ("cpu_times", "cpu_seconds")):
-        row[name] = statistics.median(theirs[kind] / ours[kind] for theirs, ours in pairs)
-    return row
+    found = over(steps["monai"], steps["fast"])
+    return row | {"times": found["seconds"], "cpu_times": found["cpu_seconds"]}
 
 
 def main() -> None:

@@ -56,7 +56,8 @@ def step() -> str:
     case = ("crop", "batch", "precision", "allocator")
     bases = {tuple(row[name] for name in case): row for row in result["rows"] if row["variant"] == "monai"}
     body = []
-    for row in sorted(result["rows"], key=lambda row: [*(row[name] for name in case), row["variant"] != "monai"]):
+    whole = [row for row in result["rows"] if not row["variant"].startswith("fast ")]
+    for row in sorted(whole, key=lambda row: [*(row[name] for name in case), row["variant"] != "monai"]):
         base = bases.get(tuple(row[name] for name in case))
         columns = ("seconds_median", "cpu_seconds", "peak_mib")
         ratios = [number(base[name] / row[name]) if base else "" for name in columns]
@@ -65,15 +66,36 @@ def step() -> str:
         body.append([*places, *figures, *ratios])
     header = [*("crop", "pairs", "precision", "allocator", "variant", "s a step", "CPU s", "peak MiB")]
     header += ["monai / this: time", "CPU", "memory"]
-    counts = [row["steps"] for row in result["rows"]]
+    counts = [row["steps"] for row in whole]
     note = f"Medians of {min(counts)} to {max(counts)} steps"
-    return rows(header, body) + f"\n\n{note}. {sittings(result)}"
+    return rows(header, body) + f"\n\n{note}. {sittings(result, whole)}"
 
 
-def sittings(result: dict[str, Any]) -> str:
-    """When and where the rows of `step.json` were measured: each sitting keeps the rows of others."""
-    known = {(row["date"], row["machine"]) for row in result["rows"] if "date" in row}
-    before = sum("date" not in row for row in result["rows"])
+def step_ladder() -> str:
+    """What a step takes without one part of the fast path, beside the whole in the same rounds."""
+    result = load("step")
+    found = [row for row in result["rows"] if row["variant"].startswith("fast ") and "over_fast" in row]
+    if not found:
+        return NOT_YET
+    found.sort(key=lambda row: -row["over_fast"]["seconds"])
+    body = [
+        [
+            f"{row['crop']}, {row['batch']}, {row['precision']}, {row['allocator']}",
+            row["variant"].removeprefix("fast "),
+            *(number(row["over_fast"][kind]) for kind in ("seconds", "cpu_seconds", "peak_mib")),
+        ]
+        for row in found
+    ]
+    header = ["crop, pairs, precision, allocator", "fast", "times as long", "CPU time", "memory"]
+    counts = {row["steps"] for row in found}
+    note = f"Medians of {' or '.join(map(str, sorted(counts)))} rounds. {sittings(result, found)}"
+    return rows(header, body) + f"\n\n{note}"
+
+
+def sittings(result: dict[str, Any], taken: list[dict[str, Any]]) -> str:
+    """When and where rows of `step.json` were measured: each sitting keeps the rows of others."""
+    known = {(row["date"], row["machine"]) for row in taken if "date" in row}
+    before = sum("date" not in row for row in taken)
     told = [f"{before} rows in sittings until {machine(result)}"] if before else []
     return "; ".join([*told, *(f"{'others ' * bool(told)}on {date}, {where}" for date, where in sorted(known))]) + "."
 

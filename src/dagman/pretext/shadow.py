@@ -14,7 +14,7 @@ class Shadow:
     nothing is changed: a recorded pass has casts of its own.
 
     Args:
-        network: Weights of linear layers end in `weight` and have two dimensions.
+        network: Weights of linear layers end in `weight` and have two dimensions; none stands for two layers.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -36,4 +36,4 @@ class Shadow:
         if made_of != self._made_of:
             self._cast = {name: value.to(dtype) for name, value in self._matrices.items()}
             self._made_of = made_of
-        return functional_call(self._network, self._cast, arguments, options)
+        return functional_call(self._network, self._cast, arguments, options, tie_weights=False)
