@@ -59,7 +59,6 @@ def attention(self: WindowAttention, x: Tensor) -> Tensor:
         logits = logits.view(batch, len(mask), -1, tokens, tokens) + mask[None, :, None]
         logits = logits.view(count, -1, tokens, tokens)
     mixed = (logits.softmax(dim=-1).to(value.dtype) @ value).transpose(1, 2).reshape(count, tokens, width)
-    mixed = self.proj(mixed)
     i, j, k = sides
     x = mixed.view(batch, padded[0] // i, padded[1] // j, padded[2] // k, i, j, k, width)
     x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).contiguous().view(batch, *padded, width)

@@ -19,7 +19,7 @@ def replace(owner: Any, name: str, value: Any) -> None:
 
 
 def without_kernel(replace: Replace) -> None:
-    """PyTorch's attention, LayerNorm and gradient of GELU."""
+    """PyTorch's attention, and what `row kernel` takes away."""
     from dagman.nets import kernel
 
     replace(kernel, "library", lambda: None)
@@ -95,7 +95,7 @@ def without_tokens_in_place(replace: Replace) -> None:
     from dagman.nets.window import WindowAttention
     from dagman.nets.windows import effective_window, window_layout
 
-    found = WindowAttention.mix
+    found = WindowAttention.forward
 
     def attend(self: Any, x: Any) -> Any:
         batch, *grid, width = x.shape
@@ -110,14 +110,14 @@ def without_tokens_in_place(replace: Replace) -> None:
         # the layout sorts windows by their masks; their first tokens tell where each comes from
         first = layout.order.view(-1, batch * layout.tokens)[:, 0]
         kinds = layout.kinds.view(-1, batch)[first.argsort()].flatten()
-        mixed = self.mix_windows(windows, layout._replace(kinds=kinds)).view(*counts, batch, *sides, width)
+        mixed = self.attend(windows, layout._replace(kinds=kinds)).view(*counts, batch, *sides, width)
         return torch.roll(mixed.permute(3, 0, 4, 1, 5, 2, 6, 7).reshape(x.shape), shifts, (1, 2, 3))
 
     def merge(self: Any, x: Any) -> Any:
         octants = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
         return self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in octants], dim=-1)))
 
-    replace(WindowAttention, "mix", attend)
+    replace(WindowAttention, "forward", attend)
     replace(PatchMerging, "forward", merge)
 
 

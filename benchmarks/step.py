@@ -27,10 +27,10 @@ AT_ONCE = 5
 PARTS = {
     "window attention": ("WindowKernel", "bmm", "softmax", "scaled_dot", "flash"),
     "matrix products": ("aten::mm", "addmm", "mkldnn_linear"),
-    "norms and GELU": ("layer_norm", "gelu", "LayerNorm", "Gelu"),
+    "between products": ("layer_norm", "gelu", "Residual", "BiasGelu"),
     "copies": ("copy_", "index_select", "aten::cat", "fill_", "roll", "index"),
     "convolutions": ("conv",),
-    "optimizer and teacher": ("adamw", "lerp", "foreach", "linalg_vector_norm"),
+    "optimizer and teacher": ("adamw", "lerp", "foreach", "linalg_vector_norm", "aten::dot"),
 }
 
 

@@ -3,6 +3,7 @@
 Where a count falls, lower the limit here; where one grows, look for what was lost.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -133,13 +134,16 @@ def test_the_logits_of_many_cells_are_never_held_at_once(monkeypatch: pytest.Mon
 def test_no_more_windows_are_computed_than_before(step: Step, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attended: Counter[str] = Counter()
     mixed: Counter[str] = Counter()
+    hooks = []
     for name, module in step.module.named_modules():
         if isinstance(module, WindowBlock):
-            counted = counting(module._add_branches, lambda _, given, *__, to=name: count(attended, to, given))
-            monkeypatch.setattr(module, "_add_branches", counted)
-            counted = counting(module.mlp.between, lambda given, to=name: count(mixed, to, given))
-            monkeypatch.setattr(module.mlp, "between", counted)
+            innermost = "_attend_in_place" if path == "kernel" else "attend"
+            counted = counting(getattr(module.attn, innermost), functools.partial(count, attended, name))
+            monkeypatch.setattr(module.attn, innermost, counted)
+            hooks.append(module.mlp.register_forward_pre_hook(lambda _, given, to=name: count(mixed, to, *given)))
     step.take()
+    for hook in hooks:
+        hook.remove()
     assert attended == mixed, "the halves of a block compute the same windows"
     views = 2 * PAIRS
     shares = {name: count / (views * (CROP[0] >> 1 + int(name.split(".")[3])) ** 3) for name, count in mixed.items()}
@@ -151,7 +155,7 @@ def test_no_more_windows_are_computed_than_before(step: Step, path: str, monkeyp
     assert set(shares.values()) == {1}, "all others once"
 
 
-def count(counter: Counter[str], name: str, tokens: torch.Tensor) -> None:
+def count(counter: Counter[str], name: str, tokens: torch.Tensor, *_: Any) -> None:
     counter[name] += tokens.shape[:-1].numel()
 
 

@@ -162,7 +162,7 @@ def test_the_module_computes_the_same_with_and_without_it(grid, shift, monkeypat
     x = torch.randn(2, *grid, 24, requires_grad=True)
     results = []
     for _ in range(2):
-        y = module(x)
+        y = module.proj(module(x))
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])])
         monkeypatch.setattr(kernel, "library", lambda: None)
     for one, other in zip(*results, strict=True):
@@ -198,6 +198,14 @@ def test_a_compiler_makes_the_library_that_is_asked_for(hook, tmp_path, monkeypa
     monkeypatch.setitem(hook["compile_kernels"].__globals__, "LEVELS", {"avx2": ("-march=x86-64-v3",)})
     assert hook["compile_kernels"]() == [tmp_path / f"kernels.avx2.{kernel.sources()}.so"]
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".cpp", ".cpp", ".h", ".so"]
+
+
+@needs_kernel
+def test_the_best_library_for_this_processor_is_loaded():
+    rounds = torch.cpu.get_capabilities().get("avx512_bf16")
+    level = "avx512_bf16" if rounds else torch.backends.cpu.get_cpu_capability().lower()
+    assert f"/kernels.{level}." in kernel.library()._name
+    assert kernel.describe().endswith(f"({level.upper()})")
 
 
 @needs_kernel

@@ -255,24 +255,24 @@ def test_a_stream_branches_off_with_the_sum_of_both_gradients():
 
 
 @needs_kernel
-def test_threads_change_no_bit_of_a_joined_branch():
+@pytest.mark.parametrize("dtypes", [(SINGLE, SINGLE), (HALF, HALF), (SINGLE, HALF)])
+def test_threads_change_no_bit_of_a_joined_branch(dtypes):
     torch.manual_seed(0)
-    joined, before, results = Joined(4, 900, 24, (SINGLE, SINGLE)), torch.get_num_threads(), []
+    joined, before, results = Joined(4, 900, 24, dtypes), torch.get_num_threads(), []
+    branch = torch.randn(4, 900, 24).to(dtypes[1]).requires_grad_()
+    wanted = [joined.x, branch, joined.layer.bias, *joined.next.parameters()]
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            stream, normalised = rows.Residual.apply(
-                joined.x, joined.x.detach(), joined.layer.bias, joined.factors, *joined.next.parameters(), 1e-5
-            )
-            total = (stream * normalised).sum()
-            results.append([stream, normalised, *torch.autograd.grad(total, [joined.x, *joined.next.parameters()])])
+            out = rows.Residual.apply(*wanted[:3], joined.factors, *joined.next.parameters(), 1e-5, True)
+            total = sum((each * probe).sum() for each, probe in zip(out, joined.probes, strict=True))
+            results.append([*out, *torch.autograd.grad(total, wanted)])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
-@needs_kernel
 def test_float64_joins_in_pytorch():
     joined = Joined(2, 9, 24, (torch.float64, torch.float64))
     joined.layer.double()
@@ -280,3 +280,54 @@ def test_float64_joins_in_pytorch():
         out = rows.join(joined.x, joined.mixed, joined.layer, joined.factors.double())
     assert out.dtype == torch.float64
     assert "Residual" not in {event.key for event in record.key_averages()}
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs", "factors"), [((4, 7), 16, 4), ((2, 7), 24, 4), ((4, 7), 24, 3), ((4, 7), 24, 40)]
+)
+def test_what_does_not_fit_is_refused_and_never_read(shape, outputs, factors):
+    x, mixed = torch.randn(4, 7, 24), torch.randn(*shape, 8)
+    with pytest.raises(RuntimeError):
+        rows.join(x, mixed, linear(8, outputs), torch.rand(factors))
+
+
+def test_a_branch_of_one_item_joins_every_item_as_in_pytorch():
+    x, mixed, layer = torch.randn(4, 7, 24), torch.randn(1, 7, 8), linear(8, 24)
+    torch.testing.assert_close(rows.join(x, mixed, layer, None), x + layer(mixed))
+
+
+def test_no_item_joins_nothing():
+    out = rows.join_and_branch_off(torch.randn(0, 7, 24), torch.randn(0, 7, 8), linear(8, 24), torch.rand(0), norm(24))
+    assert [tuple(each.shape) for each in out] == [(0, 7, 24)] * 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(default):
+    torch.manual_seed(0)
+    joined = Joined(3, 50, 24, (SINGLE, SINGLE))
+    plain = joined.found(dropping=True, norm=True)
+    torch.set_default_dtype(default)
+    try:
+        again = joined.found(dropping=True, norm=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
+
+
+def test_layers_that_somebody_waits_for_are_called():
+    joined, called = Joined(2, 9, 24, (SINGLE, SINGLE)), []
+    for module in (joined.layer, joined.next):
+        module.register_forward_pre_hook(lambda module, _: called.append(module))
+    rows.join_and_branch_off(joined.x, joined.mixed, joined.layer, None, joined.next)
+    rows.branch_off(joined.x, joined.next)
+    rows.linear_gelu(joined.mixed, joined.layer)
+    assert called == [joined.layer, joined.next, joined.next, joined.layer]
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_norm_that_nobody_uses_has_no_gradient(used):
+    joined = Joined(2, 9, 24, (SINGLE, SINGLE))
+    rows.join_and_branch_off(joined.x, joined.mixed, joined.layer, None, joined.next)[used].sum().backward()
+    assert [parameter.grad is None for parameter in joined.next.parameters()] == [used == 0] * 2
+    assert joined.layer.bias.grad is not None

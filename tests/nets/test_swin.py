@@ -273,17 +273,6 @@ def test_networks_need_torch_alone():
     assert not {"monai", "scipy", "sklearn", "SimpleITK", "blosc2", "matplotlib", "cyclopts"} & set(loaded)
 
 
-def noting(tokens, mlp):
-    """Its `between`, which notes how many tokens come through."""
-    between = mlp.between
-
-    def noted(x):
-        tokens.append(x[..., 0].numel())
-        return between(x)
-
-    return noted
-
-
 @pytest.mark.parametrize(
     ("crop", "stage"), [((32, 32, 32), 2), ((64, 32, 64), 3), ((32, 64, 96), 2), ((64, 32, 64), 1), ((64, 64, 64), 4)]
 )
@@ -297,7 +286,7 @@ def test_windows_computed_once_give_what_every_window_gives(monkeypatch, crop, s
     torch.manual_seed(0)
     encoder = SwinEncoder(config).double().train(training)
     widest, found = [], []
-    monkeypatch.setattr(encoder.stages[0].blocks[0].mlp, "between", noting(widest, encoder.stages[0].blocks[0].mlp))
+    encoder.stages[0].blocks[0].mlp.register_forward_pre_hook(lambda _, given: widest.append(given[0].numel()))
     for dense in (False, True):
         if dense:
             monkeypatch.setattr(stages, "blank_windows", lambda *_, **__: None)
@@ -352,7 +341,7 @@ def test_shifted_windows_are_computed_once_too_with_and_without_drop_path(monkey
     torch.manual_seed(0)
     encoder = SwinEncoder(config).double().train()
     tokens, found = [], []
-    monkeypatch.setattr(encoder.stages[0].blocks[1].mlp, "between", noting(tokens, encoder.stages[0].blocks[1].mlp))
+    encoder.stages[0].blocks[1].mlp.register_forward_pre_hook(lambda _, given: tokens.append(given[0][..., 0].numel()))
     for dense in (False, True):
         if dense:
             monkeypatch.setattr(stages, "blank_windows", lambda *_, **__: None)

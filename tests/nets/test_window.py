@@ -90,10 +90,10 @@ def test_both_paths_equal_dense_attention(grid, window, shift):
     probe = torch.randn(2, *grid, 12, dtype=torch.float64)
     expected = plain_attention(module, x)
     wanted = torch.autograd.grad((expected * probe).sum(), [x, *module.parameters()])
-    explicit = module(x)
+    explicit = module.proj(module(x))
     found = torch.autograd.grad((explicit * probe).sum(), [x, *module.parameters()])
     with torch.no_grad():
-        fused = module(x)
+        fused = module.proj(module(x))
     # logits are float32 in the explicit path, as under autocast
     torch.testing.assert_close(explicit, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-6)

@@ -49,3 +49,13 @@ def test_a_gradient_that_is_no_number_shows_in_the_norm() -> None:
     network = taught(1.0)
     network[0].weight.grad[2, 3] = math.nan
     assert math.isnan(engine.clip(engine.adamw(network), 3.0).item())
+
+
+def test_the_norm_is_that_of_float64_and_0_without_gradients() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3000, 2000, bias=False)
+    optimizer = engine.adamw(layer)
+    assert engine.clip(optimizer, 3.0).item() == 0
+    layer.weight.grad = torch.randn(2000, 3000)
+    exact = layer.weight.grad.double().norm().item()
+    assert engine.clip(optimizer, 3.0).item() == pytest.approx(exact, rel=3e-5)

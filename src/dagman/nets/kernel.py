@@ -4,6 +4,7 @@ They are optional. Where they were not compiled from the sources that lie here, 
 is None and PyTorch computes.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -33,13 +34,10 @@ def sources() -> str:
 def library() -> ctypes.CDLL | None:
     """The kernels for this processor."""
     paths = [Path(__file__).with_name(f"kernels.{level}.{sources()}.so") for level in _levels()]
-    path = next(filter(Path.exists, paths), None)
-    if _is_off() or path is None:
-        return None
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # PyTorch was built without the OpenMP that the kernel was compiled for
-        return None
+    for path in [] if _is_off() else filter(Path.exists, paths):
+        with contextlib.suppress(OSError):  # PyTorch was built without the OpenMP that the kernel was compiled for
+            return ctypes.CDLL(str(path))
+    return None
 
 
 def _levels() -> list[str]:
@@ -55,10 +53,11 @@ def _is_off() -> bool:
 
 def describe() -> str:
     """Which window attention CPUs run, in words."""
-    if library() is None:
+    found = library()
+    if found is None:
         why = "no compiled kernel of these sources; a C++ compiler and a new installation give one"
         return f"window attention in PyTorch alone ({'DAGMAN_KERNEL=off' if _is_off() else why})"
-    return f"window attention by the compiled kernel ({torch.backends.cpu.get_cpu_capability()})"
+    return f"window attention by the compiled kernel ({Path(found._name).name.split('.')[1].upper()})"
 
 
 def runs(x: Tensor) -> bool:
@@ -92,7 +91,8 @@ def attention(
         kinds: For each window, which of the masks is added to its logits.
         masks: Symmetric.
     """
-    mixed: Tensor = WindowKernel.apply(qkv, shift, bias, order, kinds, masks)  # type: ignore[no-untyped-call]
+    kept = torch.is_grad_enabled()
+    mixed: Tensor = WindowKernel.apply(qkv, shift, bias, order, kinds, masks, kept)  # type: ignore[no-untyped-call]
     return mixed
 
 
@@ -100,15 +100,15 @@ class WindowKernel(torch.autograd.Function):
     """Forward and backward of the compiled kernel. Only queries, keys and values are kept, and two numbers a query."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Tensor) -> Tensor:
-        """As `attention`."""
-        qkv, shift, bias, order, kinds, masks = given
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        """As `attention`; the last says whether a gradient may be asked for, which nobody knows in here."""
+        qkv, shift, bias, order, kinds, masks, kept = given
         heads, tokens, _ = bias.shape
         qkv, turned = qkv.contiguous(), bias.float().transpose(1, 2).contiguous()
         moved = shift.float().contiguous()
         mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        wanted = any(ctx.needs_input_grad)
-        statistics = torch.empty(len(kinds), heads, 2, tokens) if wanted else None
+        wanted = kept and any(ctx.needs_input_grad)
+        statistics = floats(qkv, len(kinds), heads, 2, tokens) if wanted else None
         _call("forward", [qkv, moved, turned, order, kinds, masks, mixed, statistics], qkv, turned, kinds)
         if statistics is not None:
             ctx.save_for_backward(qkv, moved, turned, order, kinds, masks, statistics)
@@ -122,11 +122,12 @@ class WindowKernel(torch.autograd.Function):
         qkv, moved, turned, order, kinds, masks, statistics = ctx.saved_tensors
         ranges = loaded().window_ranges(ctypes.c_int64(len(kinds)))
         into, gradient = torch.empty_like(qkv), gradients[0].to(qkv.dtype).contiguous()
-        to_shift, to_bias = torch.empty(ranges, len(moved)), torch.empty(ranges, *turned.shape)
+        to_shift, to_bias = floats(qkv, ranges, len(moved)), floats(qkv, ranges, *turned.shape)
         given = [qkv, moved, turned, order, kinds, masks, statistics, gradient, into, to_shift, to_bias]
         _call("backward", given, qkv, turned, kinds)
         of_shift, of_bias = ctx.dtypes
-        return into, to_shift.sum(dim=0).to(of_shift), to_bias.sum(dim=0).transpose(1, 2).to(of_bias), None, None, None
+        summed = to_shift.sum(dim=0).to(of_shift), to_bias.sum(dim=0).transpose(1, 2).to(of_bias)
+        return into, *summed, None, None, None, None
 
 
 def loaded() -> ctypes.CDLL:
@@ -142,6 +143,11 @@ def _call(name: str, tensors: list[Tensor | None], qkv: Tensor, bias: Tensor, ki
     width = qkv.shape[1] // 3 // heads
     sizes = ctypes.c_int64(len(kinds)), tokens, heads, width, torch.get_num_threads()
     getattr(loaded(), f"window_{name}_{NAMES[qkv.dtype]}")(*map(address, tensors), *sizes)
+
+
+def floats(beside: Tensor, *shape: int) -> Tensor:
+    """Room for what a kernel writes in float32, whatever dtype and device are the default."""
+    return beside.new_empty(shape, dtype=torch.float32)
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -101,19 +101,21 @@ void residual_backward(const X* sum, const float* weight, const float* statistic
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts.count > 1)
     for (int part = 0; part < parts.count; ++part) {
         const FlushDenormals flushed;
-        float *to_weight = norm_sums + int64_t(part) * 2 * width, *to_bias = to_weight + width;
-        float* to_added = branch_sums + int64_t(part) * width;
+        float* to_weight = weight ? norm_sums + int64_t(part) * 2 * width : nullptr;
+        float* to_bias = weight ? to_weight + width : nullptr;
+        float* to_added = branch_sums ? branch_sums + int64_t(part) * width : nullptr;
         if (weight) std::fill_n(to_weight, 2 * width, 0.0f);
-        if (branch_sums) std::fill_n(to_added, width, 0.0f);
+        if (to_added) std::fill_n(to_added, width, 0.0f);
         for (int64_t r = parts.bound(part); r < parts.bound(part + 1); ++r) {
-            const X *from = sum + r * width, *beside = also + r * width;
+            const int64_t start = r * width;
             const float factor = factors ? factors[r / each] : 1.0f;
             float mean = 0, scale = 0, level = 0, tilt = 0;
             if (weight) {
                 mean = statistics[2 * r], scale = statistics[2 * r + 1];
                 V all = {}, along = {};
                 over(width, [&](int c, auto... count) {
-                    const V g = row(coming + r * width + c, count...), unit = (row(from + c, count...) - mean) * scale;
+                    const V g = row(coming + start + c, count...);
+                    const V unit = (row(sum + start + c, count...) - mean) * scale;
                     const V weighed = g * row(weight + c, count...);
                     all += weighed;
                     along += weighed * unit;
@@ -123,16 +125,16 @@ void residual_backward(const X* sum, const float* weight, const float* statistic
                 level = total(all) / width, tilt = total(along) / width;
             }
             over(width, [&](int c, auto... count) {
-                V back = also ? row(beside + c, count...) : V{};
+                V back = also ? row(also + start + c, count...) : V{};
                 if (weight) {
-                    const V unit = (row(from + c, count...) - mean) * scale;
-                    const V weighed = row(coming + r * width + c, count...) * row(weight + c, count...);
+                    const V unit = (row(sum + start + c, count...) - mean) * scale;
+                    const V weighed = row(coming + start + c, count...) * row(weight + c, count...);
                     back += (weighed - level - unit * tilt) * scale;
-                    put(back, into + r * width + c, count...);
+                    put(back, into + start + c, count...);
                 }
                 const V joined = back * factor;
-                if (to_branch) put(joined, to_branch + r * width + c, count...);
-                if (branch_sums) put(row(to_added + c, count...) + joined, to_added + c, count...);
+                if (to_branch) put(joined, to_branch + start + c, count...);
+                if (to_added) put(row(to_added + c, count...) + joined, to_added + c, count...);
             });
         }
     }

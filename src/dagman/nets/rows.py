@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dagman.nets.kernel import NAMES, address, loaded, runs
+from dagman.nets.kernel import NAMES, address, floats, loaded, runs
 
 RESIDUALS = {
     (torch.float32, torch.float32): "float32",
@@ -30,13 +30,13 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         """Normalise each token."""
         if runs(x) and _normalises(self, x):
-            normalised: Tensor = Residual.apply(x, None, None, None, self.weight, self.bias, self.eps)[1]  # type: ignore[no-untyped-call]
+            normalised: Tensor = _residual(x, norm=self)[1]
             return normalised
         return super().forward(x)
 
 
 def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Linear) -> Float[Tensor, "*shape outputs"]:
-    """A linear layer, whose hooks are not called, and the exact GELU."""
+    """A linear layer and the exact GELU."""
     if runs(x) and _is_plain_layer(layer) and _dtype_of_products(x) in NAMES:
         activated: Tensor = BiasGelu.apply(functional.linear(x, layer.weight), layer.bias)  # type: ignore[no-untyped-call]
         return activated
@@ -45,9 +45,8 @@ def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Linear) -> Float[Ten
 
 def branch_off(x: Float[Tensor, "*shape width"], norm: LayerNorm) -> tuple[Tensor, Tensor]:
     """The residual stream as it is, and normalised for a branch; the gradients of both are added in one pass."""
-    if runs(x) and _normalises(norm, x):
-        stream, normalised = Residual.apply(x, None, None, None, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
-        return stream, normalised
+    if runs(x) and _is_plain(norm) and _normalises(norm, x):
+        return _residual(x, norm=norm)
     return x, norm(x)
 
 
@@ -58,7 +57,10 @@ def join(
     factors: Float[Tensor, " items"] | None,
 ) -> Float[Tensor, "items *shape width"]:
     """Add a branch to the residual stream, as `join_and_branch_off`."""
-    return _join(x, mixed, layer, factors, None)[0]
+    if _joins(x, mixed, layer, factors):
+        return _residual(x, functional.linear(mixed, layer.weight), layer.bias, factors)[0]
+    branch = layer(mixed)
+    return x + (branch if factors is None else branch * factors.view(-1, *(1,) * (x.ndim - 1)))
 
 
 def join_and_branch_off(
@@ -73,33 +75,34 @@ def join_and_branch_off(
     Args:
         x: The stream.
         mixed: What the branch's last layer works on.
-        layer: That layer; its hooks are not called.
+        layer: That layer.
         factors: What each item's branch is multiplied with (drop path).
         norm: Of the next branch.
 
     Returns:
         The stream, and what comes out of the norm, in the precision of products.
     """
-    stream, normalised = _join(x, mixed, layer, factors, norm)
-    assert normalised is not None
-    return stream, normalised
+    if _joins(x, mixed, layer, factors) and _is_plain(norm) and _normalises(norm, x):
+        return _residual(x, functional.linear(mixed, layer.weight), layer.bias, factors, norm)
+    x = join(x, mixed, layer, factors)
+    return x, norm(x)
 
 
-def _join(
-    x: Tensor, mixed: Tensor, layer: nn.Linear, factors: Tensor | None, norm: LayerNorm | None
-) -> tuple[Tensor, Tensor | None]:
-    if (
-        runs(x)
-        and _is_plain_layer(layer)
-        and (x.dtype, _dtype_of_products(mixed)) in RESIDUALS
-        and (norm is None or _normalises(norm, x))
-    ):
-        of_norm = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        stream, normalised = Residual.apply(x, functional.linear(mixed, layer.weight), layer.bias, factors, *of_norm)  # type: ignore[no-untyped-call]
-        return stream, normalised
-    branch = layer(mixed)
-    x = x + (branch if factors is None else branch * factors.view(-1, *(1,) * (x.ndim - 1)))
-    return x, None if norm is None else norm(x)
+def _residual(
+    x: Tensor,
+    branch: Tensor | None = None,
+    added: Tensor | None = None,
+    factors: Tensor | None = None,
+    norm: nn.LayerNorm | None = None,
+) -> Any:
+    of_norm = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    return Residual.apply(x, branch, added, factors, *of_norm, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+
+
+def _joins(x: Tensor, mixed: Tensor, layer: nn.Linear, factors: Tensor | None) -> bool:
+    """Whether the kernel can add such a branch; PyTorch refuses what does not fit together."""
+    fits = (*mixed.shape[:-1], layer.out_features) == x.shape and (factors is None or factors.shape == x.shape[:1])
+    return fits and runs(x) and _is_plain_layer(layer) and (x.dtype, _dtype_of_products(mixed)) in RESIDUALS
 
 
 def _dtype_of_products(x: Tensor) -> torch.dtype:
@@ -107,16 +110,23 @@ def _dtype_of_products(x: Tensor) -> torch.dtype:
 
 
 def _is_plain_layer(layer: nn.Linear) -> bool:
-    return type(layer) is nn.Linear and _is_plain(layer.bias)
+    return type(layer) is nn.Linear and _is_plain(layer) and _is_readable(layer.bias)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether nobody waits for the layer to be called."""
+    return not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _normalises(norm: nn.LayerNorm, x: Tensor) -> bool:
-    return norm.normalized_shape == x.shape[-1:] and _is_plain(norm.weight) and _is_plain(norm.bias)
+    return norm.normalized_shape == x.shape[-1:] and _is_readable(norm.weight) and _is_readable(norm.bias)
 
 
-def _is_plain(weights: Tensor | None) -> bool:
+def _is_readable(weights: Tensor | None) -> bool:
     """Whether a kernel can read them as they lie."""
-    return weights is not None and weights.dtype == torch.float32 and weights.is_contiguous()
+    if weights is None or weights.device.type != "cpu":
+        return False
+    return weights.dtype == torch.float32 and weights.is_contiguous()
 
 
 class Residual(torch.autograd.Function):
@@ -127,17 +137,21 @@ class Residual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, Tensor | None]:
-        """The sum, or x itself, and that normalised; given branch, added, factors, the norm's weight, bias, epsilon."""
-        branch, added, factors, weight, bias, epsilon = given
+        """The sum, or x itself, and that normalised.
+
+        Given branch, added, factors, the norm's weight, bias and epsilon, and whether a gradient may be asked for.
+        """
+        branch, added, factors, weight, bias, epsilon, kept = given
         whole, width = x.contiguous(), x.shape[-1]
         rows = x.numel() // width
         branch, factors = (None if each is None else each.contiguous() for each in (branch, factors))
         single = None if factors is None else factors.float()
         stream = whole if branch is None else torch.empty_like(whole)
         out = None if weight is None else torch.empty_like(whole, dtype=x.dtype if branch is None else branch.dtype)
-        statistics = torch.empty(rows, 2) if weight is not None and any(ctx.needs_input_grad) else None
-        name = _name(x, branch)
-        each = 0 if single is None else rows // len(single)
+        wanted = kept and any(ctx.needs_input_grad)
+        statistics = floats(x, rows, 2) if wanted and weight is not None else None
+        name = RESIDUALS[x.dtype, x.dtype if branch is None else branch.dtype]
+        each = rows // max(len(single), 1) if single is not None else 0
         getattr(loaded(), f"residual_forward_{name}")(
             *map(address, (whole, branch, added, single)),
             ctypes.c_int64(each),
@@ -146,10 +160,10 @@ class Residual(torch.autograd.Function):
             ctypes.c_float(epsilon),
             torch.get_num_threads(),
         )
-        if any(ctx.needs_input_grad):
+        if wanted:
             ctx.save_for_backward(stream if weight is not None else None, weight, statistics, single)
-            ctx.name, ctx.branch, ctx.shape, ctx.each = name, None if branch is None else branch.dtype, x.shape, each
-            ctx.dtype = x.dtype
+            ctx.name, ctx.each, ctx.like = name, each, (x.shape, x.dtype, x.device)
+            ctx.branch = None if branch is None else branch.dtype
             ctx.set_materialize_grads(False)
         return (x if branch is None else stream), out
 
@@ -158,19 +172,21 @@ class Residual(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of stream, branch, its bias, and the norm's weight and bias."""
         stream, weight, statistics, factors = ctx.saved_tensors
-        of_sum, of_norm = gradients
-        width = ctx.shape[-1]
-        rows = ctx.shape.numel() // width
-        also = None if of_sum is None else of_sum.to(ctx.dtype).contiguous()
-        if weight is not None and of_norm is None:
-            of_norm = torch.zeros(ctx.shape, dtype=ctx.branch or ctx.dtype)
-        coming = None if of_norm is None else of_norm.to(ctx.branch or ctx.dtype).contiguous()
-        into = also if weight is None else torch.empty(ctx.shape, dtype=ctx.dtype)
-        differs = ctx.branch is not None and (factors is not None or ctx.branch != ctx.dtype)
-        to_branch = torch.empty(ctx.shape, dtype=ctx.branch) if differs else None
+        shape, dtype, device = ctx.like
+        rows, width = shape.numel() // shape[-1], shape[-1]
+        also, coming = (
+            None if gradient is None else gradient.to(kind).contiguous()
+            for gradient, kind in zip(gradients, (dtype, ctx.branch or dtype), strict=True)
+        )
+        if coming is None:  # nobody asked what was normalised
+            weight = None
+        like = next(gradient for gradient in (also, coming) if gradient is not None)
+        into = also if weight is None else torch.empty(shape, dtype=dtype, device=device)
+        differs = ctx.branch is not None and (factors is not None or ctx.branch != dtype)
+        to_branch = torch.empty(shape, dtype=ctx.branch, device=device) if differs else None
         parts = loaded().row_parts(ctypes.c_int64(rows))
-        norm_sums = None if weight is None else torch.empty(parts, 2, width)
-        branch_sums = None if ctx.branch is None else torch.empty(parts, width)
+        norm_sums = None if weight is None else floats(like, parts, 2, width)
+        branch_sums = None if ctx.branch is None else floats(like, parts, width)
         getattr(loaded(), f"residual_backward_{ctx.name}")(
             *map(address, (stream, weight, statistics, coming, also, factors)),
             ctypes.c_int64(ctx.each),
@@ -182,7 +198,7 @@ class Residual(torch.autograd.Function):
         to_added = None if branch_sums is None else branch_sums.sum(dim=0)
         if ctx.branch is not None and to_branch is None:
             to_branch = into
-        return into, to_branch, to_added, None, to_weight, to_bias, None
+        return into, to_branch, to_added, None, to_weight, to_bias, None, None
 
 
 class BiasGelu(torch.autograd.Function):
@@ -204,15 +220,10 @@ class BiasGelu(torch.autograd.Function):
         x, bias = ctx.saved_tensors
         into, gradient, width = torch.empty_like(x), gradients[0].to(x.dtype).contiguous(), x.shape[-1]
         rows = x.numel() // width
-        sums = torch.empty(loaded().row_parts(ctypes.c_int64(rows)), width)
+        sums = floats(x, loaded().row_parts(ctypes.c_int64(rows)), width)
         given = map(address, (x, bias, gradient, into, sums))
         _of("gelu_backward", x)(*given, *_sizes(rows, width), torch.get_num_threads())
         return into, sums.sum(dim=0)
-
-
-def _name(x: Tensor, branch: Tensor | None) -> str:
-    """Of the kernel for a stream and a branch."""
-    return RESIDUALS[x.dtype, x.dtype if branch is None else branch.dtype]
 
 
 def _sizes(rows: int, width: int) -> tuple[ctypes.c_int64, int]:

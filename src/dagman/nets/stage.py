@@ -49,7 +49,7 @@ class WindowBlock(nn.Module):
     def _forward_all(self, x: Tensor) -> Tensor:
         """Every window."""
         x, normalised = branch_off(x, self.norm1)
-        return self._add_branches(x, self.attn.mix(normalised), len(x))
+        return self._add_branches(x, self.attn(normalised), len(x))
 
     def _add_branches(self, x: Tensor, mixed: Tensor, batch: int, item: Tensor | None = None) -> Tensor:
         """Both residual steps, once attention is done; `item` names the batch item of each row of other rows."""
@@ -59,7 +59,7 @@ class WindowBlock(nn.Module):
             return drawn if drawn is None or item is None else drawn[item]
 
         x, normalised = join_and_branch_off(x, mixed, self.attn.proj, factors(), self.norm2)
-        return join(x, self.mlp.between(normalised), self.mlp.linear2, factors())
+        return join(x, self.mlp(normalised), self.mlp.linear2, factors())
 
     def _forward_on_chip(self, x: Tensor, tokens: int) -> Tensor:
         """Each residual step as one kernel, all windows computed: to count the blank ones would cost more."""
@@ -81,7 +81,7 @@ class WindowBlock(nn.Module):
             return self._forward_all(x)
         windows = partition(x, layout).index_select(0, alike.unique)
         windows, normalised = branch_off(windows, self.norm1)
-        windows = self._add_branches(windows, self.attn.mix_windows(normalised, alike.layout), batch, alike.item)
+        windows = self._add_branches(windows, self.attn.attend(normalised, alike.layout), batch, alike.item)
         return reverse(windows.index_select(0, alike.place), layout, grid)
 
 

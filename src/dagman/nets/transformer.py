@@ -23,19 +23,14 @@ def check_heads(name: str, heads: int, width: int) -> None:
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between."""
+    """Two linear layers with a GELU between; the second is applied where the branch joins."""
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
         self.linear1 = nn.Linear(width, hidden_width)
         self.linear2 = nn.Linear(hidden_width, width)
 
-    def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
-        """Apply to each token."""
-        out: Tensor = self.linear2(self.between(x))
-        return out
-
-    def between(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape hidden_width"]:
+    def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape hidden_width"]:
         """What the second layer works on."""
         return linear_gelu(x, self.linear1)
 
@@ -102,7 +97,7 @@ class GlobalBlock(nn.Module):
         query, key, value = self._heads_of(normalised, position)
         mixed = _attend(query, key, value).transpose(1, 2).reshape(x.shape)
         x, normalised = join_and_branch_off(x, mixed, self.proj, self.drop_path(len(x), x), self.norm2)
-        x = join(x, self.mlp.between(normalised), self.mlp.linear2, self.drop_path(len(x), x))
+        x = join(x, self.mlp(normalised), self.mlp.linear2, self.drop_path(len(x), x))
         return x, attention_of_first(query, key)
 
     def heads_of(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

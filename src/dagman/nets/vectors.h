@@ -1,4 +1,5 @@
-// Vectors of float32 for AVX-512 and AVX2, rows of float32 and bfloat16 to and from them.
+// Vectors of float32 for AVX-512 (with and without its rounding to bfloat16) and AVX2, rows of float32 and bfloat16 to
+// and from them.
 
 #pragma once
 

@@ -40,12 +40,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x y z width"]:
-        """Attend within each window of each map."""
-        projected: Tensor = self.proj(self.mix(x))
-        return projected
-
-    def mix(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x y z width"]:
-        """The same without the last layer, `proj`."""
+        """Attend within each window of each map, up to the last layer: `proj` is applied where the branch joins."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
         tokens = self.tokens(grid)
         if gpu.chosen(x, tokens) == "triton":
@@ -54,24 +49,24 @@ class WindowAttention(nn.Module):
             )
         layout = window_layout(x.shape[0], grid, self.window, self.shift, x.device)
         if layout.padded == grid and kernel.takes(x, layout.tokens):  # it finds a window's tokens where they lie
-            return self._mix_in_place(x, layout, layout.order)
-        return reverse(self.mix_windows(partition(x, layout), layout), layout, grid)
+            return self._attend_in_place(x, layout, layout.order)
+        return reverse(self.attend(partition(x, layout), layout), layout, grid)
 
-    def _mix_in_place(self, x: Tensor, layout: WindowLayout, order: Tensor) -> Tensor:
+    def _attend_in_place(self, x: Tensor, layout: WindowLayout, order: Tensor) -> Tensor:
         """By the compiled kernel; `order` names the row of each token of each window."""
-        qkv = functional.linear(x, self.qkv.weight).view(-1, 3 * x.shape[-1])
+        qkv = functional.linear(x, self.qkv.weight).view(-1, 3 * x.shape[-1])  # the kernel adds the bias
         kinds = layout.kinds[: len(order) // layout.tokens]
         bias = self.bias(layout.tokens)
         mixed = kernel.attention(qkv, self.qkv.bias, bias, order, kinds=kinds, masks=layout.stacked)
         return mixed.view(x.shape)
 
-    def mix_windows(
+    def attend(
         self, windows: Float[Tensor, "windows tokens width"], layout: WindowLayout
     ) -> Float[Tensor, "windows tokens width"]:
-        """`mix` of windows; `layout.masks` names the rows of `windows` that need one."""
+        """Attend within windows; `layout.masks` names the rows of `windows` that need one."""
         count, tokens, width = windows.shape
         if kernel.takes(windows, tokens):
-            return self._mix_in_place(windows, layout, torch.arange(count * tokens, dtype=torch.int32))
+            return self._attend_in_place(windows, layout, torch.arange(count * tokens, dtype=torch.int32))
         bias, head_width = self.bias(tokens), width // self.num_heads
         weight: Tensor = self.qkv.weight
         added: Tensor = self.qkv.bias

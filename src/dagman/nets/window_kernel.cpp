@@ -213,8 +213,8 @@ inline void fetch(const T* from, const int32_t* order, int64_t stride, int count
 }
 
 template <typename T>
-void forward(const T* qkv, const float* shift, const float* bias, const int32_t* order, const int32_t* kind, const float* masks, T* out,
-             float* statistics, const Sizes s) {
+void forward(const T* qkv, const float* shift, const float* bias, const int32_t* order, const int32_t* kind,
+             const float* masks, T* out, float* statistics, const Sizes s) {
     const Shape n(s);
     const int64_t wide = int64_t(s.heads) * s.width, square = int64_t(n.tokens) * n.tokens;
     const float scale = LOG2_E / __builtin_sqrtf(float(s.width));
@@ -240,14 +240,16 @@ void forward(const T* qkv, const float* shift, const float* bias, const int32_t*
                     for (int third = 0; third < 3; ++third)
                         fetch(qkv + third * wide + part.begin * s.width, place + n.tokens, 3 * wide, heads * s.width, n,
                               h - part.begin, heads);
-                gather(qkv + h * s.width, shift + h * s.width, place, 3 * wide, n, scale, query.get());
-                gather(qkv + wide + h * s.width, shift + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
-                gather(qkv + 2 * wide + h * s.width, shift + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
+                float* const thirds[] = {query.get(), key.get(), value.get()};
+                for (int third = 0; third < 3; ++third) {
+                    const int64_t start = third * wide + h * s.width;
+                    gather(qkv + start, shift + start, place, 3 * wide, n, third ? 1.0f : scale, thirds[third]);
+                }
                 for (int first = 0; first < n.tokens; first += LANES) {
                     const int count = std::min(LANES, n.tokens - first), lanes = up(count, W);
                     turn(query.get(), n, first, lanes, across.get());
-                    all_products(key.get(), across.get(), n, lanes, added.get() + size_t(h - part.begin) * n.tokens * n.lanes + first,
-                                 matrix.get());
+                    const float* start = added.get() + size_t(h - part.begin) * n.tokens * n.lanes + first;
+                    all_products(key.get(), across.get(), n, lanes, start, matrix.get());
                     float peak[LANES], share[LANES];
                     for (int lane = 0; lane < lanes; lane += W) {
                         float* m = matrix.get() + lane;
@@ -276,8 +278,9 @@ void forward(const T* qkv, const float* shift, const float* bias, const int32_t*
 }
 
 template <typename T>
-void backward(const T* qkv, const float* shift, const float* bias, const int32_t* order, const int32_t* kind, const float* masks,
-              const float* statistics, const T* gradient, T* into, float* shift_parts, float* bias_parts, const Sizes s) {
+void backward(const T* qkv, const float* shift, const float* bias, const int32_t* order, const int32_t* kind,
+              const float* masks, const float* statistics, const T* gradient, T* into, float* shift_parts,
+              float* bias_parts, const Sizes s) {
     const Shape n(s);
     const int64_t wide = int64_t(s.heads) * s.width, square = int64_t(n.tokens) * n.tokens;
     const float scale = LOG2_E / __builtin_sqrtf(float(s.width));
@@ -313,9 +316,11 @@ void backward(const T* qkv, const float* shift, const float* bias, const int32_t
                     }
                     fetch(gradient + start, place + n.tokens, wide, heads * s.width, n, h - part.begin, heads);
                 }
-                gather(qkv + h * s.width, shift + h * s.width, place, 3 * wide, n, scale, query.get());
-                gather(qkv + wide + h * s.width, shift + wide + h * s.width, place, 3 * wide, n, 1.0f, key.get());
-                gather(qkv + 2 * wide + h * s.width, shift + 2 * wide + h * s.width, place, 3 * wide, n, 1.0f, value.get());
+                float* const thirds[] = {query.get(), key.get(), value.get()};
+                for (int third = 0; third < 3; ++third) {
+                    const int64_t start = third * wide + h * s.width;
+                    gather(qkv + start, shift + start, place, 3 * wide, n, third ? 1.0f : scale, thirds[third]);
+                }
                 gather(gradient + h * s.width, nullptr, place, wide, n, 1.0f, coming.get());
                 float* to_shift = shift_sum.get() + (h - part.begin) * 3 * n.deep;
                 std::fill_n(to_key.get(), rows, 0.0f);

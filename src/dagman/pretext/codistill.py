@@ -97,8 +97,6 @@ class CoDistillation(nn.Module):
             # Only those losses see past this norm; DDP wants a gradient for whatever needs one.
             swin.semantic_attention.norm.requires_grad_(requires_grad=False)
         self.teacher = copy.deepcopy(self.student).requires_grad_(requires_grad=False).eval()
-        students = dict(self.student.named_parameters())
-        self._averaged = [(mine, students[name]) for name, mine in self.teacher.named_parameters()]
         self._look_at = Shadow(self.teacher.encoder)
         if method.losses.amip:
             self.student.voxel_head = VoxelHead(
@@ -369,8 +367,9 @@ class CoDistillation(nn.Module):
 
         Reference: section 3.2, theta_t = lambda_m theta_t + (1 - lambda_m) theta_s.
         """
-        teachers, students = zip(*self._averaged, strict=True)
-        torch._foreach_lerp_(teachers, students, 1 - momentum)
+        students = dict(self.student.named_parameters())
+        pairs = [(mine, students[name]) for name, mine in self.teacher.named_parameters()]
+        torch._foreach_lerp_([mine for mine, _ in pairs], [student for _, student in pairs], 1 - momentum)
 
     def freeze_last_layers(self) -> None:
         """Take away the gradients of the heads' last layers: call between backward and the optimizer step.

@@ -24,10 +24,10 @@ from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.figures import diversity as figure
 from dagman.nets.encoder import Encoder
+from dagman.nets.stage import WindowBlock
 from dagman.nets.swin import PATCH_SIDE
 from dagman.nets.transformer import GlobalBlock
 from dagman.nets.vit import ViTEncoder
-from dagman.nets.window import WindowAttention
 from dagman.nets.windows import effective_window, partition, window_layout
 from dagman.randomness import generator
 from dagman.tasks import statistics
@@ -266,7 +266,7 @@ def heads(encoder: Encoder, images: Float[Tensor, "batch 1 x y z"]) -> list[Head
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for module, given in seen:
         place, step_mm = places[module]
-        measure = _in_windows if isinstance(module, WindowAttention) else _among_cells
+        measure = _in_windows if isinstance(module, WindowBlock) else _among_cells
         found.setdefault(place, []).append(measure(module, *given, grid=grid, step_mm=step_mm))
     return [
         Heads(place, *(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
@@ -275,12 +275,12 @@ def heads(encoder: Encoder, images: Float[Tensor, "batch 1 x y z"]) -> list[Head
 
 
 def _places(encoder: Encoder) -> dict[nn.Module, tuple[str, float]]:
-    """The modules that attend, each with its place and the distance between its tokens in mm."""
+    """The blocks that attend, each with its place and the distance between its tokens in mm."""
     voxel, cell = encoder.preparation.spacing_mm, encoder.preparation.spacing_mm * encoder.config.cell_side
     if isinstance(encoder, ViTEncoder):
         return {block: (f"block {number}", cell) for number, block in enumerate(encoder.blocks, 1)}
     windows = {
-        block.attn: (f"stage {number}", voxel * PATCH_SIDE * 2 ** (number - 1))
+        block: (f"stage {number}", voxel * PATCH_SIDE * 2 ** (number - 1))
         for number, stage in enumerate(encoder.stages, 1)
         for block in stage.blocks  # type: ignore[union-attr]
     }
@@ -289,9 +289,10 @@ def _places(encoder: Encoder) -> dict[nn.Module, tuple[str, float]]:
 
 
 def _in_windows(
-    module: WindowAttention, x: Tensor, *, grid: tuple[int, int, int], step_mm: float
+    block: WindowBlock, x: Tensor, *_: object, grid: tuple[int, int, int], step_mm: float
 ) -> tuple[Tensor, Tensor]:
     del grid
+    module, x = block.attn, block.norm1(x)
     here = (x.shape[1], x.shape[2], x.shape[3])
     layout = window_layout(x.shape[0], here, module.window, module.shift, x.device)
     windows = partition(x, layout)

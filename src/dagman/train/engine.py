@@ -110,7 +110,7 @@ def clip(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Of all together. On CPUs the norms of PyTorch sum up in one thread, to fewer digits."""
-    if any(gradient.device.type != "cpu" for gradient in gradients):
+    if not gradients or any((each.device.type, each.dtype) != ("cpu", torch.float32) for each in gradients):
         return nn.utils.get_total_norm(gradients)
     return torch.stack([torch.dot(flat, flat) for flat in map(torch.flatten, gradients)]).sum().sqrt()
 
