@@ -106,7 +106,7 @@ class WindowKernel(torch.autograd.Function):
         heads, tokens, _ = bias.shape
         qkv, turned = qkv.contiguous(), bias.float().transpose(1, 2).contiguous()
         moved = shift.float().contiguous()
-        mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        mixed: Tensor = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
         wanted = kept and any(ctx.needs_input_grad)
         statistics = floats(qkv, len(kinds), heads, 2, tokens) if wanted else None
         _call("forward", [qkv, moved, turned, order, kinds, masks, mixed, statistics], qkv, turned, kinds)

@@ -59,7 +59,7 @@ def join(
     """Add a branch to the residual stream, as `join_and_branch_off`."""
     if _joins(x, mixed, layer, factors):
         return _residual(x, functional.linear(mixed, layer.weight), layer.bias, factors)[0]
-    branch = layer(mixed)
+    branch: Tensor = layer(mixed)
     return x + (branch if factors is None else branch * factors.view(-1, *(1,) * (x.ndim - 1)))
 
 
@@ -94,9 +94,11 @@ def _residual(
     added: Tensor | None = None,
     factors: Tensor | None = None,
     norm: nn.LayerNorm | None = None,
-) -> Any:
+) -> tuple[Tensor, Any]:
+    """By the kernel; without a norm the second is None."""
     of_norm = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    return Residual.apply(x, branch, added, factors, *of_norm, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    applied: tuple[Tensor, Any] = Residual.apply(x, branch, added, factors, *of_norm, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return applied
 
 
 def _joins(x: Tensor, mixed: Tensor, layer: nn.Linear, factors: Tensor | None) -> bool:
