@@ -1,5 +1,6 @@
 """Stored numbers to Hounsfield units, exactly, and the question whether they are Hounsfield units at all."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from dagman.errors import DagmanError
 LARGEST = 2**24
 """Beyond this float32 no longer holds every integer."""
 PADDING_HU = -1024
-_SAMPLES = 2_000_000
+_SAMPLES = 500_000
 
 
 def check_finite(path: Path, array: np.ndarray) -> None:
@@ -73,7 +74,10 @@ def check_hu(path: Path, hu: np.ndarray) -> None:
     flat = hu.ravel(order="K")
     if flat.min() == flat.max():
         raise DagmanError("EMPTY", path, f"every voxel is {flat[0]:g}", "leave it out or export the scan again")
-    sample = np.sort(flat[:: max(1, flat.size // _SAMPLES)], kind="stable")  # of int16 a radix sort: 6 times as fast
+    step = max(1, flat.size // _SAMPLES)
+    while any(math.gcd(step, side) > 1 for side in hu.shape):  # else some rows or slices are never looked at
+        step += 1
+    sample = np.sort(flat[::step], kind="stable")  # of int16 a radix sort: 6 times as fast
     tissue = sample[_rank(sample, PADDING_HU, "right") :]
     too_dark = _between(sample, -1900, -1100)
     why = f"{too_dark:.0%} are darker than air" if too_dark > 0.1 else _not_hu(tissue)
