@@ -52,7 +52,7 @@ class WindowBlock(nn.Module):
         return self._add_branches(x, self.attn(normalised), len(x))
 
     def _add_branches(self, x: Tensor, mixed: Tensor, batch: int, item: Tensor | None = None) -> Tensor:
-        """Both residual steps, once attention is done; `item` names the batch item of each row of other rows."""
+        """Both residual steps, once attention is done; `item`: the batch item of each row, where rows are windows."""
 
         def factors() -> Tensor | None:
             drawn: Tensor | None = self.drop_path(batch, x)
