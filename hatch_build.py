@@ -19,11 +19,11 @@ except ImportError:  # run by hand, outside a build
 
 FOLDER = Path(__file__).parent / "src" / "dagman" / "nets"
 LEVELS = {
-    "avx512_bf16": ("-march=x86-64-v4", "-mavx512bf16"),
+    "avx512_bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512": ("-march=x86-64-v4",),
     "avx2": ("-march=x86-64-v3",),
 }
-"""The processor decides at run time which of them is loaded."""
+"""The processor decides at run time which of them is loaded, and whether the first may use matrix tiles (AMX)."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 
 
@@ -41,7 +41,7 @@ def compile_kernels() -> list[Path]:
 def _compile(compiler: list[str], name: str, level: tuple[str, ...]) -> Path | None:
     """One library of all kernels; None, with the reason, where that fails."""
     sources = sorted(FOLDER.glob("*_kernel.cpp"))
-    text = b"".join(path.read_bytes() for path in [*sources, FOLDER / "vectors.h"])
+    text = b"".join(path.read_bytes() for path in [*sources, *sorted(FOLDER.glob("*.h"))])
     library = FOLDER / f"kernels.{name}.{hashlib.sha256(text).hexdigest()[:12]}.so"  # as `dagman.nets.kernel` asks for
     compiled = {source: source.with_suffix(f".{name}.o") for source in sources}
     # Linked without -fopenmp: the functions of OpenMP come from the one library that PyTorch has loaded.

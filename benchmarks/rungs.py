@@ -26,10 +26,17 @@ def without_kernel(replace: Replace) -> None:
 
 
 def without_row_kernel(replace: Replace) -> None:
-    """PyTorch's LayerNorm and GELU; biases, drop path and sums in passes of their own."""
+    """PyTorch's LayerNorm and GELU; biases, drop path and sums in passes of their own; no fused MLP either."""
     from dagman.nets import rows
 
     replace(rows, "runs", lambda _: False)
+
+
+def without_fused_mlp(replace: Replace) -> None:
+    """Products of PyTorch, and what lies between them in memory; nothing changes without matrix tiles."""
+    from dagman.nets import mlp
+
+    replace(mlp, "has_tiles", lambda: False)
 
 
 def without_dedup(replace: Replace) -> None:
@@ -231,6 +238,7 @@ PLAIN: dict[str, Callable[[Replace], None]] = {
 """What the variant `plain` lacks."""
 RUNGS = PLAIN | {
     "row kernel": without_row_kernel,
+    "fused MLP": without_fused_mlp,
     "tokens in place": without_tokens_in_place,
     "cached layouts": without_cached_layouts,
     "logits of hidden cells alone": with_logits_of_all_cells,

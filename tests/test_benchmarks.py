@@ -22,7 +22,7 @@ import step
 CROP, STEPS = 32, 2
 PAPER = recipes.get("dagman-swin")
 RECIPE = replace(PAPER, method=replace(PAPER.method, heads=HeadConfig(num_prototypes=512, hidden_width=64)))
-NEEDS_KERNEL = ("kernel", "row kernel", "tokens in place")
+NEEDS_KERNEL = ("kernel", "row kernel", "tokens in place", "fused MLP")
 
 
 def test_the_plain_step_and_the_fast_one_come_to_the_same_losses() -> None:
@@ -52,7 +52,8 @@ fast = functools.cache(taken)
 def test_a_step_without_one_part_comes_to_the_same_losses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in NEEDS_KERNEL and kernel.library() is None:
         pytest.skip("the kernel was not compiled here")
-    bf16 = name == "matrices cast once"  # float32 casts none
+    bf16 = name in ("matrices cast once", "fused MLP")  # float32 has neither
+    within = 2e-3 if name == "fused MLP" else 1e-5  # it rounds less
     expected = fast(bf16=bf16)
     calls: dict[str, int] = {}
 
@@ -68,5 +69,5 @@ def test_a_step_without_one_part_comes_to_the_same_losses(name: str, monkeypatch
         return call
 
     step.RUNGS[name](put)
-    assert taken(bf16=bf16) == pytest.approx(expected, rel=1e-5)
+    assert taken(bf16=bf16) == pytest.approx(expected, rel=within)
     assert all(calls.values()), f"nothing called what stands in place of a part: {calls}"

@@ -25,9 +25,8 @@ MOST_TOKENS = 343
 def sources() -> str:
     """Stands in the name of what is compiled: a library of other sources would read its arguments wrongly."""
     here = Path(__file__).parent
-    return hashlib.sha256(
-        b"".join(path.read_bytes() for path in sorted(here.glob("*_kernel.cpp"))) + (here / "vectors.h").read_bytes()
-    ).hexdigest()[:12]
+    paths = [*sorted(here.glob("*_kernel.cpp")), *sorted(here.glob("*.h"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
 @functools.cache
@@ -38,6 +37,13 @@ def library() -> ctypes.CDLL | None:
         with contextlib.suppress(OSError):  # PyTorch was built without the OpenMP that the kernel was compiled for
             return ctypes.CDLL(str(path))
     return None
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether processor, kernels and system have matrix tiles (AMX) for this process."""
+    allowed = getattr(library(), "mlp_allowed", None)
+    return allowed is not None and bool(torch.cpu.get_capabilities().get("amx_bf16")) and allowed() == 1
 
 
 def _levels() -> list[str]:
@@ -52,12 +58,13 @@ def _is_off() -> bool:
 
 
 def describe() -> str:
-    """Which window attention CPUs run, in words."""
+    """What CPUs run of the kernels, in words."""
     found = library()
     if found is None:
         why = "no compiled kernel of these sources; a C++ compiler and a new installation give one"
         return f"window attention in PyTorch alone ({'DAGMAN_KERNEL=off' if _is_off() else why})"
-    return f"window attention by the compiled kernel ({Path(found._name).name.split('.')[1].upper()})"
+    level = Path(found._name).name.split(".")[1].upper()
+    return f"window attention by the compiled kernel ({level}{', MLPs in bf16 by AMX' if has_tiles() else ''})"
 
 
 def runs(x: Tensor) -> bool:

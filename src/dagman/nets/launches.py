@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from dagman.nets import gpu
 from dagman.nets.heads import ProjectionHead
+from dagman.nets.mlp import MLP
 from dagman.nets.stage import PatchMerging
 from dagman.nets.swin import SwinEncoder
-from dagman.nets.transformer import MLP, GlobalBlock
+from dagman.nets.transformer import GlobalBlock
 from dagman.types import Features
 
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "gelu.h"
 #include "vectors.h"
 
 namespace {
@@ -140,26 +141,6 @@ void residual_backward(const X* sum, const float* weight, const float* statistic
     }
 }
 
-// The normal distribution function (Abramowitz and Stegun 7.1.26, within 1e-7) and x times its density.
-struct Normal {
-    V below, bell;
-    explicit Normal(V x) : below(), bell(power_of_two(x * x * (-0.5f * LOG2_E))) {
-        const V t = reciprocal(magnitude(x) * 0.2316418882f + 1.0f);
-        V p = V{} + 0.5307027145f;
-        p = p * t - 0.7265760135f;
-        p = p * t + 0.7107068705f;
-        p = p * t - 0.142248368f;
-        p = p * t + 0.127414796f;
-        const V tail = p * t * bell;
-        below = x > 0.0f ? 1.0f - tail : tail;
-    }
-};
-inline V gelu(V x) { return x * Normal(x).below; }
-inline V gelu_slope(V x) {
-    const Normal normal(x);
-    return normal.below + x * normal.bell * 0.3989422804f;
-}
-
 // out = GELU(x + bias)
 template <typename T>
 void gelu_forward(const T* x, const float* bias, T* out, int64_t rows, int width, int threads) {
@@ -187,7 +168,7 @@ void gelu_backward(const T* x, const float* bias, const T* gradient, T* into, fl
         for (int64_t r = parts.bound(part); r < parts.bound(part + 1); ++r)
             over(width, [&](int c, auto... count) {
                 const V at = row(x + r * width + c, count...) + row(bias + c, count...);
-                const V back = row(gradient + r * width + c, count...) * gelu_slope(at);
+                const V back = row(gradient + r * width + c, count...) * Normal(at).slope(at);
                 put(back, into + r * width + c, count...);
                 put(row(to_bias + c, count...) + back, to_bias + c, count...);
             });

@@ -30,14 +30,14 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
         """Normalise each token."""
         if runs(x) and _normalises(self, x):
-            normalised: Tensor = _residual(x, norm=self)[1]
+            normalised: Tensor = residual(x, norm=self)[1]
             return normalised
         return super().forward(x)
 
 
 def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Linear) -> Float[Tensor, "*shape outputs"]:
     """A linear layer and the exact GELU."""
-    if runs(x) and _is_plain_layer(layer) and _dtype_of_products(x) in NAMES:
+    if runs(x) and is_plain_layer(layer) and dtype_of_products(x) in NAMES:
         activated: Tensor = BiasGelu.apply(functional.linear(x, layer.weight), layer.bias)  # type: ignore[no-untyped-call]
         return activated
     return functional.gelu(layer(x))
@@ -46,7 +46,7 @@ def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Linear) -> Float[Ten
 def branch_off(x: Float[Tensor, "*shape width"], norm: LayerNorm) -> tuple[Tensor, Tensor]:
     """The residual stream as it is, and normalised for a branch; the gradients of both are added in one pass."""
     if runs(x) and _is_plain(norm) and _normalises(norm, x):
-        return _residual(x, norm=norm)
+        return residual(x, norm=norm)
     return x, norm(x)
 
 
@@ -57,8 +57,8 @@ def join(
     factors: Float[Tensor, " items"] | None,
 ) -> Float[Tensor, "items *shape width"]:
     """Add a branch to the residual stream, as `join_and_branch_off`."""
-    if _joins(x, mixed, layer, factors):
-        return _residual(x, functional.linear(mixed, layer.weight), layer.bias, factors)[0]
+    if joins(x, mixed, layer, factors):
+        return residual(x, functional.linear(mixed, layer.weight), layer.bias, factors)[0]
     branch: Tensor = layer(mixed)
     return x + (branch if factors is None else branch * factors.view(-1, *(1,) * (x.ndim - 1)))
 
@@ -82,13 +82,13 @@ def join_and_branch_off(
     Returns:
         The stream, and what comes out of the norm, in the precision of products.
     """
-    if _joins(x, mixed, layer, factors) and _is_plain(norm) and _normalises(norm, x):
-        return _residual(x, functional.linear(mixed, layer.weight), layer.bias, factors, norm)
+    if joins(x, mixed, layer, factors) and _is_plain(norm) and _normalises(norm, x):
+        return residual(x, functional.linear(mixed, layer.weight), layer.bias, factors, norm)
     x = join(x, mixed, layer, factors)
     return x, norm(x)
 
 
-def _residual(
+def residual(
     x: Tensor,
     branch: Tensor | None = None,
     added: Tensor | None = None,
@@ -101,17 +101,19 @@ def _residual(
     return applied
 
 
-def _joins(x: Tensor, mixed: Tensor, layer: nn.Linear, factors: Tensor | None) -> bool:
+def joins(x: Tensor, mixed: Tensor, layer: nn.Linear, factors: Tensor | None) -> bool:
     """Whether the kernel can add such a branch; PyTorch refuses what does not fit together."""
     fits = (*mixed.shape[:-1], layer.out_features) == x.shape and (factors is None or factors.shape == x.shape[:1])
-    return fits and runs(x) and _is_plain_layer(layer) and (x.dtype, _dtype_of_products(mixed)) in RESIDUALS
+    return fits and runs(x) and is_plain_layer(layer) and (x.dtype, dtype_of_products(mixed)) in RESIDUALS
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """In which a linear layer would multiply."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _is_plain_layer(layer: nn.Linear) -> bool:
+def is_plain_layer(layer: nn.Linear) -> bool:
+    """Whether a kernel can do what the layer does, and nobody waits for the layer to be called."""
     return type(layer) is nn.Linear and _is_plain(layer) and _is_readable(layer.bias)
 
 

@@ -4,8 +4,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dagman.nets import gpu
-from dagman.nets.rows import LayerNorm, branch_off, join, join_and_branch_off
-from dagman.nets.transformer import MLP, DropPath
+from dagman.nets.mlp import MLP
+from dagman.nets.rows import LayerNorm, branch_off, join_and_branch_off
+from dagman.nets.transformer import DropPath
 from dagman.nets.window import WindowAttention
 from dagman.nets.windows import (
     blank_windows,
@@ -59,7 +60,8 @@ class WindowBlock(nn.Module):
             return drawn if drawn is None or item is None else drawn[item]
 
         x, normalised = join_and_branch_off(x, mixed, self.attn.proj, factors(), self.norm2)
-        return join(x, self.mlp(normalised), self.mlp.linear2, factors())
+        joined: Tensor = self.mlp(x, normalised, factors())
+        return joined
 
     def _forward_on_chip(self, x: Tensor, tokens: int) -> Tensor:
         """Each residual step as one kernel, all windows computed: to count the blank ones would cost more."""

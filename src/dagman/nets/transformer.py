@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
-from dagman.nets.rows import LayerNorm, branch_off, join, join_and_branch_off, linear_gelu
+from dagman.nets.mlp import MLP
+from dagman.nets.rows import LayerNorm, branch_off, join_and_branch_off
 
 
 def check_heads(name: str, heads: int, width: int) -> None:
@@ -20,19 +21,6 @@ def check_heads(name: str, heads: int, width: int) -> None:
     """
     if heads < 1 or width % heads:
         raise DagmanError("CONFIG", name, f"{heads} does not divide the width {width}", "choose a divisor of it")
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between; the second is applied where the branch joins."""
-
-    def __init__(self, width: int, hidden_width: int) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(width, hidden_width)
-        self.linear2 = nn.Linear(hidden_width, width)
-
-    def forward(self, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape hidden_width"]:
-        """What the second layer works on."""
-        return linear_gelu(x, self.linear1)
 
 
 class DropPath(nn.Module):
@@ -97,7 +85,7 @@ class GlobalBlock(nn.Module):
         query, key, value = self._heads_of(normalised, position)
         mixed = _attend(query, key, value).transpose(1, 2).reshape(x.shape)
         x, normalised = join_and_branch_off(x, mixed, self.proj, self.drop_path(len(x), x), self.norm2)
-        x = join(x, self.mlp(normalised), self.mlp.linear2, self.drop_path(len(x), x))
+        x = self.mlp(x, normalised, self.drop_path(len(x), x))
         return x, attention_of_first(query, key)
 
     def heads_of(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,170 @@
+"""The MLP's compiled kernel against the same written out in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+from torch.profiler import profile
+
+from dagman.nets import kernel, mlp
+from dagman.nets.mlp import MLP, MlpKernel
+
+needs_tiles = pytest.mark.skipif(not kernel.has_tiles(), reason="no AMX here, or the kernels were not compiled")
+HALF = torch.bfloat16
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    return ((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-9)).item()
+
+
+class Case:
+    """Rows, weights that bfloat16 holds exactly, and a probe of what comes out."""
+
+    def __init__(self, count: int, width: int, hidden: int) -> None:
+        self.x = torch.randn(count, width).to(HALF).requires_grad_()
+        self.first = (torch.randn(hidden, width) * width**-0.5).to(HALF).float().requires_grad_()
+        self.bias = torch.randn(hidden).requires_grad_()
+        self.second = (torch.randn(width, hidden) * hidden**-0.5).to(HALF).float().requires_grad_()
+        self.probe = torch.randn(count, width).to(HALF)
+        self.trained = [self.x, self.first, self.bias, self.second]
+
+    def found(self) -> list[Tensor]:
+        """What comes out and all gradients."""
+        out = MlpKernel.apply(*self.trained, True)
+        return [out, *torch.autograd.grad((out * self.probe).sum(), self.trained)]
+
+    def wanted(self) -> list[Tensor]:
+        """The same in float64."""
+        x, first, bias, second = exact = [each.detach().double().requires_grad_() for each in self.trained]
+        out = functional.gelu(x @ first.T + bias) @ second.T
+        return [out, *torch.autograd.grad((out * self.probe.double()).sum(), exact)]
+
+
+@needs_tiles
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.one_of(st.integers(1, 300), st.just(3000)),
+    width=st.one_of(st.integers(1, 40).map(lambda n: 2 * n), st.sampled_from([96, 192])),
+    hidden=st.integers(1, 12).map(lambda n: 32 * n),
+    seed=st.integers(0, 2**16),
+)
+def test_the_kernel_and_all_its_gradients_equal_float64_but_for_rounding(count, width, hidden, seed):
+    torch.manual_seed(seed)
+    case = Case(count, width, hidden)
+    found, wanted = case.found(), case.wanted()
+    assert [each.dtype for each in found] == [HALF, HALF, *[torch.float32] * 3]
+    assert [each.shape for each in found] == [each.shape for each in wanted]
+    assert max(gap(ours, exact) for ours, exact in zip(found, wanted, strict=True)) < 2**-7
+    assert gap(found[3], wanted[3]) < 1e-5  # of the bias between: it is never rounded
+
+
+@needs_tiles
+def test_nothing_beyond_the_last_row_is_read_or_written():
+    torch.manual_seed(0)
+    case = Case(200, 24, 96)
+    whole = [each.detach() for each in case.found()[:2]]
+    surrounded = torch.full((330, 24), torch.nan, dtype=HALF)
+    surrounded[64:264] = case.x.detach()
+    case.x = case.trained[0] = surrounded[64:264].requires_grad_()
+    assert all(torch.equal(one, other) for one, other in zip(case.found()[:2], whole, strict=True))
+    assert surrounded[:64].isnan().all()
+    assert surrounded[264:].isnan().all()
+
+
+@needs_tiles
+def test_threads_change_no_bit():
+    torch.manual_seed(0)
+    case, before, results = Case(5000, 48, 192), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(case.found())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@needs_tiles
+def test_products_of_pytorch_are_right_between_its_own():
+    """Both set the shape of the processor's tiles."""
+    torch.manual_seed(0)
+    case, one, other = Case(300, 24, 96), torch.randn(70, 130).to(HALF), torch.randn(130, 50).to(HALF)
+    wanted, first = one @ other, case.found()
+    for _ in range(3):
+        assert torch.equal(one @ other, wanted)
+        assert all(torch.equal(now, before) for now, before in zip(case.found(), first, strict=True))
+
+
+@needs_tiles
+def test_no_number_stays_no_number_in_its_row_alone():
+    case = Case(40, 24, 96)
+    with torch.no_grad():
+        case.x[7, 3] = torch.nan
+    out = MlpKernel.apply(*case.trained, True)
+    assert out[7].isnan().all()
+    assert torch.cat([out[:7], out[8:]]).isfinite().all()
+
+
+def run(module: MLP, x: Tensor, normalised: Tensor, factors: Tensor | None) -> tuple[list[Tensor], set[str]]:
+    """What comes out of a step under autocast with all gradients, and what ran."""
+    given_ = [x.requires_grad_(), normalised.requires_grad_(), *module.parameters()]
+    with profile() as record, torch.autocast("cpu", dtype=HALF):
+        out = module(*given_[:2], factors)
+    gradients = torch.autograd.grad(out.float().square().sum(), given_)
+    return [out, *gradients], {event.key for event in record.key_averages()}
+
+
+@needs_tiles
+@pytest.mark.parametrize("stream", [torch.float32, HALF])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_a_step_is_the_same_with_and_without(monkeypatch, stream, dropping):
+    torch.manual_seed(0)
+    module, factors = MLP(48, 192), torch.tensor([1.25, 0.0, 1.25]) if dropping else None
+    given_ = torch.randn(3, 6, 5, 4, 48).to(stream), torch.randn(3, 6, 5, 4, 48).to(HALF), factors
+    found, ran = run(module, *given_)
+    monkeypatch.setattr(mlp, "has_tiles", lambda: False)
+    wanted, others = run(module, *given_)
+    assert "MlpKernel" in ran
+    assert "MlpKernel" not in others
+    assert [each.dtype for each in found] == [each.dtype for each in wanted]
+    assert max(gap(one, other) for one, other in zip(found, wanted, strict=True)) < 2**-6
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("width", "hidden", "trains", "fused"),
+    [
+        (24, 96, True, True),
+        (96, 384, True, True),
+        (192, 768, True, False),  # PyTorch is faster there
+        (192, 768, False, True),
+        (384, 1536, False, False),
+        (15, 96, True, False),
+        (24, 90, True, False),
+    ],
+)
+def test_it_runs_where_it_is_right_and_faster(width, hidden, trains, fused):
+    x = torch.randn(2, 9, width).to(HALF)
+    with profile() as record, torch.autocast("cpu", dtype=HALF), torch.set_grad_enabled(trains):
+        MLP(width, hidden)(x, x, None)
+    assert ("MlpKernel" in {event.key for event in record.key_averages()}) == fused
+
+
+def test_layers_that_somebody_waits_for_are_called():
+    module, called = MLP(24, 96), []
+    for layer in (module.linear1, module.linear2):
+        layer.register_forward_pre_hook(lambda layer, _: called.append(layer))
+    x = torch.randn(2, 9, 24).to(HALF)
+    with torch.autocast("cpu", dtype=HALF):
+        module(x, x, None)
+    assert called == [module.linear1, module.linear2]
+
+
+def test_float32_is_not_rounded():
+    torch.manual_seed(0)
+    module, x, normalised = MLP(24, 96), torch.randn(2, 9, 24), torch.randn(2, 9, 24)
+    exact = module.double()(x.double(), normalised.double(), None)
+    assert gap(module.float()(x, normalised, None), exact) < 1e-6
