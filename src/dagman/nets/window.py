@@ -89,7 +89,7 @@ class WindowAttention(nn.Module):
         """The relative position bias; on a map smaller than a window its first `tokens` rows and columns, as MONAI."""
         table = self.relative_position_bias_table
         index = relative_position_index(self.window, table.device)[:tokens, :tokens]
-        return table[index.reshape(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
+        return table.index_select(0, index.reshape(-1)).view(tokens, tokens, -1).permute(2, 0, 1)
 
 
 Heads = Float[Tensor, "windows heads tokens head_width"]

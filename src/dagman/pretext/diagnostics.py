@@ -81,8 +81,19 @@ def effective_rank(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
         some = vectors[(turns * len(vectors)).long()]
     some = some.double().nan_to_num(0, 0, 0)
     gram = some @ some.T if len(some) <= some.shape[1] else some.T @ some
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    singular = _eigenvalues(gram).clamp_min(0).sqrt()
     return losses.entropy(singular / singular.sum().clamp_min(1e-30)).exp().to(torch.float32)
+
+
+def _eigenvalues(symmetric: Float[Tensor, "rows rows"]) -> Float[Tensor, " rows"]:
+    """In one thread: with two, LAPACK takes up to ten times as long on so small a matrix."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        values: Tensor = torch.linalg.eigvalsh(symmetric)
+        return values
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Told(NamedTuple):
