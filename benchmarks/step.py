@@ -22,6 +22,7 @@ import rungs
 from rungs import PLAIN, RUNGS
 
 ALLOCATORS = ("default", "tuned")
+WARM_UP = 2
 AT_ONCE = 5
 """Rungs of the ladder whose processes live side by side."""
 PARTS = {
@@ -204,11 +205,11 @@ def over(steps: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str,
 
 
 def take_turns(children: dict[str, Child], steps: dict[str, list[dict[str, Any]]], rounds: int) -> None:
-    """Add a step of each child to `steps`, round by round; the first warms up."""
-    for number in range(rounds + 1):
+    """Add a step of each child to `steps`, round by round; the first two warm up: both still ask for new memory."""
+    for number in range(WARM_UP + rounds):
         for variant, child in children.items():
             taken = child.ask()
-            if number:
+            if number >= WARM_UP:
                 steps.setdefault(variant, []).append(taken)
 
 
