@@ -32,7 +32,7 @@ def pieces(data: Path | None, series: Path | None) -> dict[str, tuple[str, list[
     ]
     return {
         "storages": ("store", storages),
-        "targets": ("targets", ["targets.py", "--crops", "64", "--rounds", "3"]),
+        "targets": ("targets", ["targets.py", "--crops", "64", "--rounds", "5"]),
         "steps in float32": ("step", [*STEP, "--rounds", "3", "--precisions", "float32", "--allocators", "tuned"]),
         "steps in bf16": ("step", [*STEP, "--rounds", "3", "--precisions", "bf16", "--allocators", "default"]),
         "the ladder": ("step", [*STEP, "--rounds", "2", "--precisions", "bf16", "--allocators", "tuned", "--ladder"]),

@@ -27,7 +27,7 @@ AT_ONCE = 5
 """Rungs of the ladder whose processes live side by side."""
 PARTS = {
     "window attention": ("WindowKernel", "bmm", "softmax", "scaled_dot", "flash"),
-    "matrix products": ("aten::mm", "addmm", "mkldnn_linear"),
+    "matrix products": ("aten::mm", "addmm", "mkldnn_linear", "MlpKernel"),
     "between products": ("layer_norm", "gelu", "Residual", "BiasGelu"),
     "copies": ("copy_", "index_select", "aten::cat", "fill_", "roll", "index"),
     "convolutions": ("conv",),
