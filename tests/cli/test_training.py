@@ -1,11 +1,13 @@
 """The verbs that train, as a user calls them."""
 
 import logging
+import os
 import shutil
+import sys
 
 import pytest
 
-from dagman import demo
+from dagman import cli, demo
 from dagman.cli import run
 from dagman.ct.store import MANIFEST, SETTINGS
 from dagman.errors import DagmanError, ExitCode
@@ -106,3 +108,35 @@ def test_a_forecast_refuses_labelled_cases_that_could_not_watch_the_run(organ_st
     (alike / MANIFEST).write_text(text.replace('"label":"even"', '"label":"odd"'))
     assert run([*command, "--dry-run", "--labelled", str(alike)]) == ExitCode.USAGE
     assert "E-LABEL labels: 1 classes over 5 cases (odd: 5)" in capsys.readouterr().err
+
+
+class BeginError(Exception):
+    """In place of a program that takes this one's place."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone is told")
+@pytest.mark.parametrize(
+    ("words", "own", "begins"),
+    [
+        (["pretrain"], {}, {}),
+        (["ablate"], {"GLIBC_TUNABLES": "glibc.pthread.rseq=0"}, {"GLIBC_TUNABLES": "glibc.pthread.rseq=0"}),
+        (["pretrain"], {"MALLOC_ARENA_MAX": "2"}, None),
+        (["check"], {}, None),
+    ],
+)
+def test_trainings_begin_again_with_memory_that_is_kept_unless_it_is_set(monkeypatch, words, own, begins):
+    def begin(program: str, given: list[str], environment: dict[str, str]) -> None:
+        assert given == [program, "-m", "dagman", *words]
+        raise BeginError({name: environment[name] for name in cli.KEEP_MEMORY})
+
+    for name in cli.KEEP_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "execve", begin)
+    monkeypatch.setattr(sys, "argv", ["dagman", *words])
+    monkeypatch.setattr(cli, "run", lambda _: 0)
+    with pytest.raises(BeginError if begins is not None else SystemExit) as ended:
+        cli.main()
+    if begins is not None:
+        assert ended.value.args[0] == cli.KEEP_MEMORY | begins

@@ -1,5 +1,7 @@
 """The MLP's compiled kernel against the same written out in float64."""
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,16 +63,27 @@ def test_the_kernel_and_all_its_gradients_equal_float64_but_for_rounding(count, 
 
 
 @needs_tiles
-def test_nothing_beyond_the_last_row_is_read_or_written():
+@pytest.mark.parametrize("count", [1, 100, 128, 200, 4000])
+def test_nothing_beyond_the_last_row_is_read_or_written(count):
+    """Rows and what comes out lie in larger tensors of no numbers."""
     torch.manual_seed(0)
-    case = Case(200, 24, 96)
-    whole = [each.detach() for each in case.found()[:2]]
-    surrounded = torch.full((330, 24), torch.nan, dtype=HALF)
-    surrounded[64:264] = case.x.detach()
-    case.x = case.trained[0] = surrounded[64:264].requires_grad_()
-    assert all(torch.equal(one, other) for one, other in zip(case.found()[:2], whole, strict=True))
-    assert surrounded[:64].isnan().all()
-    assert surrounded[264:].isnan().all()
+    case, width, hidden = Case(count, 24, 96), 24, 96
+    alone = [each.detach() for each in case.found()]
+    surrounded = torch.full((4, count + 256, width), torch.nan, dtype=HALF)
+    x, probe, out, into = surrounded[:, 128:-128]
+    x.copy_(case.x.detach())
+    probe.copy_(case.probe)
+    weights = case.first.detach().to(HALF), case.bias.detach(), case.second.detach().to(HALF)
+    sizes = ctypes.c_int64(count), width, hidden, 2
+    parts = kernel.library().mlp_parts(sizes[0])
+    sums, bias_sums = torch.full((parts + 2, 2, 32, hidden), torch.nan), torch.full((parts + 2, hidden), torch.nan)
+    kernel.library().mlp_forward(*map(kernel.address, (x, *weights, out)), *sizes)
+    kernel.library().mlp_backward(*map(kernel.address, (x, *weights, probe, into, sums[1:], bias_sums[1:])), *sizes)
+    found = [out, into, sums[1:-1, 0].sum(0)[:width].T, bias_sums[1:-1].sum(0), sums[1:-1, 1].sum(0)[:width]]
+    assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    assert surrounded[:, :128].isnan().all()
+    assert surrounded[:, -128:].isnan().all()
+    assert all(each[[0, -1]].isnan().all() for each in (sums, bias_sums))
 
 
 @needs_tiles
@@ -161,6 +174,36 @@ def test_layers_that_somebody_waits_for_are_called():
     with torch.autocast("cpu", dtype=HALF):
         module(x, x, None)
     assert called == [module.linear1, module.linear2]
+
+
+class Wrapped(torch.nn.Linear):
+    """In place of a linear layer, without weights of its own."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        self.layer, self.called = layer, 0
+        del self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer does."""
+        self.called += 1
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("name", ["linear1", "linear2"])
+def test_a_layer_in_place_of_another_is_called(name):
+    module, x = MLP(24, 96), torch.randn(2, 9, 24).to(HALF)
+    wrapped = Wrapped(getattr(module, name))
+    setattr(module, name, wrapped)
+    with torch.autocast("cpu", dtype=HALF):
+        module(x, x, None)
+    assert wrapped.called == 1
+
+
+def test_weights_of_another_precision_are_refused_where_nothing_casts_them():
+    x = torch.randn(2, 9, 24).to(HALF)
+    with pytest.raises(RuntimeError, match="dtype"):
+        MLP(24, 96)(x, x, None)
 
 
 def test_float32_is_not_rounded():

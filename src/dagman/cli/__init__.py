@@ -44,16 +44,17 @@ KEEP_MEMORY = {
     "MALLOC_TOP_PAD_": "268435456",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""glibc gives memory back after every large tensor and faults it in again, a fifth of a training step on CPU; and it
-lies in pages of 4 KiB: in large ones, where the system gives them, a step that is bound by its weights takes a tenth
-less."""
+"""glibc gives memory back after every large tensor and faults it in again, page by page of 4 KiB. With this it keeps it,
+in large pages where the system gives them; see `benchmarks/step.py --allocators default tuned`."""
 
 
 def main() -> None:
     """Run the command line and leave with an exit code of the contract."""
     training = {"pretrain", "ablate", "demo", "classify", "segment"}.intersection(sys.argv[1:2])
-    if training and sys.platform == "linux" and not KEEP_MEMORY.keys() & os.environ.keys():
-        os.execve(sys.executable, [sys.executable, "-m", "dagman", *sys.argv[1:]], os.environ | KEEP_MEMORY)  # noqa: S606
+    own = any(name.startswith("MALLOC_") for name in os.environ)  # as in what begins here
+    if training and sys.platform == "linux" and not own:
+        again = [sys.executable, "-m", "dagman", *sys.argv[1:]]
+        os.execve(sys.executable, again, KEEP_MEMORY | os.environ)  # noqa: S606
     sys.exit(run(sys.argv[1:]))
 
 

@@ -48,12 +48,15 @@ class MLP(nn.Module):
 
     def _fuses(self, x: Tensor, normalised: Tensor, factors: Tensor | None) -> bool:
         """Whether the kernel can compute the branch, and is the faster way."""
-        hidden, width = self.linear1.weight.shape
+        first, second = self.linear1, self.linear2
+        plain = rows.is_plain_layer(first) and rows.joins(x, normalised, second, factors)
+        if not plain or normalised.shape != x.shape or rows.dtype_of_products(normalised) != torch.bfloat16:
+            return False
+        rounded = torch.is_autocast_enabled("cpu") or first.weight.dtype == second.weight.dtype == torch.bfloat16
+        hidden, width = first.weight.shape
         most = MOST_HIDDEN_TRAINED if torch.is_grad_enabled() else MOST_HIDDEN
-        fits = width % 2 == 0 and hidden % 32 == 0 and hidden <= most and normalised.shape == x.shape
-        in_bfloat16 = runs(normalised) and rows.dtype_of_products(normalised) == torch.bfloat16 and has_tiles()
-        plain = rows.is_plain_layer(self.linear1) and rows.joins(x, normalised, self.linear2, factors)
-        return fits and in_bfloat16 and plain
+        fits = width % 2 == 0 and hidden % 32 == 0 and hidden <= most
+        return rounded and fits and runs(normalised) and has_tiles()
 
 
 class MlpKernel(torch.autograd.Function):
@@ -84,8 +87,8 @@ class MlpKernel(torch.autograd.Function):
         bias_sums = floats(taken, parts, hidden)
         given = (taken, first, bias, second, coming, into, sums, bias_sums)
         loaded().mlp_backward(*map(address, given), *_sizes(taken, first))
-        to_first, to_second = sums.sum(dim=0)[:, :width]
-        found = into, to_first.T, bias_sums.sum(dim=0), to_second
+        to_first, to_second = (sums[:, one].sum(dim=0)[:width] for one in range(2))
+        found = into, to_first.T.contiguous(), bias_sums.sum(dim=0), to_second
         return *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True)), None
 
 

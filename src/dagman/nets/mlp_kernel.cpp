@@ -32,25 +32,25 @@ struct Parts {
 
 inline int up(int n, int to) { return (n + to - 1) / to * to; }
 
-// All eight tiles whole, and as they were at the end.
+// Before a tile is loaded, all that was stored lies in memory: GCC's intrinsics do not say how much they read (bug
+// 114098), so that it may leave stores out or put them behind.
+inline void settle() { asm volatile("" ::: "memory"); }
+
+// Sets all eight tiles of this thread to their full size; nothing is set at the end.
 struct Tiles {
-    struct alignas(64) Shape {
-        uint8_t palette = 0, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t rows[16] = {};
-    } before;
     Tiles() {
-        _tile_storeconfig(&before);
-        Shape whole;
-        whole.palette = 1;
-        std::fill_n(whole.bytes, 8, 64);
-        std::fill_n(whole.rows, 8, T);
-        _tile_loadconfig(&whole);
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shape;
+        std::fill_n(shape.bytes, 8, 64);
+        std::fill_n(shape.rows, 8, T);
+        asm volatile("" ::"r"(&shape) : "memory");
+        _tile_loadconfig(&shape);
     }
-    ~Tiles() {
-        if (before.palette) _tile_loadconfig(&before);
-        else _tile_release();
-    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
 };
 
 // Memory that begins where a line of the cache does.
@@ -62,6 +62,7 @@ public:
     explicit Room(int64_t count) : held(count + 64 / sizeof(N)) {
         at = (N*)(((uintptr_t)held.data() + 63) & ~uintptr_t(63));
     }
+    Room(Room&&) = default;
     operator N*() const { return at; }
 };
 
@@ -103,6 +104,7 @@ Room<uint16_t> tiled_across(const uint16_t* from, int inner, int outer, int padd
 // b's second column of tiles begin `next` behind those of the first.
 template <bool TALL, bool WIDE>
 inline void multiply(const uint16_t* a, int length, const uint16_t* b, int next, int steps) {
+    settle();
     for (int k = 0; k < steps; ++k) {
         _tile_loadd(4, a + k * K, length * 2);
         _tile_loadd(6, b + k * TILE, K * 2);
@@ -130,9 +132,11 @@ inline void store_tiles(float* to, int length) {
     if (TALL) _tile_stored(1, to + T * length, length * 4);
     if (WIDE) _tile_stored(2, to + T, length * 4);
     if (TALL && WIDE) _tile_stored(3, to + T * length + T, length * 4);
+    settle();
 }
 template <bool TALL, bool WIDE>
 inline void load_tiles(const float* from, int length) {
+    settle();
     _tile_loadd(0, from, length * 4);
     if (TALL) _tile_loadd(1, from + T * length, length * 4);
     if (WIDE) _tile_loadd(2, from + T, length * 4);
@@ -251,7 +255,7 @@ extern "C" void mlp_backward(const uint16_t* x, const uint16_t* first, const flo
         const int64_t size = int64_t(ROWS) * hidden, of_sums = int64_t(tall) * hidden;
         Room<uint16_t> taken(ROWS * padded), given(ROWS * padded), turned(tall * ROWS), given_turned(tall * ROWS);
         Room<uint16_t> back(size), back_tiled(size), inside_tiled(size);
-        Room<float> scratch(K * K), also(K * K);
+        Room<float> before(K * K), coming_inside(K * K);
         float* to_first = sums + int64_t(part) * 2 * of_sums;
         float* to_bias = bias_sums + int64_t(part) * hidden;
         std::fill_n(to_first, 2 * of_sums, 0.0f);
@@ -264,30 +268,30 @@ extern "C" void mlp_backward(const uint16_t* x, const uint16_t* first, const flo
             turn(given, padded, tall, given_turned);
             for (int n = 0; n < hidden; n += K)
                 for (int m = 0; m < ROWS; m += K) {
-                    product(taken + m * padded, padded, up_tiles + n * padded, T * padded, steps, scratch);
-                    product(given + m * padded, padded, back_tiles + n * padded, T * padded, steps, also);
+                    product(taken + m * padded, padded, up_tiles + n * padded, T * padded, steps, before);
+                    product(given + m * padded, padded, back_tiles + n * padded, T * padded, steps, coming_inside);
                     for (int c = 0; c < K; c += T) {
                         const V added = load(bias + n + c);
                         V sum = {};
-                        uint16_t* tile = back_tiled + int64_t(n + c) * ROWS + m * T;
-                        uint16_t* other = inside_tiled + int64_t(n + c) * ROWS + m * T;
+                        uint16_t* back_tile = back_tiled + int64_t(n + c) * ROWS + m * T;
+                        uint16_t* act_tile = inside_tiled + int64_t(n + c) * ROWS + m * T;
                         for (int r = 0; r < K; r += 2) {
                             V act[2], slope[2];
                             for (int i = 0; i < 2; ++i) {
-                                const V at = load(scratch + (r + i) * K + c) + added;
+                                const V at = load(before + (r + i) * K + c) + added;
                                 const Normal normal(at);
                                 act[i] = at * normal.below;
-                                slope[i] = load(also + (r + i) * K + c) * normal.slope(at);
+                                slope[i] = load(coming_inside + (r + i) * K + c) * normal.slope(at);
                                 sum += slope[i];
                                 put(slope[i], back + (m + r + i) * hidden + n + c);
                             }
-                            store((float*)(tile + r * T), paired(slope[0], slope[1]));
-                            store((float*)(other + r * T), paired(act[0], act[1]));
+                            store((float*)(back_tile + r * T), paired(slope[0], slope[1]));
+                            store((float*)(act_tile + r * T), paired(act[0], act[1]));
                         }
                         store(to_bias + n + c, load(to_bias + n + c) + sum);
                     }
                 }
-            product_rows(back, hidden, out_tiles, hidden / K, into + start * width, count, width, scratch);
+            product_rows(back, hidden, out_tiles, hidden / K, into + start * width, count, width, before);
             add_product(turned, back_tiled, to_first, tall, hidden);
             add_product(given_turned, inside_tiled, to_first + of_sums, tall, hidden);
         }

@@ -86,9 +86,10 @@ def effective_rank(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
 
 
 def _eigenvalues(symmetric: Float[Tensor, "rows rows"]) -> Float[Tensor, " rows"]:
-    """In one thread: with two, LAPACK takes up to ten times as long on so small a matrix."""
+    """On CPUs in one thread: LAPACK takes several times as long with two on matrices of `RANK_ROWS`."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if symmetric.device.type == "cpu":
+        torch.set_num_threads(1)
     try:
         values: Tensor = torch.linalg.eigvalsh(symmetric)
         return values
