@@ -44,8 +44,8 @@ KEEP_MEMORY = {
     "MALLOC_TOP_PAD_": "268435456",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""glibc gives memory back after every large tensor and faults it in again, page by page of 4 KiB. With this it keeps it,
-in large pages where the system gives them; see `benchmarks/step.py --allocators default tuned`."""
+"""glibc gives memory back after every large tensor and faults it in again, page by page of 4 KiB. With this memory is
+kept, in large pages where the system gives them; see `benchmarks/step.py --allocators default tuned`."""
 
 
 def main() -> None:
