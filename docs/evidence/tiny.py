@@ -19,7 +19,7 @@ class Reason(NamedTuple):
     """A factor of the older recipe, 150 steps."""
 
 
-SIZE = Reason("size: three quarters of an hour on one core")
+SIZE = Reason("size: half an hour on one core")
 WEIGHTS = Reason("chosen early, and not borne out: .1 does no worse at 1,000 steps", "paper-weights", "paper-weights")
 NOISE = Reason("chosen early, both at once", older="paper-noise")
 COLDER = Reason(today="warmer-teacher", older="warmer-teacher")
