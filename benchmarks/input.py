@@ -54,7 +54,7 @@ def write_store(folder: Path, side: int, volumes: int, storage: Literal["blosc2"
 
 def crops(folder: Path, pairs: int) -> list[dict[str, Any]]:
     """Crops a second, as pretraining takes them."""
-    from dagman.ct.datasets import DataConfig, SampleOrder, ViewsDataset, collate
+    from dagman.ct.datasets import DataConfig, SampleOrder, SharedCollate, ViewsDataset
     from dagman.train import engine
 
     fabric, found = engine.fabric(1, "float32", "cpu"), []
@@ -63,7 +63,9 @@ def crops(folder: Path, pairs: int) -> list[dict[str, Any]]:
         for processes in PROCESSES:
             warm = 20 * max(1, processes)
             order = SampleOrder(0, pairs + warm, 0, 1)
-            batches = iter(engine.loader(fabric, dataset, order, collate, batch=2, workers=processes))
+            batches = iter(
+                engine.loader(fabric, dataset, order, SharedCollate(engine.AHEAD), batch=2, workers=processes)
+            )
             for _ in range(warm // 2):
                 next(batches)  # the processes are up, and each has compared every file with its checksum
             started = time.perf_counter()

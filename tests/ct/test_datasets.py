@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_store import make_store
 from torch.utils.data import DataLoader
 
 from dagman.ct.crops import two_views, window
-from dagman.ct.datasets import DataConfig, SampleOrder, ViewsDataset, collate, mean_intensity, show
+from dagman.ct.datasets import DataConfig, SampleOrder, SharedCollate, ViewsDataset, collate, mean_intensity, show
 from dagman.errors import DagmanError
 from dagman.randomness import generator
 from dagman.types import Views
@@ -29,11 +30,15 @@ def store(tmp_path_factory):
 CROP = DataConfig(crop=(32, 32, 32))
 
 
-def batches(dataset, start, end, workers, batch=2, **options) -> list[str]:
+def batches(dataset, start, end, workers, batch=2, collate=collate, **options) -> list[str]:
     loader = DataLoader(
         dataset, batch_size=batch, sampler=SampleOrder(start, end), num_workers=workers, collate_fn=collate, **options
     )
-    return [hashlib.sha256(b"".join(part.numpy().tobytes() for part in views)).hexdigest() for views in loader]
+    return [content(views) for views in loader]
+
+
+def content(batch) -> str:
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch)).hexdigest()
 
 
 def test_a_batch_is_views_in_0_to_1(store):
@@ -59,6 +64,25 @@ def test_20_batches_are_the_same_for_0_1_and_4_workers_and_any_prefetch(store):
     assert len(set(alone)) == 20
     assert batches(dataset, 0, 40, 1, prefetch_factor=4) == alone
     assert batches(dataset, 0, 40, 4) == alone
+    assert batches(dataset, 0, 41, 4, collate=SharedCollate(2))[:20] == alone
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(1, 1), (1, 2), (2, 2)])
+def test_a_batch_in_shared_memory_is_whole_until_the_next_is_taken(store, workers, ahead):
+    dataset, options = ViewsDataset(store, CROP, seed=3), {"num_workers": workers, "prefetch_factor": ahead}
+    order = SampleOrder(0, 24)
+    loader = DataLoader(dataset, batch_size=2, sampler=order, collate_fn=SharedCollate(ahead), **options)
+    found = []
+    for views in loader:
+        time.sleep(0.05)  # the processes run as far ahead as they may
+        found.append(content(views))
+    assert found == batches(dataset, 0, 24, 0)
+
+
+def test_reader_processes_use_the_memory_of_their_batches_again(store):
+    dataset, order = ViewsDataset(store, CROP, seed=3), SampleOrder(0, 24)
+    loader = DataLoader(dataset, batch_size=2, sampler=order, collate_fn=SharedCollate(2), num_workers=1)
+    assert len({views.u.data_ptr() for views in list(loader)}) == 3
 
 
 def test_a_resumed_order_is_the_rest_of_the_whole_one(store):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
 from dagman.ct.crops import two_views
 from dagman.ct.store import PreparedStore
@@ -116,8 +116,8 @@ class ViewsDataset(Dataset[Pairs]):
         )
         mirrored, jitter = self._augmentation(sample)
         return Pairs(
-            u=_batch_of_one(pair.u),
-            v=_batch_of_one(pair.v),
+            u=torch.from_numpy(pair.u)[None],
+            v=torch.from_numpy(pair.v)[None],
             mirrored=torch.from_numpy(mirrored)[None],
             jitter=torch.from_numpy(jitter)[None],
             rows=torch.tensor([row]),
@@ -142,14 +142,40 @@ class ViewsDataset(Dataset[Pairs]):
         return float(1 - (inside / crop).prod(axis=1).mean())
 
 
-def _batch_of_one(hu: np.ndarray) -> Tensor:
-    """A crop as it lies, without a copy, unless it is the stored file itself."""
-    return torch.from_numpy(hu if hu.flags.writeable else hu.copy())[None]
-
-
 def collate(samples: Sequence[Pairs]) -> Pairs:
-    """Samples as one batch; a reader process writes it straight into memory that it shares with the training."""
+    """Samples as one batch."""
     return Pairs(*(default_collate([part[0] for part in parts]) for parts in zip(*samples, strict=True)))
+
+
+class SharedCollate:
+    """Samples as one batch, in memory that a reader process shares with the training and uses again.
+
+    Memory that is shared anew for every batch costs more than reading its crops (`benchmarks/input.py`): the system
+    clears it page by page. So a process fills the same few places in turn, and crops of a batch are whole **until the
+    next batch is taken from the loader**.
+
+    Args:
+        ahead: Batches that a process may be ahead of the training: `prefetch_factor` of its loader.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self.places: list[Tensor | None] = [None] * (ahead + 1)
+        self.batches = 0
+
+    def __call__(self, samples: Sequence[Pairs]) -> Pairs:
+        """Crops are copied side by side, the rest is put together as by `collate`; so is all where no process reads."""
+        if get_worker_info() is None:
+            return collate(samples)
+        turn, shape = self.batches % len(self.places), (2, len(samples), *samples[0].u.shape[1:])
+        self.batches += 1
+        place = self.places[turn]
+        if place is None or place.shape != shape:
+            place = torch.empty(shape, dtype=torch.int16)
+            self.places[turn] = place.share_memory_()  # type: ignore[no-untyped-call]
+        parts = list(zip(*samples, strict=True))
+        for view, crops in zip(place, parts[:2], strict=True):
+            torch.cat(crops, out=view)
+        return Pairs(place[0], place[1], *(default_collate([part[0] for part in those]) for those in parts[2:]))
 
 
 def show(pairs: Pairs, config: DataConfig) -> Views:

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dagman.errors import DagmanError, ExitCode
 
 Precision = Literal["bf16", "float32"]
+AHEAD = 2
+"""Batches that a loader's process may be ahead of the training."""
 
 
 def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | None = None) -> Fabric:
@@ -131,7 +133,7 @@ def loader(
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["dagman.ct.datasets"])
-        processes = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": _leave_signals}
+        processes = {"multiprocessing_context": context, "prefetch_factor": AHEAD, "worker_init_fn": _leave_signals}
     batches = DataLoader(
         dataset,
         batch_size=batch,

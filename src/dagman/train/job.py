@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dagman import config as configs
 from dagman import files
-from dagman.ct.datasets import Pairs, SampleOrder, ViewsDataset, collate, mean_intensity
+from dagman.ct.datasets import Pairs, SampleOrder, SharedCollate, ViewsDataset, mean_intensity
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets import kernel
@@ -176,11 +176,12 @@ def resume(job: Job) -> int:
 
 
 def batches(job: Job, start: int, workers: int) -> Iterator[Pairs]:
-    """What is left of the run's batches on this rank."""
+    """What is left of the run's batches on this rank; each is whole until the next is taken."""
     optimisation, fabric = job.config.optimisation, job.fabric
     dataset = ViewsDataset(job.store, job.config.data, optimisation.seed, job.train_rows)
     per_step = optimisation.volumes_per_step(job.devices)
     order = SampleOrder(start * per_step, job.total * per_step, fabric.global_rank, fabric.world_size)
+    collate = SharedCollate(engine.AHEAD)
     return iter(engine.loader(fabric, dataset, order, collate, batch=optimisation.batch_size, workers=workers))
 
 
