@@ -29,7 +29,7 @@ from dagman.run import Run
 from dagman.tasks import attention, cluster, diversity, family, leakage, predictions
 from dagman.tasks.embed import untrained
 from dagman.train.classify import ClassifyConfig, finetune
-from dagman.train.pretrain import Result
+from dagman.train.pretrain import Result, pretrain
 from dagman.train.settings import PretrainConfig
 from dagman.types import Preparation, Scan
 
@@ -215,6 +215,23 @@ def test_members_with_recipes_of_their_own_stay_what_they_are() -> None:
     settings = {"method.dropped_ratio": "0.5"}
     with pytest.raises(DagmanError, match=r"^E-RECIPE smit-vit: .*noisy teacher: False -> True"):
         ablation.members_of("encoder", config.override(recipes.get("dagman-swin"), settings), settings)
+
+
+def test_a_setting_that_a_member_does_not_have_names_the_member() -> None:
+    with pytest.raises(DagmanError, match=r"^E-CONFIG encoder.embed_dim: is not known in smit-vit, a member"):
+        ablation.members_of("encoder", recipes.get("dagman-swin"), {"encoder.embed_dim": "24"})
+
+
+def test_hiding_that_starts_after_the_run_is_refused(store: PreparedStore, tmp_path: Path) -> None:
+    late: dict[str, object] = {"method.hidden.start_step": 10}
+    with pytest.raises(
+        DagmanError, match=r"^E-CONFIG method.hidden.start_step: is 10, and the run ends after 10 steps"
+    ):
+        config.override(recipes.with_length(recipes.get("dagman-tiny"), 10, None), late)
+    assert config.override(recipes.with_length(recipes.get("dagman-tiny"), 11, None), late)
+    long = config.override(recipes.with_length(recipes.get("dagman-tiny"), None, 1), late)
+    with pytest.raises(DagmanError, match=r"^E-CONFIG method.hidden.start_step: is 10"):
+        pretrain(long, store, tmp_path / "run", device="cpu")
 
 
 def test_a_vit_has_no_stages_and_none_of_the_numbers_of_the_paper_s_swin() -> None:
@@ -708,6 +725,7 @@ def test_a_ct_shows_where_each_variant_that_has_attention_looks(
     maps = folder / "encoder-attention"
     written = [maps / name for name in ("ct_attention.png", "attention.csv", "result.json")]
     assert said[-1] == f"wrote {', '.join(map(str, written))}"
+    assert "attention maps" not in read(outputs.table)[0], "the heading knows of the maps that this call drew"
     with (maps / "attention.csv").open() as stream:
         assert {row["weights"] for row in csv.DictReader(stream)} == {
             f"{name}, seed 0" for name in ("SMIT, ViT", "DAGMaN, ViT", "DAGMaN, Swin")
@@ -850,6 +868,7 @@ def test_the_verb_passes_its_options_and_says_how_it_ended(
     assert cli.run([*words, "--finetune", "7", "--dry-run"]) == ExitCode.USAGE, "no labels"
     assert cli.run([*words, "--names", str(ct)]) == ExitCode.USAGE, "names of no organs"
     assert cli.run([*words, "--scan", str(store.folder)]) == ExitCode.USAGE, "no CT"
+    assert cli.run([*words, "--optimisation.seed", "5"]) == ExitCode.USAGE, "seeds are --seeds"
     assert (heard["devices"], heard["workers"], heard["device"], list(heard["seeds"])) == (2, 1, "cpu", [0, 1])
     assert (heard["base"].optimisation.epochs, heard["base"].optimisation.steps) == (5, None)
 

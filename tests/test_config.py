@@ -69,6 +69,8 @@ def test_dotted_flags_replace_one_field_each() -> None:
         ({"on": "perhaps"}, "cannot be 'perhaps'"),
         ({"inner.sizes": "1,2"}, "cannot be '1,2'"),
         ({"rate": True}, "cannot be True"),
+        ({"rate": "nan"}, "cannot be 'nan'; give a number"),
+        ({"rate": "inf"}, "cannot be 'inf'"),
         ({"maybe": "none", "maybe.kind": "b"}, "has a field set too"),
     ],
 )

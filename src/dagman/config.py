@@ -8,6 +8,7 @@ nothing that is computed.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -180,7 +181,7 @@ def _scalar(kind: Any, value: Any) -> Any:
         return None
     if kind is int:
         return int(number) if number.is_integer() else None
-    return number if kind is float else None
+    return number if kind is float and math.isfinite(number) else None
 
 
 def override(config: Config, values: Mapping[str, Any], where: str = "") -> Config:

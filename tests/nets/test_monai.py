@@ -1,5 +1,6 @@
 """The Swin equals MONAI's `SwinTransformer` (1.6.1) in outputs and gradients, weights copied by renaming."""
 
+import copy
 import re
 from dataclasses import replace
 from functools import cache
@@ -81,6 +82,20 @@ def test_every_level_equals_monai(config, crop):
     assert largest_difference(raw, monai_swin(config)(images, normalize=False)) <= 1e-5
     if crop != (96, 96, 96):
         assert largest_difference(encoder(images).pyramid, monai_swin(config)(images, normalize=True)) <= 1e-5
+
+
+@pytest.mark.parametrize(("config", "crop"), [(PAPER, (64, 64, 64)), (TINY, (32, 64, 96)), (THREE, (32, 32, 32))])
+def test_outputs_and_gradients_equal_monai_in_double_precision(config, crop):
+    images = torch.rand(1, 1, *crop, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    encoder, net = ours_with_their_weights(config).double(), copy.deepcopy(monai_swin(config)).double()
+    ours, theirs = encoder(images).pyramid, net(images, normalize=True)
+    assert largest_difference(ours, theirs) <= 1e-6
+    for levels in (ours, theirs):
+        sum(level.square().mean() for level in levels).backward()
+    wanted = {renamed(name): parameter.grad for name, parameter in net.named_parameters()}
+    for name, parameter in encoder.named_parameters():
+        if name != "hidden_token":
+            assert (parameter.grad - wanted[name]).norm() <= 1e-6 * wanted[name].norm(), name
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Settings of the pretext task: what is refused, and by which name."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ def test_settings_travel_through_yaml() -> None:
         (lambda: HidingConfig(ratio=0.95, hints="shift"), "hidden.hint_ratio"),
         (lambda: HidingConfig(probability=2.0), "hidden.probability"),
         (lambda: HidingConfig(start_step=-1), "hidden.start_step"),
+        (lambda: LossWeights(ampd=math.nan), "losses"),
         (lambda: HeadConfig(num_prototypes=1), "heads"),
         (lambda: MethodConfig(dropped_ratio=1.0), "dropped_ratio"),
         (lambda: MethodConfig(student_temperature=0.0), "temperatures"),

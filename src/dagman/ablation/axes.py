@@ -168,9 +168,14 @@ def _member(variant: Variant, base: PretrainConfig, settings: Mapping[str, str])
         own = recipes.get(variant.recipe + "-tiny" * base.recipe.endswith("-tiny"))
         if own.recipe == base.recipe:
             return base
-        given = configs.override(
-            recipes.with_length(own, base.optimisation.steps, base.optimisation.epochs), dict(settings)
-        )
+        long = recipes.with_length(own, base.optimisation.steps, base.optimisation.epochs)
+        try:
+            given = configs.override(long, dict(settings))
+        except DagmanError as error:
+            problem = f"{error.problem} in {own.recipe}, a member of this axis"
+            raise DagmanError(
+                error.code, error.subject, problem, "leave it out: settings are those of all members"
+            ) from None
         _check_point(given, own)
         return given
     method, encoder = base.method, base.encoder

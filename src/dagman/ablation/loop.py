@@ -188,6 +188,7 @@ def ablate(
             break
     if scan and complete and _first_process():
         failed += not _looked(comparison, scan, device or _default_device(), say)
+        comparison.write(planned)  # whose heading says what is missing
     return Outputs(
         table=comparison.table,
         summary=comparison.summary,

@@ -244,6 +244,8 @@ def ablate(
     require(bool(organs) or not names, "--names", "was given without --organs", "give both, or neither")
     require(seeds > 0, "--seeds", f"cannot be {seeds}", "give at least 1")
     base, values = _chosen(ablate, recipe, settings, steps=steps, epochs=epochs)
+    seed = next((f"--{name}" for name in values if name.replace("-", "_") == "optimisation.seed"), "")
+    require(not seed, seed, "is drawn anew for each run of a member", "give --seeds: how many runs, from seed 0 on")
     store, named = PreparedStore(data), structures.read_names(names) if names else None
     asked: dict[str, Any] = {
         "seeds": range(seeds),

@@ -96,10 +96,14 @@ PANELS = (
         span=(0.0, 1.05),
     ),
     Panel(
-        title="Hidden cells that the teacher had dropped / chance",
-        curves={"hidden_dropped_excess": "share / share of all cells"},
+        title="Hidden cells: how many, attended to, dropped from the teacher",
+        curves={
+            "hidden_ratio": "share of cells",
+            "attention_hidden_ratio": "share of attention",
+            "hidden_dropped_excess": "dropped / chance",
+        },
         lines={"unrelated = 1": 1.0},
-        span=(0.8, 1.2),
+        span=(0.0, 1.2),
     ),
     Panel(
         title="Head center / mean teacher logits",

@@ -29,7 +29,12 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         weights = (self.amip, self.ampd, self.aitd, self.gitd)
-        _require(min(weights) >= 0 < max(weights), "losses", weights, "give weights of at least 0, and one above")
+        _require(
+            all(weight >= 0 for weight in weights) and any(weights),
+            "losses",
+            weights,
+            "give weights of at least 0, and one above",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

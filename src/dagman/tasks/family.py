@@ -257,6 +257,7 @@ def by_place(rows: Sequence[Row], reading: str) -> dict[str, dict[str, dict[int,
         reading: Which.
     """
     places = [place for place, _, what in (name.partition(": ") for name in measures(rows)) if what == reading]
+    places.sort(key=lambda place: not place.startswith("stage"))  # semantic attention last: its stage may vary
     return {place: _points(rows, f"{place}: {reading}") for place in places}
 
 

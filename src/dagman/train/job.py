@@ -105,6 +105,8 @@ def prepare(
         advice = "prepare scans whose split is neither validation nor test" if held_out else "prepare at least one scan"
         problem = f"holds no volume to train on{held_out}"
         raise DagmanError("NODATA", store.folder, problem, advice, exit_code=ExitCode.NOTHING_USABLE)
+    total = config.optimisation.total_steps(len(train), fabric.world_size)
+    config.check_length(total)
     job = Job(
         config=config,
         store=store,
@@ -115,7 +117,7 @@ def prepare(
         validation_rows=validation if config.method.losses.amip else [],
         keep=keep,
         devices=fabric.world_size,
-        total=config.optimisation.total_steps(len(train), fabric.world_size),
+        total=total,
     )
     if fabric.is_global_zero:
         data = {"store": store.store_id, "volumes": len(train), "validation": len(validation)}

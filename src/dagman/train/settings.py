@@ -98,6 +98,18 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         self.encoder.grid(self.data.crop)  # E-CROP: a crop that the encoder cannot take
+        if self.optimisation.steps is not None:
+            self.check_length(self.optimisation.steps)
+
+    def check_length(self, steps: int) -> None:
+        """Refuse a run that ends before its hiding starts.
+
+        Raises:
+            DagmanError: `E-CONFIG`.
+        """
+        if (start := self.method.hidden.start_step) >= steps > 0:
+            problem, advice = f"is {start}, and the run ends after {steps} steps", "give less, or a longer run"
+            raise DagmanError("CONFIG", "method.hidden.start_step", problem, advice)
 
 
 @dataclass(frozen=True, kw_only=True)
