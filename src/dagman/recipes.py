@@ -120,13 +120,17 @@ def _tiny(name: str) -> PretrainConfig:
 RECIPES = {recipe.recipe: recipe for size in (_full, _tiny) for recipe in map(size, METHODS)}
 
 
+ALIAS = "dagman-swin-tiny"
+"""Of `dagman-tiny`."""
+
+
 def get(name: str) -> PretrainConfig:
     """A recipe by its name.
 
     Raises:
         DagmanError: `E-RECIPE` with the nearest name.
     """
-    name = "dagman-tiny" if name == "dagman-swin-tiny" else name
+    name = "dagman-tiny" if name == ALIAS else name
     if name not in RECIPES:
         raise unknown("RECIPE", name, list(RECIPES))
     return RECIPES[name]

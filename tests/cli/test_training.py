@@ -110,6 +110,22 @@ def test_a_forecast_refuses_labelled_cases_that_could_not_watch_the_run(organ_st
     assert "E-LABEL labels: 1 classes over 5 cases (odd: 5)" in capsys.readouterr().err
 
 
+def test_a_method_that_its_encoder_cannot_serve_leaves_no_folder(organ_store, tmp_path, capsys):
+    command = [
+        "pretrain",
+        "smit-swin-tiny",
+        "--data",
+        organ_store.folder,
+        "-o",
+        tmp_path / "run",
+        "--method.hidden.kind",
+        "attended",
+    ]
+    assert run(list(map(str, command))) == ExitCode.USAGE
+    assert capsys.readouterr().err.startswith("E-CONFIG method.hidden.kind: cannot be attended without semantic")
+    assert not (tmp_path / "run").exists()
+
+
 class BeginError(Exception):
     """In place of a program that takes this one's place."""
 

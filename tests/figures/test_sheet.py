@@ -1,10 +1,12 @@
-"""The sheet of what a run does to its crops: what is blue, and where it lies."""
+"""The sheet of what a run does to its crops: what is not seen, and where it lies."""
 
 import io
 
 import matplotlib.image
 import numpy as np
+from matplotlib.colors import to_rgb
 
+from dagman import recipes
 from dagman.figures import sheet
 
 SIDE = 16
@@ -21,7 +23,7 @@ def scene(x: int, y: int, *, attention: float = 1.0) -> sheet.Scene:
 
 def cells(scenes: list[sheet.Scene], row: int) -> list[np.ndarray]:
     """The colours of the four by four cells of each picture of a row, seen from above: [down][across]."""
-    drawn = matplotlib.image.imread(io.BytesIO(sheet.png(scenes, "title")))[..., :3]
+    drawn = matplotlib.image.imread(io.BytesIO(sheet.png(scenes, "title", "hidden")))[..., :3]
     found = []
     for axes in layout(scenes)[row]:
         left, bottom, width, height = axes.get_position().bounds
@@ -42,21 +44,42 @@ def layout(scenes: list[sheet.Scene]) -> np.ndarray:
 
     draw, sheet.image.png = sheet.image.png, keep
     try:
-        sheet.png(scenes, "title")
+        sheet.png(scenes, "title", "hidden")
     finally:
         sheet.image.png = draw
-    return np.array(kept[0].axes[: len(scenes) * len(sheet.COLUMNS)]).reshape(len(scenes), -1)
+    columns = (len(kept[0].axes) - 1) // len(scenes)  # the last are the colours of attention
+    return np.array(kept[0].axes[: len(scenes) * columns]).reshape(len(scenes), columns)
 
 
 def test_a_hidden_cell_lies_where_a_radiologist_looks_for_it() -> None:
     one = scene(0, 3, attention=4.0)  # the patient's left, front: right and up
-    crop, attention, student, teacher, filled = cells([scene(1, 1), one], 1)
+    crop, student, teacher, filled, attention = cells([scene(1, 1), one], 1)
     assert np.ptp(crop) < 0.02
-    blue = student[..., 2] - student[..., 0] > 0.3
-    assert blue.sum() == 1
-    assert blue[0, 3]
+    unseen = np.abs(student - to_rgb(sheet.UNSEEN)).max(axis=-1) < 0.05
+    assert unseen.sum() == 1
+    assert unseen[0, 3]
     assert filled[0, 3].min() > 0.95
     red = attention[..., 0] - attention[..., 2]
     assert red[0, 3] > 0.4
     assert (np.delete(red.ravel(), 3) < 0.1).all()
-    assert teacher.min() > 0.95, "a clean teacher sees everything: nothing is drawn"
+    assert np.ptp(teacher) < 0.02, "a clean teacher sees all of it"
+
+
+def test_columns_of_what_a_run_does_not_have_are_left_out() -> None:
+    plain = scene(0, 0)._replace(attention=None, filled=None)
+    kept: list[str] = []
+    draw = sheet.image.png
+
+    def keep(figure: sheet.Figure, **_: object) -> bytes:
+        kept.extend(axes.get_title() for axes in figure.axes)
+        kept.extend(text.get_text() for text in figure.texts)
+        return draw(figure)
+
+    sheet.image.png = keep
+    try:
+        sheet.png([plain], "title", recipes.get("mst-swin").method.hidden.sentence)
+    finally:
+        sheet.image.png = draw
+    assert kept[:3] == ["crop", "what the student sees", "what the teacher sees, all of it"]
+    assert len(kept) == 5, "and the title"
+    assert kept[4].endswith("Hidden from the student: what is attended to least.")

@@ -164,22 +164,36 @@ class Comparison:
         """Whether a run is finished and how it ended is known."""
         return "measures" in scores.kept(run / _SCORES)
 
-    def score(self, name: str, run: Path, labelled: PreparedStore | None, organs: Organs | None, device: str) -> None:
+    def score(
+        self,
+        name: str,
+        run: Path,
+        labelled: PreparedStore | None,
+        organs: Organs | None,
+        *,
+        device: str,
+        say: Callable[[str], None],
+    ) -> None:
         """Find out how a finished run ended, probe it, lay out its organs; what is known is not asked again."""
         if not self.scored(run):
+            say("measuring its attention heads")
             measures = scores.ends(run) | scores.heads(load_encoder(run), self.store, device)
             files.write_json(run / _SCORES, {"measures": measures})
         if labelled is not None:
             place, new = (where / _identity(labelled) for where in (run / "probes", self._new(name)))
             if scores.probed(place) is None:
+                say("probing it")
                 scores.probe(load_encoder(run), labelled, place, run, device)
             if scores.probed(new) is None:
+                say("probing its encoder untrained")
                 scores.probe(untrained(load_encoder(run)), labelled, new, run, device)
         if organs is not None:
             place, new = (where / organs.identity for where in (run / "clusters", self._new(name) / "clusters"))
             if scores.clustered(place) is None:
+                say("laying out organs")
                 scores.clusters(load_encoder(run), organs, place, device)
             if scores.clustered(new) is None:
+                say("laying out organs, untrained")
                 scores.clusters(untrained(load_encoder(run)), organs, new, device)
         known = scores.kept(run / _SCORES)
         if "failed" in known:
@@ -341,6 +355,7 @@ class Comparison:
         crop = "x".join(map(str, self.base.data.crop))
         here = f"{', '.join(recipes)}; {len(split_rows(self.store)[0])} volumes, {steps}, crops of {crop} voxels"
         known, tuned = scores.kept(self._settings), any(row.tuned for row in rows)
+        numbers = any(papers(self.axis, self.base).values())
         laid_out = any(_LAID_OUT & row.measures.keys() for row in rows)
         asked = {
             "clusters": ("organ clusters (`--organs STORE`)", laid_out),
@@ -349,7 +364,7 @@ class Comparison:
         missing = [*axis.elsewhere, *([] if tuned else [notes.TUNING])]
         missing += [asked[one][0] for one in axis.pictures if not asked[one][1]]
         said = [
-            f"Here: {here}. {notes.PAPER}",
+            f"Here: {here}. {notes.PAPER}; {notes.NUMBERS if numbers else notes.NO_NUMBERS}",
             notes.probe([row.probed for row in rows if row.probed]),
             *([notes.tuned(known["finetune"])] if tuned else []),
             *([notes.organs(known["organs"])] if laid_out else []),

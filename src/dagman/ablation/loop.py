@@ -162,7 +162,8 @@ def ablate(
     complete, failed = True, 0
     for number, (name, seed) in enumerate(planned, 1):
         run = comparison.run(name, seed)
-        say(f"[{number}/{len(planned)}] {name}, seed {seed}: {run}")
+        trained = " (trained and measured before)" * comparison.scored(run)
+        say(f"[{number}/{len(planned)}] {name}, seed {seed}: {run}{trained}")
         ended = True
         try:
             if not comparison.scored(run):
@@ -171,7 +172,7 @@ def ablate(
                 complete, ended = not result.stop_asked, result.status != "stopped"
             if ended and _first_process():
                 with engine.memory_guard(MEMORY_ADVICE):
-                    comparison.score(name, run, labelled, organs, device or _default_device())
+                    comparison.score(name, run, labelled, organs, device=device or _default_device(), say=say)
                     complete = complete and comparison.finetune(name, run, labelled, finetune, **tuning)
         except DagmanError as error:
             if error.code in CONCERNS_ALL:

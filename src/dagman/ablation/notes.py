@@ -6,10 +6,9 @@ from typing import Any
 from dagman.ablation import scores
 from dagman.tasks.family import Probed
 
-PAPER = (
-    "Paper: 10,412 CTs, 800 epochs, crops of 128 voxels; its numbers are of other tasks, data and sizes and say which "
-    "way to expect, not how much."
-)
+PAPER = "Paper: 10,412 CTs, 800 epochs, crops of 128 voxels"
+NUMBERS = "its numbers are of other tasks, data and sizes and say which way to expect, not how much."
+NO_NUMBERS = "it gives no numbers for this, only pictures."
 ANOTHER = "The paper's AUC is of malignancy, mostly after fine-tuning: another quantity than this probe's."
 INTERVALS = (
     "Intervals draw patients again, the same for all runs, and keep what was fitted; those of folds have their "

@@ -85,7 +85,7 @@ def probe(encoder: Encoder, labelled: PreparedStore, place: Path, run: Path, dev
         "features": which,
         "predicted": found is not None,
         "study": {
-            "store": labelled.folder.name,
+            "store": "/".join(labelled.folder.absolute().parts[-2:]),
             "positive": positive,
             "negative": negative,
             "patients": len(np.unique(study.groups)),

@@ -118,7 +118,7 @@ def info(thing: str, /) -> int:
     from dagman.run import Run
 
     path = Path(thing)
-    if thing in recipes.RECIPES:
+    if thing in (*recipes.RECIPES, recipes.ALIAS):
         print(configs.to_yaml(recipes.get(thing)), end="")
     elif (path / MANIFEST).is_file():
         store = PreparedStore(path)

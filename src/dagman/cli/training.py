@@ -43,7 +43,8 @@ def pretrain(
     """Pretrain an encoder; stopped and started again with the same command, it goes on bit for bit.
 
     Args:
-        recipe: `dagman-tiny` (a CPU, under an hour), `dagman-swin` (the paper's sizes, GPUs), or another.
+        recipe: `dagman-tiny` (half an hour on a CPU core), `dagman-swin` (the paper's sizes, GPUs), or another;
+            README lists them, and `dagman info RECIPE` says what one is.
         settings: Any setting by its dotted name, such as `--method.losses.ampd 0`; `dagman info RECIPE` lists them.
         data: A prepared store.
         output: The run folder.
@@ -258,6 +259,7 @@ def ablate(
         "settings": values,
     }
     if dry_run:
+        say("timing a step of each member")
         _forecast_family(ablation.left(axis, base, store, output, **asked))
         return ExitCode.OK
     with progress("Training") as tell:

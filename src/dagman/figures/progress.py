@@ -14,8 +14,6 @@ from dagman.figures import image
 
 POINTS = 2000
 """Most points of a curve; longer runs are thinned."""
-DECADES = 1e5
-"""From the top of a logarithmic axis to its bottom, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +26,8 @@ class Panel:
     lines: Mapping[str, float] = field(default_factory=dict)
     """Label to the height of a dotted line."""
     logarithmic: bool = False
+    decades: int = 5
+    """Tens from the top of a logarithmic axis to its bottom, at most."""
     span: tuple[float, float] | None = None
     """Heights that are always shown, so that two runs can be laid side by side."""
     absent: str = "not part of this run"
@@ -96,7 +96,7 @@ PANELS = (
         span=(0.0, 1.05),
     ),
     Panel(
-        title="Hidden cells: how many, attended to, dropped from the teacher",
+        title="Hidden: share of cells, of attention; dropped / chance",
         curves={
             "hidden_ratio": "share of cells",
             "attention_hidden_ratio": "share of attention",
@@ -125,6 +125,7 @@ PANELS = (
         title="Schedules",
         curves={"learning_rate": "learning rate", "momentum": "teacher momentum", "weight_decay": "weight decay"},
         logarithmic=True,
+        decades=9,
     ),
 )
 """The sixteen plots."""
@@ -175,7 +176,7 @@ def _draw(axes: Axes, panel: Panel, step: np.ndarray, rows: Sequence[Mapping[str
     if panel.logarithmic:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, high / DECADES), high)
+        axes.set_ylim(max(low, high / 10**panel.decades), high)
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
     if panel.span:

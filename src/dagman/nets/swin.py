@@ -142,7 +142,7 @@ class SwinConfig:
         Raises:
             DagmanError: `E-CROP` where a side is no multiple of 32 or the crop has fewer than 8 cells.
         """
-        advice = "choose a larger crop or semantic attention at an earlier stage"
+        advice = "choose a larger crop (data.crop 64,64,64) or semantic attention at an earlier stage"
         return cells.grid(crop, side=self.cell_side, multiple=CROP_MULTIPLE, advice=advice)
 
 

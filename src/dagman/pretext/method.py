@@ -11,7 +11,7 @@ from dagman.pretext import hiding
 
 def _require(holds: bool, field: str, value: object, advice: str) -> None:
     if not holds:
-        raise DagmanError("CONFIG", field, f"cannot be {value}", advice)
+        raise DagmanError("CONFIG", f"method.{field}", f"cannot be {value}", advice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,10 @@ class LossWeights:
     """Global image token distillation."""
 
     def __post_init__(self) -> None:
-        weights = (self.amip, self.ampd, self.aitd, self.gitd)
-        _require(
-            all(weight >= 0 for weight in weights) and any(weights),
-            "losses",
-            weights,
-            "give weights of at least 0, and one above",
-        )
+        weights = vars(self)
+        for name, weight in weights.items():
+            _require(weight >= 0, f"losses.{name}", weight, "give a weight of at least 0")
+        _require(any(weights.values()), "losses", "0 altogether", "give one a weight above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +79,17 @@ class HidingConfig:
     def guided(self) -> bool:
         """Whether the teacher's attention decides what is hidden."""
         return self.kind in ("attended", "unattended")
+
+    @property
+    def sentence(self) -> str:
+        """How what is hidden is chosen, for the eye."""
+        hints = " What is attended to most of all may stay visible, as a hint." * (self.hints != "none")
+        return {
+            "attended": f"Hidden from the student: what is attended to most.{hints}",
+            "unattended": "Hidden from the student: what is attended to least.",
+            "random": "Hidden from the student: any cells.",
+            "blocks": "Hidden from the student: boxes of cells.",
+        }[self.kind] + " Some views are left whole." * (self.probability < 1)
 
     def most(self, cells: int, *, attended: bool) -> int:
         """The largest number of cells of a view that are hidden, where it is hidden at all.

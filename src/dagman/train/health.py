@@ -221,9 +221,9 @@ class Watch:
         return {alarm.name for alarm in self._ringing}
 
 
-def collapsed(rows: Iterable[Mapping[str, Any]], total_steps: int) -> bool:
-    """Whether a run of these rows ended in a state in which its features are the same of everything."""
+def ringing(rows: Iterable[Mapping[str, Any]], total_steps: int) -> set[str]:
+    """Names of the alarms that ring at the end of a run of these rows."""
     watch = Watch(total_steps)
     for row in rows:
         watch.see(row)
-    return COLLAPSED in watch.ringing()
+    return watch.ringing()

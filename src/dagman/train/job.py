@@ -165,7 +165,8 @@ def resume(job: Job) -> int:
         for line in found.damaged:
             job.say(f"checkpoint {line}")
         if start < job.total:
-            job.say(f"goes on after step {start}; {max(0, len(rows) - start)} later steps are done again")
+            again = len(rows) - start
+            job.say(f"goes on after step {start}" + f"; {again} later steps are done again" * (again > 0))
     elif rows:
         job.say(f"no checkpoint was finished: {len(rows)} steps are done again from the start")
     if job.fabric.is_global_zero:
@@ -227,7 +228,7 @@ def draw_crops(job: Job, step: int, images: Tensor) -> None:
     ]
     across_mm = images.shape[-1] * float(job.store.settings["spacing_mm"])
     title = f"{job.config.recipe}: {job.run.folder.name}, step {step + 1}, crops of {across_mm:g} mm"
-    picture = sheet.png(scenes, title)
+    picture = sheet.png(scenes, title, job.config.method.hidden.sentence)
     files.write_bytes(job.run.pictures / f"step-{step + 1:08d}.png", picture)
 
 

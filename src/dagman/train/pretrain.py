@@ -17,6 +17,7 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.nets import gpu, launches
 from dagman.pretext.codistill import Outcome
 from dagman.pretext.examination import TOGETHER, examine
+from dagman.pretext.method import check_fit
 from dagman.randomness import torch_generator, torch_seed
 from dagman.run import Run
 from dagman.tasks import watching
@@ -101,6 +102,7 @@ def pretrain(
         DAGMaN section 3 and figure 1.
     """
     refuse_inside(folder)
+    check_fit(config.encoder, config.method)
     if labelled is not None:
         watching.check(labelled, shown(config, store))
     fabric = engine.fabric(devices, config.optimisation.precision, device)
@@ -125,7 +127,9 @@ def pretrain(
         if done < job.total:
             job.say(f"stopped after {done} of {job.total} steps; the same command continues")
             return _result(job, "stopped", done, stop)
-        job.say(f"finished {job.total} steps")
+        ringing = sorted(health.ringing(job.run.metrics(), job.total))
+        rings = f"; still wrong at the end: {', '.join(ringing)} (the ALARM lines of log.txt say what to change)"
+        job.say(f"finished {job.total} steps" + rings * bool(ringing))
         return _result(job, "finished", done, stop)
 
 
@@ -135,7 +139,7 @@ def shown(config: PretrainConfig, store: PreparedStore) -> Preparation:
 
 
 def _result(job: Job, status: Status, done: int, stop: engine.StopRequest) -> Result:
-    collapsed = status != "stopped" and health.collapsed(job.run.metrics(), job.total)
+    collapsed = status != "stopped" and health.COLLAPSED in health.ringing(job.run.metrics(), job.total)
     return Result(
         status=status,
         step=done,
