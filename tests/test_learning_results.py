@@ -69,3 +69,11 @@ def test_an_interval_over_three_seeds_is_as_wide_as_students_t_says() -> None:
     assert (0.22 - low) / wide == pytest.approx(4.302653)
     assert (high - 0.22) / wide == pytest.approx(4.302653)
     assert learning_probes.by_t(0.2, (0.1, 0.4), [[0.7], [0.5]]) == pytest.approx((0.1, 0.4))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("real-*-tiny-1000-seed*.json")), ids=lambda path: path.stem)
+def test_heads_of_every_place_are_measured(path: Path) -> None:
+    found = json.loads(path.read_text())
+    encoder = found["config"]["encoder"]
+    places = encoder["depth"] if encoder["kind"] == "vit" else 4 + bool(encoder["attention"])
+    assert {len(probe["heads"]) for probe in found["probes"]} == {places}

@@ -31,6 +31,9 @@ LONGER |= {"GITD / ln K": "gitd_loss_ratio", "attention": "attention_entropy", "
 LONG = {"tiny": "the recipe", "long-paper-weights": "weights .1 of AMPD, AITD and GITD (paper)"}
 LONG |= {"long-learned-token": "a learned hidden token (the authors' code)"}
 
+LENGTH, SHORT = 1000, 300
+"""Steps of the compared methods: as many as the curve of `dagman-tiny` needs, and too few."""
+
 
 def learning_long() -> str:
     """Settings at the length at which the recipe works, 1,000 steps on the real CTs."""
@@ -206,25 +209,24 @@ def altered(name: str) -> str:
     return said[0].lower() + said[1:]
 
 
-def _methods() -> dict[str, list[dict[str, Any]]]:
-    """Name to the runs of a recipe and a length that came to their end: `benchmarks/learning_methods.py`."""
+def _methods(steps: int) -> dict[str, list[dict[str, Any]]]:
+    """Recipe to its runs of this length that came to their end: `benchmarks/learning_methods.py`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in learning("real-*-tiny*-seed*.json"):
-        if result["probes"] and result["probes"][-1]["step"] == result["steps"]:
-            found.setdefault(result["name"], []).append(result)
+        if result["probes"] and result["probes"][-1]["step"] == result["steps"] == steps:
+            found.setdefault(result["config"]["recipe"], []).append(result)
     return found
 
 
-def learning_methods() -> str:
+def learning_methods(steps: int = LENGTH) -> str:
     """The compared methods at their tiny size: how they ended, what they gained, what a step costs."""
     costs = {}
     if (RESULTS / "recipes.json").exists():
         costs = {row["recipe"]: row["over_dagman"] for row in load("recipes")["rows"]}
-    found = _methods()
+    found = _methods(steps)
     body = []
     for name in [*found, *(name for name in costs if name not in found)]:
         runs = found.get(name, [])
-        recipe = runs[0]["config"]["recipe"] if runs else name
         ends = [end_of(run) for run in runs]
         ends = [end | {"last level": end[max(levels)]} if (levels := _ranks(end)) else end for end in ends]
         columns = (
@@ -241,16 +243,16 @@ def learning_methods() -> str:
         for question in QUESTIONS:
             rows_of = [asked(run["probes"][-1]["rows"], question, "all", 32) for run in runs]
             gains.append(_gain([row["above untrained"] for row in rows_of if row]))
-        steps = ", ".join(sorted({str(run["steps"]) for run in runs}))
-        body.append([recipe, steps or "not run yet", str(len(runs)), number(costs.get(recipe)), *shown, *gains])
+        body.append([name, str(len(runs) or "not run yet"), number(costs.get(name)), *shown, *gains])
     if not body:
         return NOT_YET
-    header = ["recipe", "steps", "seeds", "cost of a step / dagman-tiny", "image error", "spread", "rank"]
+    header = ["recipe", "seeds", "cost of a step / dagman-tiny", "image error", "spread", "rank"]
     header += ["attention", "AITD", "AMPD", "GITD"]
     first = next(iter(found.values()))[0]
     told = (
-        "Means over the seeds; rank: of the last level. Gains: AUC with 32 labels above the untrained encoder, the "
-        "lowest and highest end of the seeds' 95 % intervals, and how many of these lie above (+) or below (-) 0. "
+        f"{steps} steps. Means over the seeds; rank: of the last level. Gains: AUC with 32 labels above the untrained "
+        "encoder, the lowest and highest end of the seeds' 95 % intervals, and how many of these lie above (+) or "
+        "below (-) 0. "
         f"{first['volumes']} volumes. {machine(first)}."
     )
     return rows([*header, *(f"{question}: gain" for question in QUESTIONS)], body) + "\n\n" + told
@@ -261,13 +263,13 @@ def _ranks(end: dict[str, float]) -> list[str]:
     return [name for name in end if re.fullmatch(r"level\d_effective_rank", name)]
 
 
-def learning_methods_auc() -> str:
+def learning_methods_auc(steps: int = LENGTH) -> str:
     """What the encoders score, and how that stands to raw voxels."""
-    found = _methods()
+    found = _methods(steps)
     if not found:
         return NOT_YET
     body = []
-    for runs in found.values():
+    for name, runs in found.items():
         cells = []
         for question in QUESTIONS:
             rows_of = [row for run in runs if (row := asked(run["probes"][-1]["rows"], question, "all", 32))]
@@ -275,14 +277,14 @@ def learning_methods_auc() -> str:
             tables = [table for run in runs for table in run["untrained"]]
             plain = mean_auc([asked(table, question, "all", 32) for table in tables])
             mean = sum(row["auc"]["value"] for row in rows_of) / len(rows_of)
-            cells.append(f"{mean:.3f}; untrained {plain}; {less}")
-        body.append([f"{runs[0]['config']['recipe']}, {runs[0]['steps']} steps", *cells])
+            cells.append(f"{mean:.3f}; untrained {plain}; less voxels {less}")
+        body.append([name, *cells])
     for name, rows_of_all in next(iter(found.values()))[0]["baselines"].items():
         estimates = [asked(rows_of_all, question, "all", 32) for question in QUESTIONS]
         body.append([name, *(interval(row["auc"]) if row else "" for row in estimates)])
     told = (
-        "AUC with 32 labels, mean over the seeds; that of untrained encoders of this kind; the difference from raw "
-        "voxels, told as gains above. The last rows need no network; their intervals are over patients."
+        f"{steps} steps. AUC with 32 labels, mean over the seeds; that of untrained encoders of this kind; and less "
+        "that of raw voxels, told as gains above. The last rows need no network; their intervals are over patients."
     )
     return rows(["features", *QUESTIONS], body) + "\n\n" + told
 

@@ -3,6 +3,7 @@
 A document marks a table with `<!-- table: NAME -->` and `<!-- end -->`; `make docs` fills what stands between.
 """
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -113,6 +114,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-look": learning.learning_look,
     "learning-methods": factors.learning_methods,
     "learning-methods-auc": factors.learning_methods_auc,
+    "learning-methods-short": functools.partial(factors.learning_methods, factors.SHORT),
+    "learning-methods-short-auc": functools.partial(factors.learning_methods_auc, factors.SHORT),
     "learning-levels": asking.learning_levels,
     "learning-side": asking.learning_side,
     "learning-pairs": asking.learning_pairs,

@@ -79,7 +79,8 @@ def test_losses_and_centers_are_those_of_ibot() -> None:
 def test_losses_are_those_of_smit() -> None:
     """`Cls_Patch_Loss` of train_self_supervised.py: the term on pooled tokens and that on cells, both with weight 0.1.
 
-    SMIT pools the third stage, we the fourth; what is compared here is the loss on what was pooled.
+    SMIT pools the third stage, as `smit-swin` does here, DAGMaN the fourth; what is compared is the
+    loss on what was pooled.
     """
     golden = [
         (0.04, 0.04, 1.7629916384506523, 1.0931775458961694),
