@@ -123,6 +123,13 @@ def test_a_kind_that_does_not_exist_or_fit_is_named(flags: dict[str, object], me
     assert message in str(caught.value)
 
 
+def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("rate: 1\ninner: [1, 2\ncount: 3\n")
+    with pytest.raises(DagmanError, match=r"^E-CONFIG .*c.yaml: cannot be read \(ParserError, line 3\)"):
+        config.read_yaml(path)
+
+
 def test_difference_lists_every_changed_field() -> None:
     old, new = config.to_dict(OuterConfig()), config.to_dict(OuterConfig(rate=0.2, inner=InnerConfig(kind="b")))
     assert config.difference(old, new) == ["rate: 0.1 -> 0.2", "inner.kind: a -> b"]

@@ -225,8 +225,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
         raise DagmanError(
-            "CONFIG", path, f"cannot be read ({type(error).__name__})", "give a YAML file of settings"
+            "CONFIG", path, f"cannot be read ({type(error).__name__}{line})", "give a YAML file of settings"
         ) from None
     if not isinstance(values, dict):
         raise DagmanError("CONFIG", path, "holds no settings", "write lines such as `optimisation: {steps: 1000}`")

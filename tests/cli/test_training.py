@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import sys
 
@@ -73,7 +74,8 @@ def test_a_family_says_what_it_would_cost_and_writes_nothing(organ_store, tmp_pa
     out = tmp_path / "out"
     common = ["ablate", "dagman-tiny", "--axis", "hiding", "--data", str(organ_store.folder), "-o", str(out), *SMALL]
     assert run([*common, "--seeds", "2", "--dry-run"]) == 0
-    lines = capsys.readouterr().err.splitlines()
+    begun, *lines = capsys.readouterr().err.splitlines()
+    assert begun == "timing a step of each member"
     assert [line.partition(", about ")[0] for line in lines[:-1]] == [
         f"{name}: 0 of 2 seeds finished"
         for name in ("random", "attended", "random, noisy teacher", "attended, noisy teacher")
@@ -108,6 +110,10 @@ def test_a_forecast_refuses_labelled_cases_that_could_not_watch_the_run(organ_st
     (alike / MANIFEST).write_text(text.replace('"label":"even"', '"label":"odd"'))
     assert run([*command, "--dry-run", "--labelled", str(alike)]) == ExitCode.USAGE
     assert "E-LABEL labels: 1 classes over 5 cases (odd: 5)" in capsys.readouterr().err
+    text = re.sub(r'"label": ?"[a-z]+"', '"label": null', (organ_store.folder / MANIFEST).read_text())
+    (alike / MANIFEST).write_text(text)
+    assert run([*command, "--dry-run", "--labelled", str(alike)]) == ExitCode.USAGE
+    assert f"E-LABEL {alike}: holds no case with a label; prepare its cases from a table" in capsys.readouterr().err
 
 
 def test_a_method_that_its_encoder_cannot_serve_leaves_no_folder(organ_store, tmp_path, capsys):

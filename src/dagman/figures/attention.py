@@ -92,7 +92,7 @@ def write_heads_png(scene: Scene, heads: Mapping[str, np.ndarray], path: Path) -
     """
     plane, most = PLANES[0], max(map(len, heads.values()))
     across, down = scene.sides_mm(plane)
-    note = "axial plane; the mean over a row's heads is its semantic attention"
+    note = "axial plane; the mean over a row's heads is the attention of its map"
     sheet = _Sheet([across] * most, down, len(heads), f"{scene.title}: attention of each head", note)
     for row, (name, maps) in enumerate(heads.items()):
         sheet.name_row(row, name)
@@ -239,6 +239,6 @@ def _caption(scene: Scene) -> str:
     low, high = scene.window_hu
     outlined = "; the mask is outlined" if scene.mask is not None else ""
     return (
-        f"semantic attention from {lowest:.2f} to {highest:.2f} times uniform; "
+        f"attention of [CLS] from {lowest:.2f} to {highest:.2f} times uniform; "
         f"CT window {low:g} to {high:g} HU; thin lines show the other planes{outlined}"
     )

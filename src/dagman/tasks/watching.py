@@ -31,6 +31,9 @@ def check(store: PreparedStore, preparation: Preparation) -> Cohort:
     """
     suited(store, preparation)
     crops.refuse_empty_masks(store, range(len(store)))
+    if not any(row.get("label") is not None for row in store.rows):
+        advice = "prepare its cases from a table with a column label: `dagman prepare -i CASES.csv -o labelled`"
+        raise DagmanError("LABEL", store.folder, "holds no case with a label", advice)
     return cohorts.cohort(cohorts.stored(store), Protocol(), positive=positive_of(store), unlabelled="leave_out")
 
 
