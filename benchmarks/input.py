@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -143,7 +144,11 @@ def waiting(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and write the figures if asked to."""
+    """Measure, print, and write the figures if asked to; memory is kept as `dagman pretrain` keeps it."""
+    from dagman.cli import KEEP_MEMORY
+
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--series", type=Path, help="folder of DICOM series; preparing is left out without")
     parser.add_argument("--pairs", type=int, default=PAIRS)

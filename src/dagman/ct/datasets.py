@@ -126,8 +126,11 @@ class ViewsDataset(Dataset[Pairs]):
 
     def _augmentation(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         """Which axes of each view are mirrored, (2, 3), and scale and shift of its intensities, (2, 2)."""
-        config, draws = self.config, generator(self.seed, "augmentation", sample)
+        config = self.config
         mirrored, jitter = np.zeros((2, 3), dtype=bool), np.zeros((2, 2), dtype=np.float32)
+        if not (config.flip_ratio or config.jitter_ratio):
+            return mirrored, jitter
+        draws = generator(self.seed, "augmentation", sample)
         for view in range(2):
             if config.flip_ratio:
                 mirrored[view] = draws.random(3) < config.flip_ratio
@@ -137,9 +140,11 @@ class ViewsDataset(Dataset[Pairs]):
 
     def _padding(self, row: int, corners: tuple[tuple[int, int, int], tuple[int, int, int]]) -> float:
         """Share of both views that lies outside the volume."""
-        crop, shape = np.array(self.config.crop), np.array(self.store.shape(row))
-        inside = np.clip(np.minimum(np.array(corners) + crop, shape) - np.maximum(corners, 0), 0, None)
-        return float(1 - (inside / crop).prod(axis=1).mean())
+        shape, inside = self.store.shape(row), [1.0, 1.0]
+        for view, corner in enumerate(corners):
+            for first, side, num in zip(corner, self.config.crop, shape, strict=True):
+                inside[view] *= max(0, min(first + side, num) - max(first, 0)) / side
+        return 1 - sum(inside) / 2
 
 
 def collate(samples: Sequence[Pairs]) -> Pairs:

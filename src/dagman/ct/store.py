@@ -123,9 +123,14 @@ class PreparedStore:
         )
         _refuse_twice(self.folder / MANIFEST, self.rows)
         self._checked: set[Path] = set()
+        self._last: tuple[Path, Any] | None = None
+        """What was read last, open: the next crop is often of the same volume."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_last": None}
 
     @cached_property
     def store_id(self) -> str:
@@ -184,8 +189,10 @@ class PreparedStore:
         try:
             if path not in self._checked:
                 self._check(path, recorded(self.rows[row])[kind])
+            if self._last is None or self._last[0] != path:
+                self._last = path, _open_array(path)
             return padded_crop(
-                _open_array(path), corner or (0, 0, 0), size if size is not None else self.shape(row), outside
+                self._last[1], corner or (0, 0, 0), size if size is not None else self.shape(row), outside
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise _damaged(path, f"cannot be read ({type(error).__name__})") from error
