@@ -6,8 +6,6 @@ from pathlib import Path
 from common import NOT_YET, RESULTS, number, rows
 
 FOLDER = RESULTS / "ablation"
-ORGANS = FOLDER / "organs"
-"""Another family of one seed, with organs and a scan."""
 MEASURES = {
     "hidden": ("hidden_ratio", 2),
     "image error": ("image_error_ratio", 2),
@@ -72,7 +70,8 @@ def diversity() -> str:
     if not (FOLDER / "hiding.csv").exists():
         return NOT_YET
     runs = {(row["variant"], row["seed"]): row for row in read(FOLDER / "hiding.csv") if row["status"] == "scored"}
-    seeds = sorted({seed for _, seed in runs})
+    members = {name for pairs in EFFECTS.values() for pair in pairs for name in pair}
+    seeds = sorted({seed for _, seed in runs if all((name, seed) in runs for name in members)})
     body = []
     for place in PLACES:
         for measure, meaning in HEADS.items():
@@ -108,13 +107,11 @@ PAPERS = ("paper: cluster distance, intra-cluster", "paper: cluster distance, in
 
 
 def clusters() -> str:
-    """Figures 4c and 9, the distances of Table 2: crops of organs laid out by one seed of each member."""
+    """Figures 4c and 9, the distances of Table 2: crops of organs laid out by each member, means over its seeds."""
     body = []
     for axis in ("hiding", "encoder", "stage"):
-        if not (ORGANS / f"{axis}-summary.csv").exists():
-            continue
-        found = {(row["measure"], row["variant"]): row for row in read(ORGANS / f"{axis}-summary.csv")}
-        reported = {row["variant"]: row for row in read(ORGANS / f"{axis}.csv")}
+        found = {(row["measure"], row["variant"]): row for row in read(FOLDER / f"{axis}-summary.csv")}
+        reported = {row["variant"]: row for row in read(FOLDER / f"{axis}.csv")}
         for variant in [name for measure, name in found if measure == CLUSTERS["map: intra"][0]]:
             shown = [span(found.get((measure, variant)), digits) for measure, digits in CLUSTERS.values()]
             said = [reported.get(variant, {}).get(name) or "" for name in PAPERS]
