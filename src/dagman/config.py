@@ -82,8 +82,8 @@ def _path(where: str, name: str) -> str:
 
 def unknown(code: str, word: str, known: list[str]) -> DagmanError:
     """The error for a word that is not one of `known`, with the nearest one."""
-    near = difflib.get_close_matches(word, known, n=2, cutoff=0.75) or difflib.get_close_matches(word, known, n=1)
-    advice = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
+    near = difflib.get_close_matches(word, known, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
     return DagmanError(code, word, UNKNOWN, advice)
 
 

@@ -44,14 +44,14 @@ def test_settings_travel_through_yaml() -> None:
 @pytest.mark.parametrize(
     ("refused", "field"),
     [
-        (lambda: LossWeights(amip=-1.0), "losses"),
+        (lambda: LossWeights(amip=-1.0), "losses.amip"),
         (lambda: LossWeights(amip=0.0, ampd=0.0, aitd=0.0, gitd=0.0), "losses"),
         (lambda: HidingConfig(ratio=1.1), "hidden.ratio"),
         (lambda: HidingConfig(ratio=0.1, hint_ratio=0.2), "hidden.hint_ratio"),
         (lambda: HidingConfig(ratio=0.95, hints="shift"), "hidden.hint_ratio"),
         (lambda: HidingConfig(probability=2.0), "hidden.probability"),
         (lambda: HidingConfig(start_step=-1), "hidden.start_step"),
-        (lambda: LossWeights(ampd=math.nan), "losses"),
+        (lambda: LossWeights(ampd=math.nan), "losses.ampd"),
         (lambda: HeadConfig(num_prototypes=1), "heads"),
         (lambda: MethodConfig(dropped_ratio=1.0), "dropped_ratio"),
         (lambda: MethodConfig(student_temperature=0.0), "temperatures"),
@@ -61,7 +61,7 @@ def test_settings_travel_through_yaml() -> None:
 def test_impossible_settings_are_refused_by_name(refused: Any, field: str) -> None:
     with pytest.raises(DagmanError, match="E-CONFIG") as error:
         refused()
-    assert error.value.subject == field
+    assert error.value.subject == f"method.{field}"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_an_encoder_that_lacks_what_the_method_needs_is_refused(
 ) -> None:
     with pytest.raises(DagmanError, match="E-CONFIG") as error:
         check_fit(encoder, method)
-    assert error.value.subject == field
+    assert error.value.subject == f"method.{field}"
 
 
 def test_a_vit_is_trained_by_every_loss() -> None:
