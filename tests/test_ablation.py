@@ -301,8 +301,8 @@ def test_a_family_is_trained_scored_and_done_once(
     )
     for said in (
         "all features (pooled, cells and [CLS])",
-        "'small' (the positive class) against 'large', 12 cases of 12 patients in the store 'nodules'",
-        "The training store holds 1 of these cases (8%)",
+        "'small' (the positive class) against 'large', 12 cases of 12 patients in the store '",
+        "/nodules'. The training store holds 1 of these cases (8%)",
         "another quantity",
         "Fine-tuned: all layers and a linear one on pooled features, 1 steps of 16 crops in each of the probe's folds",
         "Not computed here: organ clusters (`--organs STORE`).",

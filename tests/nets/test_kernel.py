@@ -205,7 +205,7 @@ def test_the_best_library_for_this_processor_is_loaded():
     rounds = torch.cpu.get_capabilities().get("avx512_bf16")
     level = "avx512_bf16" if rounds else torch.backends.cpu.get_cpu_capability().lower()
     assert f"/kernels.{level}." in kernel.library()._name
-    tiles = ", MLPs in bf16 by AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+    tiles = ", and MLPs by AMX where they compute in bf16" if torch.cpu.get_capabilities().get("amx_bf16") else ""
     assert kernel.describe().endswith(f"({level.upper()}){tiles}")
 
 
