@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import profile
@@ -65,18 +65,21 @@ def gap(one: Tensor, other: Tensor) -> float:
     width=st.one_of(st.integers(6, 24), st.sampled_from([1, 3, 32, 40])),
     seed=st.integers(0, 2**16),
 )
+@example(windows=1, tokens=2, heads=1, width=6, seed=4)
 def test_outputs_and_all_gradients_equal_float64(windows, tokens, heads, width, seed):
     torch.manual_seed(seed)
     given_ = case(windows if tokens < 100 else min(windows, 3), tokens, heads, width)
     exact = [*(each.detach().double().requires_grad_() for each in given_[:3]), *given_[3:]]
-    mixed, expected = attended(given_), written_out(*exact)
+    mixed, expected, single = attended(given_), written_out(*exact), written_out(*given_)
     probe = torch.randn(mixed.shape)
     found = torch.autograd.grad((mixed * probe).sum(), given_[:3])
     wanted = torch.autograd.grad((expected * probe).sum(), exact[:3])
+    singles = torch.autograd.grad((single * probe).sum(), given_[:3])
     assert gap(mixed, expected) < 1e-6
     assert (mixed - expected).abs().max() < 1e-5
-    for ours, plain in zip(found, wanted, strict=True):
-        assert gap(ours, plain) < 1e-5
+    for ours, plain, rounded in zip(found, wanted, singles, strict=True):
+        # Where a gradient cancels to next to nothing, float32 itself is further off (1 window of 2 tokens, seed 4).
+        assert gap(ours, plain) < max(1e-5, 1.5 * gap(rounded, plain))
 
 
 @needs_kernel
