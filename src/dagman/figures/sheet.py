@@ -74,13 +74,15 @@ def png(scenes: Sequence[Scene], title: str, hiding: str) -> bytes:
 
 def _pictures(scene: Scene) -> dict[str, np.ndarray | None]:
     """Title of a column to what it shows; what is not seen is NaN. Attention comes last, beside its colours."""
-    unseen, whole = np.full_like(scene.image, np.nan), scene.dropped is None
+    unseen = np.full_like(scene.image, np.nan)
+    if scene.dropped is None:
+        teacher = {"what the teacher sees, all of it": scene.image}
+    else:
+        teacher = {"what the teacher sees": np.where(scene.dropped, unseen, scene.image)}
     return {
         "crop": scene.image,
         "what the student sees": np.where(scene.hidden, unseen, scene.image),
-        "what the teacher sees" + ", all of it" * whole: np.where(scene.dropped, unseen, scene.image)
-        if scene.dropped is not None
-        else scene.image.copy(),
+        **teacher,
         "filled in by the student": scene.filled,
         "attention that guides": scene.attention,
     }

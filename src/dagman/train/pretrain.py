@@ -115,7 +115,7 @@ def pretrain(
         if start == job.total:
             job.say(f"already complete: {start} of {job.total} steps")
             _agree(job, stop)
-            return _result(job, "complete", start, stop)
+            return _result(job, "complete", start, stop, _ringing(job))
         if fabric.is_global_zero:
             pair = cost.measure(job.module, config)
             time_line = cost.time_line(config, pair, job.total - start, len(job.train_rows), job.devices)
@@ -126,11 +126,13 @@ def pretrain(
         done = _loop(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
         if done < job.total:
             job.say(f"stopped after {done} of {job.total} steps; the same command continues")
-            return _result(job, "stopped", done, stop)
-        ringing = sorted(health.ringing(job.run.metrics(), job.total))
-        rings = f"; still wrong at the end: {', '.join(ringing)} (the ALARM lines of log.txt say what to change)"
+            return _result(job, "stopped", done, stop, set())
+        ringing = _ringing(job)
+        rings = (
+            f"; still wrong at the end: {', '.join(sorted(ringing))} (the ALARM lines of log.txt say what to change)"
+        )
         job.say(f"finished {job.total} steps" + rings * bool(ringing))
-        return _result(job, "finished", done, stop)
+        return _result(job, "finished", done, stop, ringing)
 
 
 def shown(config: PretrainConfig, store: PreparedStore) -> Preparation:
@@ -138,15 +140,19 @@ def shown(config: PretrainConfig, store: PreparedStore) -> Preparation:
     return Preparation(spacing_mm=float(store.settings["spacing_mm"]), crop=config.data.crop)
 
 
-def _result(job: Job, status: Status, done: int, stop: engine.StopRequest) -> Result:
-    collapsed = status != "stopped" and health.COLLAPSED in health.ringing(job.run.metrics(), job.total)
+def _ringing(job: Job) -> set[str]:
+    """Alarms that ring at the end of the run."""
+    return health.ringing(job.run.metrics(), job.total)
+
+
+def _result(job: Job, status: Status, done: int, stop: engine.StopRequest, ringing: set[str]) -> Result:
     return Result(
         status=status,
         step=done,
         total_steps=job.total,
         folder=job.run.folder,
         stop_asked=stop.agreed,
-        collapsed=collapsed,
+        collapsed=health.COLLAPSED in ringing,
     )
 
 
