@@ -4,14 +4,16 @@
 
 Crops: two overlapping views of 128^3 from volumes of 300^3 (tissue with 12 HU of noise, which packs badly), by 0 to 4
 loader processes. Preparing: each DICOM series is brought to 2 mm by this package (read in its guarded process,
-anti-aliased as by default, and linear) and by MONAI's `LoadImaged`, `Orientationd` and `Spacingd`, in turns. Waiting:
-the share of a step in which `dagman-tiny` stood without a batch.
+anti-aliased as by default, and linear) and by MONAI's `LoadImaged`, `Orientationd` and `Spacingd`, in turns, in one
+process with the allocator as it comes (so runs `dagman prepare`) and in another that keeps memory. Waiting: the share
+of a step in which `dagman-tiny` stood without a batch.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -98,6 +100,20 @@ def ways(scan: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
+def prepared(series: Path, rounds: int) -> list[dict[str, Any]]:
+    """Seconds a scan with either allocator, each in a process of its own."""
+    from dagman.cli import KEEP_MEMORY
+
+    untouched = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
+    found = []
+    for allocator, variables in (("default", untouched), ("tuned", untouched | KEEP_MEMORY)):
+        with tempfile.NamedTemporaryFile(suffix=".json") as answer:
+            command = [__file__, "--series", str(series), "--rounds", str(rounds), "--prepare-into", answer.name]
+            subprocess.run([sys.executable, *command], env=variables, check=True)
+            found += [{"allocator": allocator, **row} for row in json.loads(Path(answer.name).read_text())]
+    return found
+
+
 def preparing(series: Path, rounds: int) -> list[dict[str, Any]]:
     """Seconds a scan, in turns."""
     from dagman.ct.index import index
@@ -147,22 +163,26 @@ def main() -> None:
     """Measure, print, and write the figures if asked to; memory is kept as `dagman pretrain` keeps it."""
     from dagman.cli import KEEP_MEMORY
 
-    if not KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--series", type=Path, help="folder of DICOM series; preparing is left out without")
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--prepare-into", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.prepare_into:
+        arguments.prepare_into.write_text(json.dumps(preparing(arguments.series, arguments.rounds)))
+        return
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "volume": SIDE, "crop": 128}
     with tempfile.TemporaryDirectory() as folder:
         print(f"crops of 128^3 from volumes of {SIDE}^3")
         result["crops"] = crops(Path(folder) / "volumes", arguments.pairs)
         if arguments.series:
             print("a scan to 2 mm, seconds")
-            result["preparing"] = preparing(arguments.series, arguments.rounds)
+            result["preparing"] = prepared(arguments.series, arguments.rounds)
         print("dagman-tiny without a batch")
         result["waiting"] = waiting(Path(folder), arguments.steps)
     result["load_after"] = round(os.getloadavg()[0], 1)

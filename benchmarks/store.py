@@ -50,7 +50,7 @@ def blosc2_writer(
 
 def crop_blosc2(path: Path, corner: tuple[int, ...]) -> np.ndarray:
     """A crop as `PreparedStore` reads it: the file is opened for every crop."""
-    return padded_crop(blosc2.open(str(path), mode="r", dparams={"nthreads": 1}), corner, CROP, -1024)
+    return padded_crop(blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1}), corner, CROP, -1024)
 
 
 def crop_npy(path: Path, corner: tuple[int, ...]) -> np.ndarray:

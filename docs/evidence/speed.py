@@ -140,6 +140,7 @@ def step_parts() -> str:
 
 
 PREPARING = {"antialiased": "anti-aliased", "linear": "linear", "monai": "by MONAI"}
+ALLOCATORS = {"default": "as it comes", "tuned": "that keeps memory"}
 
 
 def input_rates() -> str:
@@ -157,7 +158,7 @@ def input_rates() -> str:
     ]
     prepared = [
         [
-            f"{row['scan']}, {row['slices']} slices to 2 mm",
+            f"{row['scan']}, {row['slices']} slices to 2 mm, allocator {ALLOCATORS[row['allocator']]}",
             ", ".join(f"{row[name]:.2f} s {how}" for name, how in PREPARING.items())
             + f": {row['monai'] / row['antialiased']:.1f} times",
             "3 times MONAI",

@@ -259,10 +259,8 @@ def test_killed_read_costs_only_its_scan(ended_by: int, code: str, tmp_path: Pat
     assert same_scan(outcome(tmp_path / "good.nii"))
 
     def kill() -> None:
-        server = guard_process()
-        while not server.children():
-            time.sleep(0.01)
-        server.children()[0].send_signal(ended_by)
+        with (tmp_path / "pipe.nii").open("wb"):  # comes back when the read has begun
+            guard_process().children()[0].send_signal(ended_by)
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -303,7 +301,32 @@ def test_no_descriptor_and_no_process_is_left_over(tmp_path: Path) -> None:
         if repeat == 1:
             before = psutil.Process().num_fds()
     assert psutil.Process().num_fds() <= before
-    assert guard_process().children() == []
+    assert len(guard_process().children()) == 1
+
+
+@pytest.mark.usefixtures("one_server")
+def test_a_process_reads_on_until_a_read_fails_and_is_replaced_where_it_ended_idle(tmp_path: Path) -> None:
+    FILES["good.nii.gz"][1](tmp_path / "good.nii.gz")
+    FILES["cut-half.nii.gz"][1](tmp_path / "bad.nii.gz")
+    bad, good = index([tmp_path])[0]
+
+    def reader() -> psutil.Process:
+        (found,) = guard_process().children()
+        return found
+
+    assert same_scan(read(good))
+    first = reader()
+    assert same_scan(read(good))
+    assert reader() == first
+    with pytest.raises(DagmanError, match="E-GZIP"):
+        read(bad)
+    assert same_scan(read(good))
+    assert reader() != first
+    idle = reader()
+    idle.kill()
+    while idle.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert same_scan(read(good))
 
 
 def test_works_in_threads_and_in_joblib_workers(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class Frame:
     intercept: float
     rescale_type: str
     tilt: float
-    data: Any
-    """The parsed file with its pixels; None where only the header could be read."""
+    file: pixels.File | None
+    """The parsed file; None where only the header could be read."""
 
 
 def read(paths: Sequence[Path], max_voxels: int) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -73,7 +73,7 @@ def _voxels(frames: list[Frame], *, whole: bool = True) -> np.ndarray:
     opened: tuple[Path, pixels.Decode] | None = None
     for k, frame in enumerate(frames):
         if opened is None or opened[0] != frame.path:
-            opened = frame.path, pixels.open_file(frame.path, frame.data)
+            opened = frame.path, pixels.open_file(frame.path, frame.file)
         stored = opened[1](frame.index)
         if stored.shape != (rows, columns):
             raise DagmanError("SLICE", frame.path, f"decodes to {stored.shape} pixels, not {rows} x {columns}", _EXPORT)
@@ -83,15 +83,16 @@ def _voxels(frames: list[Frame], *, whole: bool = True) -> np.ndarray:
             if min(ends) < -(2**15) or max(ends) >= 2**15:
                 return _voxels(frames, whole=False)
             # Sixteen bits wrap on the way, to and fro: what comes out was just shown to fit.
-            narrow = stored.T.astype(np.int16)
-            hu[:, :, k] = narrow * np.array(slope).astype(np.int16) + np.array(intercept).astype(np.int16)
+            narrow, to = stored.T.astype(np.int16), hu[:, :, k]
+            np.multiply(narrow, np.array(slope).astype(np.int16), out=to)
+            to += np.array(intercept).astype(np.int16)
         else:
             hu[:, :, k] = (stored * np.float64(frame.slope) + frame.intercept).T
     return hu
 
 
 def _frames(path: Path, num_files: int) -> list[Frame]:
-    data, header = _parsed(path)
+    file, header = _parsed(path)
     if pixels.word(header, "Modality") != "CT":
         raise DagmanError("MODALITY", path, "is no CT image", "give CT images")
     if pixels.word(header, "BurnedInAnnotation") == "YES":
@@ -100,7 +101,7 @@ def _frames(path: Path, num_files: int) -> list[Frame]:
     if "PerFrameFunctionalGroupsSequence" not in header:
         if count != 1:
             raise DagmanError("MULTIFRAME", path, f"holds {count} frames without their positions", _CONVERT)
-        return [_frame(path, header, lambda _: header, 0, data)]
+        return [_frame(path, header, lambda _: header, 0, file)]
     per_frame = header.PerFrameFunctionalGroupsSequence
     if num_files > 1 or len(per_frame) != count:
         raise DagmanError("MULTIFRAME", path, f"is one of {num_files} multi-frame files of a series", _CONVERT)
@@ -112,19 +113,19 @@ def _frames(path: Path, num_files: int) -> list[Frame]:
 
         return find
 
-    return [_frame(path, header, group(frame), index, data) for index, frame in enumerate(per_frame)]
+    return [_frame(path, header, group(frame), index, file) for index, frame in enumerate(per_frame)]
 
 
-def _parsed(path: Path) -> tuple[Any, Any]:
-    """One file with its pixels, None where they are broken, and its header: parsing takes longer than reading."""
+def _parsed(path: Path) -> tuple[pixels.File | None, Any]:
+    """One file, None where its pixels are broken, and its header: parsing takes longer than reading."""
     try:
-        data = pixels.parse(path, header_only=False)
+        file = pixels.parse(path, header_only=False)
     except (DagmanError, OSError, MemoryError):
         raise
     except Exception:  # whatever a parser throws; the header may be whole
-        data = None
-    if data is not None and "PixelData" in data:
-        return data, data
+        file = None
+    if file and (file.place or "PixelData" in file.data):
+        return file, file.data
     return None, open_header(path)
 
 
@@ -135,10 +136,10 @@ def open_header(path: Path) -> Any:
         DagmanError: `E-DICOM` when it cannot be parsed.
     """
     with pixels.parsing("DICOM", path, "its header is broken", _EXPORT):
-        return pixels.parse(path, header_only=True)
+        return pixels.parse(path, header_only=True).data
 
 
-def _frame(path: Path, header: Any, group: Callable[[str], Any], index: int, data: Any) -> Frame:
+def _frame(path: Path, header: Any, group: Callable[[str], Any], index: int, file: pixels.File | None) -> Frame:
     transformation = group("PixelValueTransformationSequence")
     if "RescaleSlope" not in transformation or "RescaleIntercept" not in transformation:
         raise DagmanError("RESCALE", path, "has no RescaleSlope and RescaleIntercept, so no HU", _EXPORT)
@@ -161,7 +162,7 @@ def _frame(path: Path, header: Any, group: Callable[[str], Any], index: int, dat
         intercept=_number(path, transformation, "RescaleIntercept"),
         rescale_type=_hounsfield(path, pixels.word(transformation, "RescaleType")),
         tilt=_number(path, header, "GantryDetectorTilt", 0),
-        data=data,
+        file=file,
     )
 
 

@@ -99,16 +99,16 @@ def check_extent(path: Path, shape: tuple[int, ...], spacing: np.ndarray, min_ex
         )
 
 
-def in_c_order(array: np.ndarray) -> np.ndarray:
-    """The same values, last axis fastest; slab by slab, so that reading and writing both stay in the cache.
+def write_in_c_order(array: np.ndarray, turned: np.ndarray) -> None:
+    """Copy values slab by slab, so that reading and writing both stay in the cache.
 
     Args:
         array: (x, y, z), in any order; files have x fastest.
+        turned: Where to, with z fastest.
     """
     if array.flags.c_contiguous:
-        return array
-    turned = np.empty(array.shape, array.dtype)
+        turned[...] = array
+        return
     step = max(1, _SLAB // array.shape[2])
     for y in range(0, array.shape[1], step):
         turned[:, y : y + step] = array[:, y : y + step]
-    return turned

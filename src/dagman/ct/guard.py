@@ -1,6 +1,7 @@
 """Reading in a child process with a memory and a time limit: a hostile file can end its own read, nothing else.
 
-One small server per caller holds the reading libraries and forks itself for every task, which costs milliseconds.
+One small server per caller holds the reading libraries. A fork of it does one task after the other, which saves the
+memory that a new one would have to touch first, and is replaced after the first that fails, which costs milliseconds.
 Requests and replies are JSON, voxels come back in shared memory; nothing is pickled.
 """
 
@@ -71,6 +72,8 @@ class _Server:
 
 
 _idle: list[_Server] = []
+_LARGEST_WORKER = 2**30
+"""Bytes that a process may have held and still do another task, whose limit what it left behind would narrow."""
 
 
 def run(task: str, subject: Path, arguments: dict[str, Any], limits: Limits) -> tuple[Any, np.ndarray | None]:
@@ -170,31 +173,56 @@ def close() -> None:
 
 
 def _serve(connection: socket.socket) -> None:
-    """Fork for every request until the caller is gone."""
+    """Hand every request to a fork, until the caller is gone."""
     from dagman.ct import tasks
 
+    worker: tuple[int, socket.socket] | None = None
     while True:
         line, descriptors, _, _ = socket.recv_fds(connection, 64, 2)
         if not line:
             return
-        gone, alive = os.pipe()
-        child = os.fork()
-        if child == 0:
-            _work(tasks.TASKS, *descriptors)
-        os.close(alive)
+        if worker and os.waitpid(worker[0], os.WNOHANG)[0]:  # ended while it had nothing to do: no task's fault
+            worker[1].close()
+            worker = None
+        worker = worker or _fork(tasks.TASKS, connection)
+        process, channel = worker
+        socket.send_fds(channel, [b"task"], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        ready = select.select([gone, connection.fileno()], [], [], float(line))[0]
-        if gone not in ready:
-            os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        os.close(gone)
+        ready = select.select([channel, connection], [], [], float(line))[0]
+        if channel in ready and channel.recv(64):
+            connection.sendall(b"0")
+            continue
+        if channel not in ready:
+            os.kill(process, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        channel.close()
+        worker = None
         connection.sendall(str(status).encode() if ready else b"timeout")
 
 
-def _work(tasks: dict[str, Any], note: int, voxels: int) -> None:
-    """In the fork: limit, read, reply, end. Never returns."""
-    try:
+def _fork(tasks: dict[str, Any], connection: socket.socket) -> tuple[int, socket.socket]:
+    """A process that does tasks, and the server's end of the line to it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    process = os.fork()
+    if process == 0:
+        try:
+            connection.close()
+            ours.close()
+            _work(tasks, theirs)
+        finally:
+            os._exit(3)
+    theirs.close()
+    return process, ours
+
+
+def _work(tasks: dict[str, Any], channel: socket.socket) -> None:
+    """In the fork: limit, read, reply, again. Ends with its first failure, and once it held much; never returns."""
+    while True:
+        line, descriptors, _, _ = socket.recv_fds(channel, 64, 2)
+        if not line:
+            os._exit(0)
+        note, voxels = descriptors
         with os.fdopen(note, "r+b") as stream:
             stream.seek(0)
             request = json.loads(stream.read())
@@ -202,14 +230,16 @@ def _work(tasks: dict[str, Any], note: int, voxels: int) -> None:
             stream.seek(0)
             stream.truncate()
             stream.write(json.dumps(reply).encode())
-        os._exit(0)
-    finally:
-        os._exit(3)
+        os.close(voxels)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if "error" in reply or peak > _LARGEST_WORKER:
+            os._exit(0)
+        channel.sendall(b"done")
 
 
 def _answer(tasks: dict[str, Any], request: dict[str, Any], voxels: int) -> dict[str, Any]:
     limit = request["memory_bytes"]
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
     subject = request["subject"]
@@ -217,8 +247,9 @@ def _answer(tasks: dict[str, Any], request: dict[str, Any], voxels: int) -> dict
         value, array = tasks[request["task"]](**request["arguments"])
         if array is None:
             return {"value": value, "dtype": None}
-        with os.fdopen(voxels, "wb") as stream:
-            stream.write(grid.in_c_order(array).data.cast("B"))
+        os.ftruncate(voxels, array.nbytes)
+        memory = mmap.mmap(voxels, array.nbytes, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+        grid.write_in_c_order(array, np.frombuffer(memory, array.dtype).reshape(array.shape))
         return {"value": value, "dtype": array.dtype.str, "shape": array.shape}
     except Exception as error:
         return _described(error if isinstance(error, DagmanError) else _foreign(error, subject, limit))

@@ -5,10 +5,11 @@ import mmap
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pydicom
+from pydicom.filereader import read_partial
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, RLELossless
 
 from dagman.ct import bytestream
@@ -23,6 +24,10 @@ _DESCRIBING = (
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
     "PhotometricInterpretation", "PixelData",
 )  # fmt: skip
+_PIXEL_DATA = 0x7FE00010
+_PIXELS = (_PIXEL_DATA, 0x7FE00008, 0x7FE00009)
+"""Whole numbers, and the two kinds of real ones."""
+_UNDEFINED = 0xFFFFFFFF
 _DEFLATED_BYTES = 2**28
 _DECOMPRESS = "decompress the series, for example with `gdcmconv --raw`"
 _COPY = "copy or export this slice again"
@@ -39,17 +44,36 @@ def parsing(code: str, path: Path, problem: str, advice: str) -> Iterator[None]:
         raise DagmanError(code, path, f"{problem} ({type(error).__name__})", advice) from None
 
 
-def parse(path: Path, *, header_only: bool) -> Any:
-    """The data set of one file.
+class File(NamedTuple):
+    """One DICOM file."""
+
+    data: Any
+    """Its data set, as pydicom gives it; pixels of a fixed length stay on disk."""
+    place: tuple[int, int] | None
+    """Where such pixels lie in the file: first byte, number of bytes declared."""
+
+
+def parse(path: Path, *, header_only: bool) -> File:
+    """Everything in one file up to its pixels; compressed pixels too, unless `header_only`.
 
     Read through a memory map, which hands out no more than the file has, whatever length an element claims.
     """
     with path.open("rb") as stream:
         start = stream.read(1024)
-    if start[128:132] == b"DICM" and DeflatedExplicitVRLittleEndian.encode() in start:
+    deflated = start[128:132] == b"DICM" and DeflatedExplicitVRLittleEndian.encode() in start
+    if deflated:
         bytestream.check_deflated(path, 144 + int.from_bytes(start[140:144], "little"), _DEFLATED_BYTES)
+    place: list[tuple[int, int]] = []
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        return pydicom.dcmread(mapped, stop_before_pixels=header_only, force=True)
+
+        def stop(tag: int, _vr: str | None, length: int) -> bool:
+            fixed = tag == _PIXEL_DATA and length != _UNDEFINED and not deflated
+            if fixed:
+                place.append((mapped.tell(), length))
+            return fixed or (header_only and tag in _PIXELS)
+
+        data = read_partial(mapped, stop, force=True)
+    return File(data, place[0] if place else None)
 
 
 def word(header: Any, name: str) -> str:
@@ -58,25 +82,28 @@ def word(header: Any, name: str) -> str:
     return value.strip().upper() if isinstance(value, str) else ""
 
 
-def open_file(path: Path, data: Any = None) -> Decode:
-    """Read a whole file, and return what decodes its frames.
+def open_file(path: Path, file: File | None = None) -> Decode:
+    """Parse a whole file, and return what reads and decodes its frames.
 
     Args:
         path: The file.
-        data: What `parse` gave for it, where that was done before.
+        file: What `parse` gave for it, where that was done before.
 
     Raises:
         DagmanError: `E-SLICE` when it is cut short or broken, `E-CODEC` when its compression cannot be decoded here.
     """
     with parsing("SLICE", path, "is cut short or broken", _COPY):
-        data = parse(path, header_only=False) if data is None else data
+        file = parse(path, header_only=False) if file is None else file
+        data = file.data
         syntax = data.file_meta.get("TransferSyntaxUID")
-        stored = data.get("PixelData")
-    if not isinstance(stored, bytes):
+        stored = None if file.place else data.get("PixelData")
+    if not file.place and not isinstance(stored, bytes):
         raise DagmanError("SLICE", path, "has no pixels", _COPY)
     with parsing("SLICE", path, "its pixels are badly described", _COPY):
         if syntax is None or not syntax.is_compressed:
-            return _native(path, data, stored)
+            return _native(path, file)
+        if file.place:
+            raise DagmanError("SLICE", path, "says that its pixels are compressed, but they are not", _COPY)
         if syntax == RLELossless:
             return _run_length(path, data)
         if syntax in _THROUGH_SIMPLEITK:
@@ -85,21 +112,26 @@ def open_file(path: Path, data: Any = None) -> Decode:
         raise DagmanError("CODEC", path, f"is compressed as {name}", _DECOMPRESS)
 
 
-def _native(path: Path, data: Any, stored: bytes) -> Decode:
+def _native(path: Path, file: File) -> Decode:
+    data = file.data
     rows, columns, frames = int(data.Rows), int(data.Columns), int(data.get("NumberOfFrames") or 1)
     allocated, signed = int(data.BitsAllocated), int(data.PixelRepresentation) == 1
     if allocated not in (8, 16, 32):
         raise DagmanError("SLICE", path, f"allocates {allocated} bits a pixel", _COPY)
     each = rows * columns * allocated // 8
-    if len(stored) not in (each * frames, each * frames + each * frames % 2):
-        raise DagmanError("SLICE", path, f"has {len(stored)} pixel bytes where {each * frames} are declared", _COPY)
+    held = min(file.place[1], path.stat().st_size - file.place[0]) if file.place else len(data.PixelData)
+    if held not in (each * frames, each * frames + each * frames % 2):
+        raise DagmanError("SLICE", path, f"has {held} pixel bytes where {each * frames} are declared", _COPY)
     syntax = data.file_meta.get("TransferSyntaxUID")
     order = ">" if syntax is not None and not syntax.is_little_endian else "<"
     dtype = np.dtype(f"{order}{'i' if signed else 'u'}{allocated // 8}")
 
     def decode(frame: int) -> np.ndarray:
-        values = np.frombuffer(stored, dtype, rows * columns, frame * each).reshape(rows, columns)
-        return _used_bits(path, data, values)
+        if file.place:
+            values = np.fromfile(path, dtype, rows * columns, offset=file.place[0] + frame * each)
+        else:
+            values = np.frombuffer(data.PixelData, dtype, rows * columns, frame * each)
+        return _used_bits(path, data, values.reshape(rows, columns))
 
     return decode
 
@@ -111,7 +143,10 @@ def _used_bits(path: Path, data: Any, values: np.ndarray) -> np.ndarray:
         raise DagmanError("SLICE", path, f"stores {stored} of {allocated} bits in an order nobody uses", _COPY)
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     shift = allocated - stored
-    return np.right_shift(np.left_shift(values, shift), shift) if shift else values
+    if shift:
+        values = np.left_shift(values, shift)
+        values >>= shift
+    return values
 
 
 def _run_length(path: Path, data: Any) -> Decode:

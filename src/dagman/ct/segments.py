@@ -54,9 +54,9 @@ def read(
     """
     file, grid = Path(path), np.array(affine)
     with pixels.parsing("DICOM", file, "its structures are broken", "export them again"):
-        header = pixels.parse(file, header_only=True)
+        header = pixels.parse(file, header_only=True).data
         if image is not None:
-            _check_reference(file, header, pixels.parse(Path(image), header_only=True))
+            _check_reference(file, header, pixels.parse(Path(image), header_only=True).data)
         if pixels.word(header, "Modality") == "SEG":
             known = [Roi(int(one.SegmentNumber), str(one.SegmentLabel)) for one in header.SegmentSequence]
             _check_size(file, header, max_voxels)

@@ -67,7 +67,7 @@ def _open_array(path: Path) -> Any:
     """An array on disk that reads what is sliced from it."""
     if path.suffix == ".npy":
         return np.load(path, mmap_mode="c")  # what is written stays in memory, and torch takes it as it is
-    return _blosc2(path).open(str(path), mode="r", dparams={"nthreads": 1})
+    return _blosc2(path).open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
 
 
 def _blosc2(path: Path) -> Any:

@@ -39,11 +39,11 @@ def read_volume(paths: list[str], kind: str, max_voxels: int, min_extent_mm: flo
     stored, own, slope, intercept = _stored(paths, kind, max_voxels)
     source = Path(paths[0]) if len(paths) == 1 else Path(paths[0]).parent
     hounsfield.check_finite(source, stored)
-    hu, affine = grid.to_ras(stored, own)
-    grid.check_extent(source, hu.shape, np.linalg.norm(affine[:3, :3], axis=0), min_extent_mm)
-    hu = hounsfield.rescaled(source, hu, slope, intercept)
+    turned, affine = grid.to_ras(stored, own)
+    grid.check_extent(source, turned.shape, np.linalg.norm(affine[:3, :3], axis=0), min_extent_mm)
+    hu = hounsfield.rescaled(source, stored, slope, intercept)
     hounsfield.check_hu(source, hu)
-    return [affine.tolist(), list(stored.shape), own.tolist()], hu
+    return [affine.tolist(), list(stored.shape), own.tolist()], grid.to_ras(hu, own)[0]
 
 
 def read_mask(paths: list[str], kind: str, max_voxels: int) -> _Result:
