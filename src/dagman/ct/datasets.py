@@ -1,5 +1,6 @@
 """Prepared volumes as training samples: the same batches for any number of workers, and after a resume."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -152,6 +153,10 @@ def collate(samples: Sequence[Pairs]) -> Pairs:
     return Pairs(*(default_collate([part[0] for part in parts]) for parts in zip(*samples, strict=True)))
 
 
+_ALIGNED = 8
+"""Bytes: the longest numbers of a batch."""
+
+
 class SharedCollate:
     """Samples as one batch, in memory that a reader process shares with the training and uses again.
 
@@ -168,19 +173,25 @@ class SharedCollate:
         self.batches = 0
 
     def __call__(self, samples: Sequence[Pairs]) -> Pairs:
-        """Crops are copied side by side, the rest is put together as by `collate`; so is all where no process reads."""
+        """All of a batch lies in one piece of memory: to hand a piece over costs as much as to read a crop.
+
+        Where no process reads, batches are those of `collate`.
+        """
         if get_worker_info() is None:
             return collate(samples)
-        turn, shape = self.batches % len(self.places), (2, len(samples), *samples[0].u.shape[1:])
+        parts = [(values, len(samples) * values[0].nbytes) for values in zip(*samples, strict=True)]
+        starts = list(itertools.accumulate((-(-size // _ALIGNED) * _ALIGNED for _, size in parts), initial=0))
+        turn = self.batches % len(self.places)
         self.batches += 1
         place = self.places[turn]
-        if place is None or place.shape != shape:
-            place = torch.empty(shape, dtype=torch.int16)
+        if place is None or len(place) != starts[-1]:
+            place = torch.empty(starts[-1], dtype=torch.uint8)
             self.places[turn] = place.share_memory_()  # type: ignore[no-untyped-call]
-        parts = list(zip(*samples, strict=True))
-        for view, crops in zip(place, parts[:2], strict=True):
-            torch.cat(crops, out=view)
-        return Pairs(place[0], place[1], *(default_collate([part[0] for part in those]) for those in parts[2:]))
+        batch = []
+        for (values, size), start in zip(parts, starts, strict=False):
+            batch.append(place[start : start + size].view(values[0].dtype).view(-1, *values[0].shape[1:]))
+            torch.cat(values, out=batch[-1])
+        return Pairs(*batch)
 
 
 def show(pairs: Pairs, config: DataConfig) -> Views:
