@@ -1,8 +1,10 @@
 """Shared fixtures. Real data is found through DAGMAN_TEST_DATA (default: ../shared/data beside the checkout)."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,14 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_where_slow(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All but the slow tests check every call against its annotations; those repeat the same calls very often."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("slow") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

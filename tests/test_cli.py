@@ -212,6 +212,13 @@ def test_a_finished_run_is_complete_and_changed_settings_are_refused(chain: Path
     longer = called(*common, "--steps", "3")
     assert longer.returncode == 4
     assert "optimisation.steps: 2 -> 3" in longer.stderr
+    before = called(*common, "--steps", "3", "--dry-run")
+    assert before.returncode == 4
+    assert before.stderr == longer.stderr
+    assert "3 steps" in called(*common, "--steps", "3", "--dry-run", "--fresh").stderr
+    left = called(*common, "--steps", "2", "--dry-run")
+    assert left.returncode == 0
+    assert f"12 volumes, the last 0 of 2 steps of the run in {chain / 'run'}" in left.stderr
 
 
 def test_dry_run_says_what_it_would_cost_and_writes_nothing(chain: Path) -> None:

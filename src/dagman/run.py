@@ -63,8 +63,8 @@ class Run:
         """
         return files.read_lines(self.metrics_file, required=("step",))
 
-    def start(self, settings: Any, data: Mapping[str, Any], devices: int) -> None:
-        """Write `config.yaml` and `environment.json`, after a comparison with those of the run that is continued.
+    def compare(self, settings: Any, data: Mapping[str, Any], devices: int) -> bool:
+        """Whether the folder holds a run, which these settings would continue.
 
         Args:
             settings: The run's config, a frozen dataclass.
@@ -75,23 +75,33 @@ class Run:
             DagmanError: `E-RESUME`, exit code 4, with every line that differs.
         """
         before = self.environment()
-        if self.config_file.exists() and before:
-            old = {
-                **config.deciding(settings, self.config()),
-                "data_store": before.get("data"),
-                "devices": before.get("devices"),
-            }
-            new = {**config.deciding(settings), "data_store": dict(data), "devices": devices}
-            lines = config.difference(old, json.loads(json.dumps(new)))
-            if lines:
-                raise DagmanError(
-                    "RESUME",
-                    self.folder,
-                    f"was started with other settings ({'; '.join(lines)})",
-                    "give the old settings again, choose another output folder, or add --fresh to `dagman pretrain`, "
-                    "which moves the earlier run aside",
-                    exit_code=ExitCode.REFUSED,
-                )
+        if not (self.config_file.exists() and before):
+            return False
+        old = {
+            **config.deciding(settings, self.config()),
+            "data_store": before.get("data"),
+            "devices": before.get("devices"),
+        }
+        new = {**config.deciding(settings), "data_store": dict(data), "devices": devices}
+        if lines := config.difference(old, json.loads(json.dumps(new))):
+            raise DagmanError(
+                "RESUME",
+                self.folder,
+                f"was started with other settings ({'; '.join(lines)})",
+                "give the old settings again, choose another output folder, or add --fresh to `dagman pretrain`, "
+                "which moves the earlier run aside",
+                exit_code=ExitCode.REFUSED,
+            )
+        return True
+
+    def start(self, settings: Any, data: Mapping[str, Any], devices: int) -> None:
+        """Write `config.yaml` and `environment.json`, after `compare` with those of the run that is continued.
+
+        Raises:
+            DagmanError: As `compare`.
+        """
+        self.compare(settings, data, devices)
+        before = self.environment()
         files.write_text(self.config_file, config.to_yaml(settings))
         environment = {**describe_environment(), "devices": devices, "data": dict(data)}
         for line in config.difference(before.get("versions", {}), environment["versions"]) if before else []:

@@ -73,7 +73,7 @@ def pretrain(
     if dry_run:
         if watch is not None:
             watching.check(watch, training.shown(chosen, store))
-        _forecast(chosen, store, devices, device)
+        _forecast(chosen, store, output, devices, device, fresh=fresh)
         return ExitCode.OK
     if fresh and output.exists():
         _move_aside(output, [data, *([labelled] if labelled else [])])
@@ -177,20 +177,26 @@ def _move_aside(output: Path, stores: Sequence[Path]) -> None:
     say(f"moved the earlier run to {aside}")
 
 
-def _forecast(config: "PretrainConfig", store: "PreparedStore", devices: int, device: str | None) -> None:
-    """Say what a run would be and take, measured on noise."""
+def _forecast(
+    config: "PretrainConfig", store: "PreparedStore", output: Path, devices: int, device: str | None, *, fresh: bool
+) -> None:
+    """Say what a run would be and take, measured on noise; refuse what the run would refuse."""
     import torch
 
     from dagman import config as configs
+    from dagman.run import Run
     from dagman.train import cost
-    from dagman.train.job import split_rows
+    from dagman.train.job import split_rows, used
 
+    run = Run(output)
+    done = len(run.metrics()) if not fresh and run.compare(config, used(store), devices) else 0
     print(configs.to_yaml(config), end="")
     module = cost.built(config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     num_volumes = len(split_rows(store)[0])
     steps = config.optimisation.total_steps(num_volumes, devices)
-    say(f"{num_volumes} volumes, {steps} steps; {cost.size_line(module)}")
-    say(cost.time_line(config, cost.measure(module, config), steps, num_volumes, devices))
+    which = f"the last {steps - done} of {steps} steps of the run in {output}" if done else f"{steps} steps"
+    say(f"{num_volumes} volumes, {which}; {cost.size_line(module)}")
+    say(cost.time_line(config, cost.measure(module, config), steps - done, num_volumes, devices))
 
 
 def ablate(

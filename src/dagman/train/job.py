@@ -95,6 +95,12 @@ def split_rows(store: PreparedStore) -> tuple[list[int], list[int]]:
     return train, [index for index, split in enumerate(splits) if split == "validation"]
 
 
+def used(store: PreparedStore) -> dict[str, Any]:
+    """What a run's folder keeps of its data: the store's identity, and volumes to train and to validate on."""
+    train, validation = split_rows(store)
+    return {"store": store.store_id, "volumes": len(train), "validation": len(validation)}
+
+
 def prepare(
     config: PretrainConfig, store: PreparedStore, run: Run, fabric: Fabric, *, listeners: Sequence[Listener], keep: int
 ) -> Job:
@@ -120,8 +126,7 @@ def prepare(
         total=total,
     )
     if fabric.is_global_zero:
-        data = {"store": store.store_id, "volumes": len(train), "validation": len(validation)}
-        run.start(config, data, fabric.world_size)
+        run.start(config, used(store), fabric.world_size)
         leakage.record([store.rows[row] for row in train], run.folder)
     fabric.barrier()
     seed = config.optimisation.seed
