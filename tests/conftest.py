@@ -22,11 +22,14 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def _unchecked_where_slow(request: pytest.FixtureRequest) -> Iterator[None]:
-    """All but the slow tests check every call against its annotations; those repeat the same calls very often."""
-    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("slow") is not None)
+def _annotations_unchecked_where_calls_repeat(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every call is held against its annotations, but for slow tests and whole trainings, which make the same calls."""
+    whole = request.path.parent == Path(__file__).parent / "train"
+    before = jaxtyping.config.jaxtyping_disable
+    if whole or request.node.get_closest_marker("slow") is not None:
+        jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="session")

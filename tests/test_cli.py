@@ -204,7 +204,7 @@ def test_a_probe_without_patients_is_refused(chain: Path, tmp_path: Path) -> Non
     assert "not grouped by patient" in result.stderr
 
 
-def test_a_finished_run_is_complete_and_changed_settings_are_refused(chain: Path) -> None:
+def test_a_finished_run_is_complete_and_changed_settings_are_refused(chain: Path, tmp_path: Path) -> None:
     common = ("pretrain", "dagman-tiny", *TINY, "--data", chain / "prepared", "-o", chain / "run")
     again = called(*common, "--steps", "2")
     assert again.returncode == 0
@@ -216,9 +216,15 @@ def test_a_finished_run_is_complete_and_changed_settings_are_refused(chain: Path
     assert before.returncode == 4
     assert before.stderr == longer.stderr
     assert "3 steps" in called(*common, "--steps", "3", "--dry-run", "--fresh").stderr
+    inside = called(*common[:-1], chain, "--steps", "3", "--dry-run", "--fresh")
+    assert inside.returncode == 4
+    assert "which --fresh would move away" in inside.stderr
     left = called(*common, "--steps", "2", "--dry-run")
     assert left.returncode == 0
     assert f"12 volumes, the last 0 of 2 steps of the run in {chain / 'run'}" in left.stderr
+    shutil.copytree(chain / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert "12 volumes, 2 steps;" in called(*common[:-1], tmp_path / "run", "--steps", "2", "--dry-run").stderr
 
 
 def test_dry_run_says_what_it_would_cost_and_writes_nothing(chain: Path) -> None:

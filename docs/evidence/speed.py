@@ -1,6 +1,7 @@
 """Tables about speed: `docs/performance.md`."""
 
 import json
+import statistics
 from typing import Any
 
 from common import NOT_YET, RESULTS, load, machine, measured, number, rows
@@ -69,7 +70,7 @@ def step() -> str:
     header += ["monai / this: time", "CPU", "memory"]
     counts = [row["steps"] for row in whole]
     note = f"Medians of {min(counts)} to {max(counts)} steps"
-    return rows(header, body) + f"\n\n{note}. {sittings(result, whole)}"
+    return rows(header, body) + f"\n\n{note}. {sittings(whole)}"
 
 
 def step_ladder() -> str:
@@ -89,15 +90,15 @@ def step_ladder() -> str:
     ]
     header = ["crop, pairs, precision, allocator", "fast", "times as long", "CPU time", "memory"]
     counts = {row["steps"] for row in found}
-    note = f"Medians of {' or '.join(map(str, sorted(counts)))} rounds. {sittings(result, found)}"
+    note = f"Medians of {' or '.join(map(str, sorted(counts)))} rounds. {sittings(found)}"
     return rows(header, body) + f"\n\n{note}"
 
 
-def sittings(result: dict[str, Any], taken: list[dict[str, Any]]) -> str:
+def sittings(taken: list[dict[str, Any]]) -> str:
     """When and where rows of `step.json` were measured: each sitting keeps the rows of others."""
     known = {(row["date"], row["machine"]) for row in taken if "date" in row}
     before = sum("date" not in row for row in taken)
-    told = [f"{before} rows in sittings until {machine(result)}"] if before else []
+    told = [f"{before} row{'s'[: before - 1]} in earlier sittings"] if before else []
     return "; ".join([*told, *(f"{'others ' * bool(told)}on {date}, {where}" for date, where in sorted(known))]) + "."
 
 
@@ -107,23 +108,37 @@ def step_targets() -> str:
     if result is None:
         return NOT_YET
     aims = {(64, "default"): 5, (128, "default"): 7} | {(crop, "tuned"): 4 for crop in (64, 96, 128)}
-    body = []
+    sittings: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        aim = aims.get((row["crop"], row["allocator"]))
+        sittings.setdefault((row["crop"], row["allocator"]), []).append(row)
+    body = []
+    for (crop, allocator), same in sittings.items():
+        aim, last = aims.get((crop, allocator)), same[-1]
         body.append(
             [
-                str(row["crop"]),
-                "as it comes" if row["allocator"] == "default" else "with our allocator",
+                str(crop),
+                "as it comes" if allocator == "default" else "with our allocator",
                 f"{aim} times" if aim else "",
-                f"{row['times']:.1f} times",
-                f"{row['cpu_times']:.1f} times",
-                f"{row['monai']['seconds_median']:.2f}, {row['fast']['seconds_median']:.2f}",
-                f"{row['fast']['peak_mib'] / row['monai']['peak_mib']:.2f}",
+                f"{over_sittings(same, 'times')} times",
+                f"{over_sittings(same, 'cpu_times')} times",
+                str(len(same)),
+                f"{last['monai']['seconds_median']:.2f}, {last['fast']['seconds_median']:.2f}",
+                f"{last['fast']['peak_mib'] / last['monai']['peak_mib']:.2f}",
             ]
         )
-    header = ["crop", "MONAI", "aim: time", "reached", "CPU time", "s a step: MONAI, ours"]
-    told = f"Medians of {min(row['steps'] for row in result['rows'])} or more pairs of steps, taken in turns."
+    header = ["crop", "MONAI", "aim: time", "reached", "CPU time", "sittings", "s a step, last: MONAI, ours"]
+    told = (
+        f"Medians over sittings (least to most), each the median of {min(row['steps'] for row in result['rows'])} or "
+        "more pairs of steps taken in turns."
+    )
     return rows([*header, "our memory / theirs (aim .5)"], body) + f"\n\n{told} {machine(result)}."
+
+
+def over_sittings(same: list[dict[str, Any]], name: str) -> str:
+    """The median, and where there are several the least and the most."""
+    values = sorted(row[name] for row in same)
+    spread = f" ({values[0]:.1f} to {values[-1]:.1f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.1f}{spread}"
 
 
 def step_parts() -> str:

@@ -506,6 +506,7 @@ def register_series() -> None:
     series("good-deep-sequences", "", deep)
     SERIES["undefined-length"] = "SLICE", undefined_length
     SERIES["file-cut"] = "SLICE", cut_file
+    SERIES["good-rle-known-length"] = "", known_length
     series("unknown-codec", "CODEC", encapsulated("1.2.840.10008.1.2.4.53"))
     series("broken-j2k", "SLICE", encapsulated(JPEG2000Lossless))
     series("mr", "MODALITY", each(Modality="MR"))
@@ -548,6 +549,16 @@ def undefined_length(folder: Path) -> None:
     data = path.read_bytes()
     place = data.rindex(b"\xe0\x7f\x10\x00OW") + 8
     path.write_bytes(data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :])
+
+
+def known_length(folder: Path) -> None:
+    """Compressed pixels whose length is told, which the standard does not allow and some archives write."""
+    SERIES["good-rle"][1](folder)
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        place = data.rindex(b"\xe0\x7f\x10\x00OB") + 8
+        pixels = data[place + 4 :].removesuffix(b"\xfe\xff\xdd\xe0\x00\x00\x00\x00")
+        path.write_bytes(data[:place] + len(pixels).to_bytes(4, "little") + pixels)
 
 
 def again(data: list[Dataset]) -> list[Dataset]:

@@ -322,11 +322,30 @@ def test_a_process_reads_on_until_a_read_fails_and_is_replaced_where_it_ended_id
         read(bad)
     assert same_scan(read(good))
     assert reader() != first
-    idle = reader()
-    idle.kill()
-    while idle.status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)
+    reader().kill()
     assert same_scan(read(good))
+
+
+@pytest.mark.usefixtures("one_server")
+def test_a_process_killed_before_it_takes_up_a_scan_costs_nothing(tmp_path: Path) -> None:
+    FILES["good.nii.gz"][1](tmp_path / "good.nii.gz")
+    (good,) = index([tmp_path])[0]
+    read(good)
+    (idle,) = guard_process().children()
+    idle.suspend()
+    killed = threading.Timer(0.5, idle.kill)
+    killed.start()
+    assert same_scan(read(good))
+    killed.join()
+
+
+@pytest.mark.usefixtures("one_server")
+def test_a_reading_process_keeps_no_scan(tmp_path: Path) -> None:
+    FILES["good.nii.gz"][1](tmp_path / "good.nii.gz")
+    (good,) = index([tmp_path])[0]
+    read(good)
+    (reader,) = guard_process().children()
+    assert not [fd for fd in Path(f"/proc/{reader.pid}/fd").iterdir() if "memfd" in str(fd.readlink())]
 
 
 def test_works_in_threads_and_in_joblib_workers(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from dagman.run import Run
 from dagman.tasks import classify
 from dagman.tasks.embed import embed
 from dagman.train import checkpoints
+from dagman.train import pretrain as training
 from dagman.train.health import ALARMS, Watch
 from dagman.train.pretrain import pretrain
 from dagman.types import Views
@@ -96,6 +97,26 @@ def test_a_value_that_is_not_finite_skips_the_step_and_nothing_else(
     line = next(line for line in run.log_file.read_text().splitlines() if "skipped" in line)
     assert "step 2 skipped, not finite: " in line
     assert "volumes case-" in line
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("poison", [("loss", float("nan"))], indirect=True, ids=str)
+def test_a_skipped_step_names_the_volumes_of_all_its_batches(
+    store: PreparedStore, tmp_path: Path, poison: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    following = training._next
+
+    def noting(*arguments: Any) -> Any:
+        pairs = following(*arguments)
+        taken.extend(store.rows[row]["case_id"] for row in pairs.rows.tolist())
+        return pairs
+
+    monkeypatch.setattr(training, "_next", noting)
+    pretrain(small(steps=1, accumulate=5), store, tmp_path / "run", workers=1)
+    line = next(line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "skipped" in line)
+    assert len(set(taken)) > 2
+    assert line.endswith(f"volumes {', '.join(taken)}")
 
 
 def _identity(path: Path) -> str:

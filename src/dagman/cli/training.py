@@ -69,14 +69,17 @@ def pretrain(
     seeded = [] if seed is None else ["--optimisation.seed", str(seed)]
     chosen, _ = _chosen(pretrain, recipe, [*settings, *seeded], steps=steps, epochs=epochs, config=config)
     store, watch = PreparedStore(data), PreparedStore(labelled) if labelled else None
+    stores = [data, *([labelled] if labelled else [])]
     refuse_inside(output)
     if dry_run:
         if watch is not None:
             watching.check(watch, training.shown(chosen, store))
+        if fresh:
+            _refuse_moving(output, stores)
         _forecast(chosen, store, output, devices, device, fresh=fresh)
         return ExitCode.OK
     if fresh and output.exists():
-        _move_aside(output, [data, *([labelled] if labelled else [])])
+        _move_aside(output, stores)
     where: dict[str, Any] = {"devices": devices, "device": device, "workers": workers, "compiled": compiled}
     with progress("Pretraining") as tell:
         shown = [Watcher(tell)]
@@ -163,14 +166,19 @@ def _refuse_unknown(chosen: "PretrainConfig", values: dict[str, Any]) -> None:
             raise
 
 
-def _move_aside(output: Path, stores: Sequence[Path]) -> None:
-    """Give an earlier run a name of its own."""
-    from dagman.files import folder_lock
-
+def _refuse_moving(output: Path, stores: Sequence[Path]) -> None:
+    """What is needed is not moved away."""
     for store in stores:
         if store.resolve().is_relative_to(output.resolve()) or store.absolute().is_relative_to(output.absolute()):
             problem = f"holds the store {store}, which --fresh would move away with the run"
             raise DagmanError("OUTPUT", output, problem, "choose another output folder", exit_code=ExitCode.REFUSED)
+
+
+def _move_aside(output: Path, stores: Sequence[Path]) -> None:
+    """Give an earlier run a name of its own."""
+    from dagman.files import folder_lock
+
+    _refuse_moving(output, stores)
     aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     with folder_lock(output):
         output.rename(aside)
@@ -180,23 +188,24 @@ def _move_aside(output: Path, stores: Sequence[Path]) -> None:
 def _forecast(
     config: "PretrainConfig", store: "PreparedStore", output: Path, devices: int, device: str | None, *, fresh: bool
 ) -> None:
-    """Say what a run would be and take, measured on noise; refuse what the run would refuse."""
+    """Say what a run would be and take, measured on noise; settings, data and folder are refused as by the run."""
     import torch
 
     from dagman import config as configs
+    from dagman.pretext.method import check_fit
     from dagman.run import Run
-    from dagman.train import cost
-    from dagman.train.job import split_rows, used
+    from dagman.train import checkpoints, cost
+    from dagman.train.job import planned, used
 
+    check_fit(config.encoder, config.method)
+    train, _, steps = planned(config, store, devices)
     run = Run(output)
-    done = len(run.metrics()) if not fresh and run.compare(config, used(store), devices) else 0
+    done = checkpoints.last_step(run.checkpoints) if not fresh and run.compare(config, used(store), devices) else 0
     print(configs.to_yaml(config), end="")
     module = cost.built(config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    num_volumes = len(split_rows(store)[0])
-    steps = config.optimisation.total_steps(num_volumes, devices)
     which = f"the last {steps - done} of {steps} steps of the run in {output}" if done else f"{steps} steps"
-    say(f"{num_volumes} volumes, {which}; {cost.size_line(module)}")
-    say(cost.time_line(config, cost.measure(module, config), steps - done, num_volumes, devices))
+    say(f"{len(train)} volumes, {which}; {cost.size_line(module)}")
+    say(cost.time_line(config, cost.measure(module, config), steps - done, len(train), devices))
 
 
 def ablate(

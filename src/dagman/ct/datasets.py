@@ -161,7 +161,7 @@ class SharedCollate:
     """Samples as one batch, in memory that a reader process shares with the training and uses again.
 
     Memory that is shared anew for every batch costs more than reading its crops (`benchmarks/input.py`): the system
-    clears it page by page. So a process fills the same few places in turn, and crops of a batch are whole **until the
+    clears it page by page. So a process fills the same few places in turn, and all of a batch is whole **until the
     next batch is taken from the loader**.
 
     Args:

@@ -1,12 +1,14 @@
 """Reading in a child process with a memory and a time limit: a hostile file can end its own read, nothing else.
 
 One small server per caller holds the reading libraries. A fork of it does one task after the other, which saves the
-memory that a new one would have to touch first, and is replaced after the first that fails, which costs milliseconds.
+memory that a new one would have to touch first; it is replaced, which costs milliseconds, after the first that fails
+and after any that decoded pixels outside of Python.
 Requests and replies are JSON, voxels come back in shared memory; nothing is pickled.
 """
 
 import atexit
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -72,6 +74,7 @@ class _Server:
 
 
 _idle: list[_Server] = []
+_UNREAD = "unread"
 _LARGEST_WORKER = 2**30
 """Bytes that a process may have held and still do another task, whose limit what it left behind would narrow."""
 
@@ -176,48 +179,63 @@ def _serve(connection: socket.socket) -> None:
     """Hand every request to a fork, until the caller is gone."""
     from dagman.ct import tasks
 
-    worker: tuple[int, socket.socket] | None = None
+    worker: _Worker | None = None
     while True:
         line, descriptors, _, _ = socket.recv_fds(connection, 64, 2)
         if not line:
             return
-        if worker and os.waitpid(worker[0], os.WNOHANG)[0]:  # ended while it had nothing to do: no task's fault
-            worker[1].close()
-            worker = None
-        worker = worker or _fork(tasks.TASKS, connection)
-        process, channel = worker
-        socket.send_fds(channel, [b"task"], descriptors)
+        for _ in range(2):
+            worker = worker if worker and worker.alive else _Worker(tasks.TASKS, connection, descriptors)
+            outcome = worker.outcome(descriptors, float(line), connection)
+            if outcome != _UNREAD:  # a process that ended while it had nothing to do is no task's fault
+                break
         for descriptor in descriptors:
             os.close(descriptor)
-        ready = select.select([channel, connection], [], [], float(line))[0]
-        if channel in ready and channel.recv(64):
-            connection.sendall(b"0")
-            continue
-        if channel not in ready:
-            os.kill(process, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        channel.close()
-        worker = None
-        connection.sendall(str(status).encode() if ready else b"timeout")
+        connection.sendall(outcome.encode())
 
 
-def _fork(tasks: dict[str, Any], connection: socket.socket) -> tuple[int, socket.socket]:
-    """A process that does tasks, and the server's end of the line to it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    process = os.fork()
-    if process == 0:
+class _Worker:
+    """A fork that does tasks, and the server's end of the line to it."""
+
+    def __init__(self, tasks: dict[str, Any], connection: socket.socket, descriptors: list[int]) -> None:
+        self.alive = True
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.process = os.fork()
+        if self.process == 0:
+            try:
+                connection.close()
+                self.channel.close()
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                _work(tasks, theirs)
+            finally:
+                os._exit(3)
+        theirs.close()
+
+    def outcome(self, descriptors: list[int], seconds: float, connection: socket.socket) -> str:
+        """0 for a task that was done; else how the process ended, which is no longer alive then."""
+        ready = [self.channel]
         try:
-            connection.close()
-            ours.close()
-            _work(tasks, theirs)
-        finally:
-            os._exit(3)
-    theirs.close()
-    return process, ours
+            socket.send_fds(self.channel, [b"task"], descriptors)
+            ready = select.select([self.channel, connection], [], [], seconds)[0]
+            if self.channel in ready and self.channel.recv(64):
+                return "0"
+            unread = False
+        except ConnectionError:
+            unread = True
+        if self.channel not in ready:
+            os.kill(self.process, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        self.channel.close()
+        self.alive = False
+        return _UNREAD if unread else str(status) if ready else "timeout"
 
 
 def _work(tasks: dict[str, Any], channel: socket.socket) -> None:
-    """In the fork: limit, read, reply, again. Ends with its first failure, and once it held much; never returns."""
+    """In the fork: limit, read, reply, again. Never returns.
+
+    It ends with its first failure, once it held much, and after a decoder in C++ that a file could have led astray.
+    """
     while True:
         line, descriptors, _, _ = socket.recv_fds(channel, 64, 2)
         if not line:
@@ -232,14 +250,14 @@ def _work(tasks: dict[str, Any], channel: socket.socket) -> None:
             stream.write(json.dumps(reply).encode())
         os.close(voxels)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if "error" in reply or peak > _LARGEST_WORKER:
+        if "error" in reply or peak > _LARGEST_WORKER or "SimpleITK" in sys.modules:
             os._exit(0)
         channel.sendall(b"done")
 
 
 def _answer(tasks: dict[str, Any], request: dict[str, Any], voxels: int) -> dict[str, Any]:
-    limit = request["memory_bytes"]
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    limit, most = request["memory_bytes"], resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
     subject = request["subject"]
@@ -257,7 +275,7 @@ def _answer(tasks: dict[str, Any], request: dict[str, Any], voxels: int) -> dict
 
 def _foreign(error: Exception, subject: str, limit: int) -> DagmanError:
     """A library's error as ours. Its text may quote the header, so only its type is told."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return _memory(subject, limit)
     if isinstance(error, PermissionError):
         return DagmanError("PERM", subject, "may not be read", "give yourself the right to read it")

@@ -28,6 +28,8 @@ _PIXEL_DATA = 0x7FE00010
 _PIXELS = (_PIXEL_DATA, 0x7FE00008, 0x7FE00009)
 """Whole numbers, and the two kinds of real ones."""
 _UNDEFINED = 0xFFFFFFFF
+_ITEM = bytes.fromhex("feff00e0")
+"""How a compressed frame begins."""
 _DEFLATED_BYTES = 2**28
 _DECOMPRESS = "decompress the series, for example with `gdcmconv --raw`"
 _COPY = "copy or export this slice again"
@@ -54,7 +56,7 @@ class File(NamedTuple):
 
 
 def parse(path: Path, *, header_only: bool) -> File:
-    """Everything in one file up to its pixels; compressed pixels too, unless `header_only`.
+    """What one file holds up to its pixels, not what follows them; compressed pixels too, unless `header_only`.
 
     Read through a memory map, which hands out no more than the file has, whatever length an element claims.
     """
@@ -67,9 +69,10 @@ def parse(path: Path, *, header_only: bool) -> File:
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
 
         def stop(tag: int, _vr: str | None, length: int) -> bool:
+            start = mapped.tell()
             fixed = tag == _PIXEL_DATA and length != _UNDEFINED and not deflated
-            if fixed:
-                place.append((mapped.tell(), length))
+            if fixed := fixed and mapped[start : start + 4] != _ITEM:  # compressed ones with a length are read whole
+                place.append((start, length))
             return fixed or (header_only and tag in _PIXELS)
 
         data = read_partial(mapped, stop, force=True)
@@ -127,11 +130,13 @@ def _native(path: Path, file: File) -> Decode:
     dtype = np.dtype(f"{order}{'i' if signed else 'u'}{allocated // 8}")
 
     def decode(frame: int) -> np.ndarray:
-        if file.place:
-            values = np.fromfile(path, dtype, rows * columns, offset=file.place[0] + frame * each)
-        else:
-            values = np.frombuffer(data.PixelData, dtype, rows * columns, frame * each)
-        return _used_bits(path, data, values.reshape(rows, columns))
+        with parsing("SLICE", path, "is cut short or broken", _COPY):
+            if file.place:
+                values = np.fromfile(path, dtype, rows * columns, offset=file.place[0] + frame * each)
+            else:
+                values = np.frombuffer(data.PixelData, dtype, rows * columns, frame * each)
+            values = values.reshape(rows, columns)
+        return _used_bits(path, data, values)
 
     return decode
 

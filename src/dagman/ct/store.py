@@ -64,7 +64,7 @@ def require_storage(storage: Storage, folder: Path) -> None:
 
 
 def _open_array(path: Path) -> Any:
-    """An array on disk that reads what is sliced from it."""
+    """An array on disk that reads what is sliced from it; mapped, so whoever cuts it meanwhile ends this process."""
     if path.suffix == ".npy":
         return np.load(path, mmap_mode="c")  # what is written stays in memory, and torch takes it as it is
     return _blosc2(path).open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})

@@ -178,30 +178,37 @@ def fit(
     The strength is the one with the least out-of-fold log loss (a tie goes to the stronger regularisation); the
     threshold the one with the best balanced accuracy of its out-of-fold probabilities.
     """
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     numbers = classes.astype(np.int64)
     with threadpool_limits(1, "blas"):  # the products of small studies: threads would wait for one another
-        outside = np.stack([_outside(features, numbers, fold, strength) for strength in STRENGTHS])
+        outside = _outside(features, numbers, fold)
         likelihood = outside[:, np.arange(len(numbers)), numbers]
         best = int(np.argmin(-np.log(np.maximum(likelihood, 1e-12)).mean(axis=1)))
-        model = _pipeline(STRENGTHS[best]).fit(features, numbers)
+        model = make_pipeline(StandardScaler(), _regression(STRENGTHS[best])).fit(features, numbers)
     cut = threshold(outside[best, :, 1], numbers == 1) if outside.shape[2] == 2 else 0.5
     return Probe(model=model, strength=STRENGTHS[best], threshold=cut, outside=outside[best])
 
 
-def _outside(features: np.ndarray, numbers: np.ndarray, fold: np.ndarray, strength: float) -> np.ndarray:
-    probability = np.empty((len(numbers), int(numbers.max()) + 1))
+def _outside(features: np.ndarray, numbers: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Out-of-fold probabilities at each strength, (strengths, cases, classes)."""
+    from sklearn.preprocessing import StandardScaler
+
+    probability = np.empty((len(STRENGTHS), len(numbers), int(numbers.max()) + 1))
     for number in range(int(fold.max()) + 1):
         train, test = fold != number, fold == number
-        probability[test] = _pipeline(strength).fit(features[train], numbers[train]).predict_proba(features[test])
+        scaler = StandardScaler().fit(features[train])
+        learnt, asked = scaler.transform(features[train]), scaler.transform(features[test])
+        for place, strength in enumerate(STRENGTHS):
+            probability[place, test] = _regression(strength).fit(learnt, numbers[train]).predict_proba(asked)
     return probability
 
 
-def _pipeline(strength: float) -> Any:
+def _regression(strength: float) -> Any:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-6, max_iter=20_000))
+    return LogisticRegression(C=strength, tol=1e-6, max_iter=20_000)
 
 
 def threshold(probability: Float[np.ndarray, " cases"], positive: Shaped[np.ndarray, " cases"]) -> float:

@@ -149,6 +149,11 @@ def _read(path: Path, run: str) -> tuple[int, dict[str, Tensor]]:
         raise _DamagedError(f"is damaged ({type(error).__name__})") from None
 
 
+def last_step(folder: Path) -> int:
+    """The step of the newest checkpoint, by its name alone; 0 without one."""
+    return max((int(path.name.removeprefix("step-")) for path in _folders(folder)), default=0)
+
+
 def _folders(folder: Path) -> list[Path]:
     """Finished checkpoints, newest first."""
     return sorted(folder.glob("step-*"), reverse=True)

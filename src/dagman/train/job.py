@@ -101,18 +101,28 @@ def used(store: PreparedStore) -> dict[str, Any]:
     return {"store": store.store_id, "volumes": len(train), "validation": len(validation)}
 
 
-def prepare(
-    config: PretrainConfig, store: PreparedStore, run: Run, fabric: Fabric, *, listeners: Sequence[Listener], keep: int
-) -> Job:
-    """Everything that stands before the first step; the folder's settings are written, or compared."""
+def planned(config: PretrainConfig, store: PreparedStore, devices: int) -> tuple[list[int], list[int], int]:
+    """Rows to train and to validate on, and the number of steps.
+
+    Raises:
+        DagmanError: `E-NODATA` (exit code 5) where all cases are held out; `E-CONFIG` where hiding would never start.
+    """
     train, validation = split_rows(store)
     if not train:
         held_out = f" ({len(store)} are held out)" if len(store) else ""
         advice = "prepare scans whose split is neither validation nor test" if held_out else "prepare at least one scan"
         problem = f"holds no volume to train on{held_out}"
         raise DagmanError("NODATA", store.folder, problem, advice, exit_code=ExitCode.NOTHING_USABLE)
-    total = config.optimisation.total_steps(len(train), fabric.world_size)
+    total = config.optimisation.total_steps(len(train), devices)
     config.check_length(total)
+    return train, validation, total
+
+
+def prepare(
+    config: PretrainConfig, store: PreparedStore, run: Run, fabric: Fabric, *, listeners: Sequence[Listener], keep: int
+) -> Job:
+    """Everything that stands before the first step; the folder's settings are written, or compared."""
+    train, validation, total = planned(config, store, fabric.world_size)
     job = Job(
         config=config,
         store=store,

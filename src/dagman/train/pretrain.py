@@ -212,7 +212,7 @@ def _step(job: Job, step: int, source: Iterator[Pairs], stop: engine.StopRequest
         asked = time.perf_counter()
         pairs = _next(job, source, step)
         waited += time.perf_counter() - asked
-        seen.append(pairs.rows)
+        seen.append(pairs.rows.clone())  # the next batch may be written over this one
         outcomes.append(_look(job, show(pairs, job.config.data), now, (step, micro)))
     norm = engine.clip(job.optimizer, optimisation.gradient_clip)
     if now.last_layers_frozen:
