@@ -23,13 +23,32 @@ ROOT = Path(__file__).parents[2]
 needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="the kernel was not compiled here")
 
 
-def written_out(qkv: Tensor, shift: Tensor, bias: Tensor, order: Tensor, kinds: Tensor, masks: Tensor) -> Tensor:
+def shares(
+    qkv: Tensor, shift: Tensor, bias: Tensor, order: Tensor, kinds: Tensor, masks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What each query takes of each value, (windows, heads, tokens, tokens), and the values."""
     heads, tokens, _ = bias.shape
     windows = (qkv + shift)[order.long()].view(len(kinds), tokens, 3, heads, -1)
     query, key, value = windows.permute(2, 0, 3, 1, 4)
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5 + bias + masks.to(qkv.dtype)[kinds.long()][:, None]
-    mixed = (logits.softmax(-1) @ value).transpose(1, 2).reshape(len(order), -1)
-    return torch.empty_like(mixed).index_copy(0, order.long(), mixed)
+    return logits.softmax(-1), value
+
+
+def written_out(*given_: Tensor) -> Tensor:
+    order = given_[3].long()
+    share, value = shares(*given_)
+    mixed = (share @ value).transpose(1, 2).reshape(len(order), -1)
+    return torch.empty_like(mixed).index_copy(0, order, mixed)
+
+
+@torch.no_grad()
+def summed_sizes(given_: list[Tensor], probe: Tensor, to_rows: Tensor) -> list[float]:
+    """How large the gradients of qkv, its bias and the position bias would be if nothing that they sum up cancelled."""
+    share, value = shares(*given_)
+    coming = probe.double()[given_[3].long()].view(len(share), share.shape[-1], share.shape[1], -1).transpose(1, 2)
+    slope = (coming @ value.transpose(-2, -1)).abs()
+    to_logits = share * (slope + (share * slope).sum(dim=-1, keepdim=True))
+    return [to_rows.norm().item(), to_rows.abs().sum(dim=0).norm().item(), to_logits.sum(dim=0).norm().item()]
 
 
 def case(windows: int, tokens: int, heads: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -66,20 +85,20 @@ def gap(one: Tensor, other: Tensor) -> float:
     seed=st.integers(0, 2**16),
 )
 @example(windows=1, tokens=2, heads=1, width=6, seed=4)
+@example(windows=1, tokens=125, heads=1, width=1, seed=627)
 def test_outputs_and_all_gradients_equal_float64(windows, tokens, heads, width, seed):
     torch.manual_seed(seed)
     given_ = case(windows if tokens < 100 else min(windows, 3), tokens, heads, width)
     exact = [*(each.detach().double().requires_grad_() for each in given_[:3]), *given_[3:]]
-    mixed, expected, single = attended(given_), written_out(*exact), written_out(*given_)
+    mixed, expected = attended(given_), written_out(*exact)
     probe = torch.randn(mixed.shape)
     found = torch.autograd.grad((mixed * probe).sum(), given_[:3])
     wanted = torch.autograd.grad((expected * probe).sum(), exact[:3])
-    singles = torch.autograd.grad((single * probe).sum(), given_[:3])
     assert gap(mixed, expected) < 1e-6
     assert (mixed - expected).abs().max() < 1e-5
-    for ours, plain, rounded in zip(found, wanted, singles, strict=True):
-        # Where a gradient cancels to next to nothing, float32 itself is further off (1 window of 2 tokens, seed 4).
-        assert gap(ours, plain) < max(1e-5, 1.5 * gap(rounded, plain))
+    for ours, plain, size in zip(found, wanted, summed_sizes(exact, probe, wanted[0]), strict=True):
+        # A gradient that cancels (that of the keys' bias is 0 in theory) is as exact as an output, for what it sums up.
+        assert gap(ours, plain) < 1e-5 or (ours - plain).norm() < 1e-6 * size
 
 
 @needs_kernel

@@ -339,12 +339,16 @@ void backward(const T* qkv, const float* shift, const float* bias, const int32_t
                     for (int lane = 0; lane < lanes; lane += W) {
                         float *m = matrix.get() + lane, *d = slope.get() + lane, *b = bias_sum.get() + corner + lane;
                         const V top = load(peak + lane), part_of = load(share + lane);
-                        V dot = {};
+                        V dots[4] = {}, wholes[4] = {};  // of each fourth: shorter sums round less
                         for (int j = 0; j < n.tokens; ++j) {
                             const V p = power_of_two(load(m + j * LANES) - top) * part_of;
-                            dot += p * load(d + j * LANES);
+                            dots[j % 4] += p * load(d + j * LANES);
+                            wholes[j % 4] += p;
                             store(m + j * LANES, p);
                         }
+                        // The whole is 1 but for rounding, which all queries would add to the gradient of the keys' bias.
+                        const V dot = ((dots[0] + dots[1]) + (dots[2] + dots[3])) /
+                                      ((wholes[0] + wholes[1]) + (wholes[2] + wholes[3]));
                         for (int j = 0; j < n.tokens; ++j) {
                             const V ds = load(m + j * LANES) * (load(d + j * LANES) - dot);
                             store(d + j * LANES, ds);
