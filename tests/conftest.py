@@ -21,6 +21,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first: one that came last would leave all processes but its own without work."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _annotations_unchecked_where_calls_repeat(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every call is held against its annotations, but for slow tests and whole trainings, which make the same calls."""
