@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -43,6 +43,16 @@ class Case:
         out = functional.gelu(x @ first.T + bias) @ second.T
         return [out, *torch.autograd.grad((out * self.probe.double()).sum(), exact)]
 
+    def summed_sizes(self) -> list[float]:
+        """How large each of these would be if nothing that it sums up cancelled."""
+        x, first, bias, second = (each.detach().double() for each in self.trained)
+        probe, before = self.probe.double(), (x @ first.T + bias).requires_grad_()
+        between = functional.gelu(before)
+        slope = torch.autograd.grad((between @ second.T * probe).sum(), before)[0].abs()
+        size = between.detach().abs()
+        sums = size @ second.abs().T, slope @ first.abs(), slope.T @ x.abs(), slope.sum(dim=0), probe.abs().T @ size
+        return [each.norm().item() for each in sums]
+
 
 @needs_tiles
 @settings(deadline=None, max_examples=60)
@@ -52,13 +62,16 @@ class Case:
     hidden=st.integers(1, 12).map(lambda n: 32 * n),
     seed=st.integers(0, 2**16),
 )
+@example(count=1, width=2, hidden=32, seed=229)
 def test_the_kernel_and_all_its_gradients_equal_float64_but_for_rounding(count, width, hidden, seed):
     torch.manual_seed(seed)
     case = Case(count, width, hidden)
     found, wanted = case.found(), case.wanted()
     assert [each.dtype for each in found] == [HALF, HALF, *[torch.float32] * 3]
     assert [each.shape for each in found] == [each.shape for each in wanted]
-    assert max(gap(ours, exact) for ours, exact in zip(found, wanted, strict=True)) < 2**-7
+    for ours, exact, size in zip(found, wanted, case.summed_sizes(), strict=True):
+        # What is rounded between the layers is off by up to 2^-9 of itself, and of nothing that cancels to less.
+        assert gap(ours, exact) < 2**-7 or (ours - exact).norm() < 2**-8 * size
     assert gap(found[3], wanted[3]) < 1e-5  # of the bias between: it is never rounded
 
 
