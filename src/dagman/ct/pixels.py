@@ -69,9 +69,9 @@ def parse(path: Path, *, header_only: bool) -> File:
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
 
         def stop(tag: int, _vr: str | None, length: int) -> bool:
-            start = mapped.tell()
-            fixed = tag == _PIXEL_DATA and length != _UNDEFINED and not deflated
-            if fixed := fixed and mapped[start : start + 4] != _ITEM:  # compressed ones with a length are read whole
+            start, native = mapped.tell(), tag == _PIXEL_DATA and length != _UNDEFINED and not deflated
+            fixed = native and mapped[start : start + 4] != _ITEM  # compressed ones with a length are read whole
+            if fixed:
                 place.append((start, length))
             return fixed or (header_only and tag in _PIXELS)
 
