@@ -103,7 +103,7 @@ def test_cells_alone_are_those_of_the_whole_crop(times, share):
     wanted = torch.rand(batch, *(times * n for n in grid)) < share
     alone = head.predict_cells(final, wanted)
     whole = hiding.cut(head(final), side // times)[wanted]
-    assert torch.equal(alone, whole)
+    torch.testing.assert_close(alone, whole, rtol=1e-14, atol=0)  # a product of other rows may round otherwise
     weights = torch.randn_like(whole)
     parts = [final, *head.parameters()]
     for mine, theirs in zip(*(torch.autograd.grad((x * weights).sum(), parts) for x in (alone, whole)), strict=True):

@@ -58,4 +58,4 @@ def test_the_norm_is_that_of_float64_and_0_without_gradients() -> None:
     assert engine.clip(optimizer, 3.0).item() == 0
     layer.weight.grad = torch.randn(2000, 3000)
     exact = layer.weight.grad.double().norm().item()
-    assert engine.clip(optimizer, 3.0).item() == pytest.approx(exact, rel=3e-5)
+    assert engine.clip(optimizer, 3.0).item() == pytest.approx(exact, rel=1e-6)
