@@ -85,6 +85,26 @@ def test_importing_dagman_imports_nothing_heavy() -> None:
     assert result.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.parametrize(
+    ("verb", "heavy"),
+    [
+        (("prepare", "-i", "{chain}/phantoms/images/phantom_000.nii.gz", "-o", "{tmp}/out"), "torch"),
+        (("check", "{chain}/phantoms/images/phantom_000.nii.gz"), "torch"),
+        (("classify", "probe", "-i", "{tmp}/features.csv", "-o", "{tmp}/out"), "torch"),
+        (("info", "dagman-tiny"), "lightning_fabric"),
+    ],
+)
+def test_a_verb_waits_for_no_library_that_it_does_not_need(
+    chain: Path, tmp_path: Path, verb: tuple[str, ...], heavy: str
+) -> None:
+    rows = ["case_id,patient,label,f0", *(f"c{index},p{index},{index % 2},{index**2 % 7}" for index in range(24))]
+    (tmp_path / "features.csv").write_text("\n".join(rows) + "\n")
+    arguments = [word.format(chain=chain, tmp=tmp_path) for word in verb]
+    script = f"import sys\nfrom dagman.cli import run\nprint(run({arguments!r}), {heavy!r} in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-2:] == ["0", "False"], result.stderr
+
+
 def test_every_public_name_resolves() -> None:
     import dagman as package
 

@@ -15,7 +15,7 @@ from dagman.ct import phantom
 from dagman.ct.index import index
 from dagman.ct.prepare import prepare
 from dagman.ct.store import PreparedStore
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError, ExitCode, duration
 from dagman.figures import phantom as sheets
 from dagman.nets.encoder import Encoder
 from dagman.nets.weights import load_encoder
@@ -23,7 +23,6 @@ from dagman.run import Run, describe_environment
 from dagman.tasks import classify, predictions
 from dagman.tasks.attention import explain
 from dagman.tasks.embed import embed, in_turn, untrained, voxels
-from dagman.train.cost import duration
 from dagman.train.pretrain import Listener, Result, pretrain
 
 NUM_PHANTOMS = 48

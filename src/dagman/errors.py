@@ -1,5 +1,6 @@
 """Errors a person can act on: one line that names the thing, what is wrong with it, and the way out."""
 
+import math
 from enum import IntEnum
 
 
@@ -25,6 +26,15 @@ class ExitCode(IntEnum):
 def printable(text: object) -> str:
     """Escape control characters, so that a hostile file name stays on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 12 min, 3.5 h, 20 days."""
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48), ("days", 86400, math.inf)):
+        if seconds / size < limit:
+            amount = seconds / size
+            return f"{amount:.1f} {unit}" if amount < 10 and unit != "s" else f"{amount:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 class DagmanError(Exception):

@@ -7,7 +7,6 @@ would.
 import hashlib
 
 import numpy as np
-import torch
 
 
 def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
@@ -18,11 +17,6 @@ def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
 def torch_seed(seed: int, purpose: str, *index: int) -> int:
     """A 63-bit seed for `torch.Generator.manual_seed`, keyed as `generator`."""
     return _key(seed, purpose, index) & (2**63 - 1)
-
-
-def torch_generator(seed: int, purpose: str, *index: int) -> torch.Generator:
-    """A CPU torch generator keyed as `generator`."""
-    return torch.Generator().manual_seed(torch_seed(seed, purpose, *index))
 
 
 def _key(seed: int, purpose: str, index: tuple[int, ...]) -> int:

@@ -11,8 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dagman import config, files
 from dagman.errors import DagmanError, ExitCode
 
@@ -128,6 +126,8 @@ class Run:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, threads, processor, GPU, git commit and the level of determinism that they allow."""
+    import torch  # folders of studies are made without it
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": {

@@ -6,11 +6,13 @@ spacing is (x, y, z) in mm; `hidden` is boolean, True where a network cannot see
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from torch import Tensor
+
+if TYPE_CHECKING:  # scans are read, and features judged, without it
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,34 +117,34 @@ class LoadReport:
 class Views(NamedTuple):
     """Two overlapping crops of each volume of a batch, intensities in [0, 1]."""
 
-    u: Float[Tensor, "batch 1 x y z"]
-    v: Float[Tensor, "batch 1 x y z"]
-    rows: Int[Tensor, " batch"]
+    u: 'Float[Tensor, "batch 1 x y z"]'
+    v: 'Float[Tensor, "batch 1 x y z"]'
+    rows: 'Int[Tensor, " batch"]'
     """Row of the prepared store each pair was cut from."""
-    padding: Float[Tensor, " batch"]
+    padding: 'Float[Tensor, " batch"]'
     """Share of the pair's voxels that lie outside the stored volume."""
 
 
 class Features(NamedTuple):
     """What every encoder returns. Cells are in C order of their (x, y, z) grid."""
 
-    tokens: Float[Tensor, "batch cells width"]
+    tokens: 'Float[Tensor, "batch cells width"]'
     """Normalised cell tokens: semantic attention's, the grid of stage 3 without it, or a ViT's."""
-    cls: Float[Tensor, "batch width"] | None
+    cls: 'Float[Tensor, "batch width"] | None'
     """Normalised [CLS] token; None for an encoder without one."""
-    attention: Float[Tensor, "batch cells"] | None
+    attention: 'Float[Tensor, "batch cells"] | None'
     """Equation 1: mean over heads of the [CLS] row over the cells, summing to 1."""
-    pooled: Float[Tensor, "batch final_width"]
+    pooled: 'Float[Tensor, "batch final_width"]'
     """Mean over the normalised final tokens."""
-    pyramid: tuple[Float[Tensor, "batch level_width level_x level_y level_z"], ...]
+    pyramid: 'tuple[Float[Tensor, "batch level_width level_x level_y level_z"], ...]'
     """Normalised feature maps in the order they are computed, so a Swin's finest first; the last is the final map."""
 
 
 class Losses(NamedTuple):
     """The four losses of section 3.2 under the paper's names, and their weighted sum (equations 2-5)."""
 
-    total: Float[Tensor, ""]
-    amip: Float[Tensor, ""]
-    ampd: Float[Tensor, ""]
-    aitd: Float[Tensor, ""]
-    gitd: Float[Tensor, ""]
+    total: 'Float[Tensor, ""]'
+    amip: 'Float[Tensor, ""]'
+    ampd: 'Float[Tensor, ""]'
+    aitd: 'Float[Tensor, ""]'
+    gitd: 'Float[Tensor, ""]'

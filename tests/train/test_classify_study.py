@@ -28,6 +28,7 @@ from dagman.tasks import classifier, embed, leakage, predictions, watching
 from dagman.tasks import classify as probing
 from dagman.tasks import cohort as cohorts
 from dagman.tasks.case_crops import CaseCrops
+from dagman.tasks.origin import Origin
 from dagman.tasks.protocol import Protocol
 from dagman.train import classify
 from dagman.train.classify import ClassifyConfig, finetune
@@ -583,7 +584,7 @@ def test_a_probe_as_classifier_says_what_the_probe_says(store, tmp_path):
     table = embed.embed(encoder, store)
     probe, names, learnt = probing.fit_all(table, Protocol(folds=2), positive="bright", unlabelled="refuse")
     assert learnt == set(table.case_ids)
-    origin = embed.Origin(tmp_path, "pooled", store.store_id, Seen(True, {}, {}), [], 0, None, [])
+    origin = Origin(tmp_path, "pooled", store.store_id, Seen(True, {}, {}), [], 0, None, [])
     made = classifier.from_probe(probe, names, encoder, origin)
     found = classifier.probabilities(made.network, store)
     np.testing.assert_allclose(found.features, probe.probabilities(table.features.astype(float)), atol=1e-4)

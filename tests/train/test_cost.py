@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dagman.ct.datasets import DataConfig
+from dagman.errors import duration
 from dagman.figures import progress
 from dagman.nets import kernel
 from dagman.nets.encoder import build
@@ -18,6 +19,7 @@ from dagman.nets.swin import SwinConfig
 from dagman.nets.vit import ViTConfig
 from dagman.pretext.codistill import CoDistillation
 from dagman.train import cost, engine
+from dagman.train.settings import Precision
 
 
 @pytest.mark.parametrize(
@@ -42,17 +44,14 @@ def test_the_paper_size_is_extrapolated_by_operations() -> None:
         "about 2.00 s a step, 60 s in all without examinations (step 1, every 100, the last), probes and pictures; "
         "about 1.0 GiB; the paper's size"
     )
-    assert f"on these 10 volumes would take about {cost.duration(factor * 8000)} here" in line
+    assert f"on these 10 volumes would take about {duration(factor * 8000)} here" in line
     assert "(embedding 48, crop 128^3, 800 epochs)" in line
     often = cost.time_line(small(batch_size=2, examine_every=7), cost.Measured(1.0, 0.5, 0.25), 30, 10, 1)
     assert "without examinations (step 1, every 7, the last), probes" in often
     vit = replace(small(), encoder=ViTConfig(), data=DataConfig(crop=(64, 64, 64)))
     factor = cost.encoder_flops(ViTConfig(), (128, 128, 128)) / cost.encoder_flops(ViTConfig(), (64, 64, 64))
     line = cost.time_line(vit, cost.Measured(1.0, 0.5, 0.25), 30, 10, 1)
-    assert (
-        f"(width 768, crop 128^3, 800 epochs) on these 10 volumes would take about {cost.duration(factor * 8000)}"
-        in line
-    )
+    assert f"(width 768, crop 128^3, 800 epochs) on these 10 volumes would take about {duration(factor * 8000)}" in line
 
 
 def test_the_paper_size_says_nothing_of_itself_and_digits_no_more_than_is_known() -> None:
@@ -80,13 +79,6 @@ def test_measuring_a_pair_changes_nothing() -> None:
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(45, "45 s"), (600, "10 min"), (90 * 60, "90 min"), (36000, "10 h"), (86400 * 30, "30 days")]
-)
-def test_durations_are_for_people(seconds: float, words: str) -> None:
-    assert cost.duration(float(seconds)) == words
-
-
 def test_a_picture_is_drawn_of_few_of_many_and_of_missing_values() -> None:
     for count in (1, 40, 5000):
         rows = [{"step": step + 1, "amip": 1 / (step + 1), "ampd": None} for step in range(count)]
@@ -105,7 +97,7 @@ def test_a_picture_is_drawn_of_few_of_many_and_of_missing_values() -> None:
     ],
 )
 def test_bf16_is_called_slow_where_the_processor_lacks_it(
-    monkeypatch: pytest.MonkeyPatch, device: str, precision: engine.Precision, can: dict[str, Any], slow: bool
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: Precision, can: dict[str, Any], slow: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     assert engine.slow_bf16(torch.device(device), precision) is slow

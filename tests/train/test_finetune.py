@@ -11,8 +11,7 @@ from dagman.errors import DagmanError
 from dagman.nets.encoder import build, layers
 from dagman.nets.swin import AttentionConfig, SwinConfig
 from dagman.nets.vit import ViTConfig
-from dagman.randomness import torch_generator
-from dagman.train import finetune
+from dagman.train import engine, finetune
 from dagman.train.finetune import FinetuneConfig, fit
 
 SMALL = SwinConfig(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), attention=AttentionConfig(stage=2))
@@ -21,7 +20,7 @@ PLAIN = FinetuneConfig(steps=6, batch_size=2, check_every=2, learning_rate=0.01)
 
 class Points(Dataset):
     def __getitem__(self, sample):
-        draws = torch_generator(0, "points", sample)
+        draws = engine.torch_generator(0, "points", sample)
         x = torch.randn(3, generator=draws)
         return x, (x[0] > 0).float()
 
@@ -65,7 +64,7 @@ def test_it_learns_and_leaves_a_network_in_eval_mode(tmp_path):
     lesson = Line()
     assert fit(lesson, FinetuneConfig(steps=60, learning_rate=0.05), tmp_path).finished
     assert not lesson.network.training
-    x = torch.randn(200, 3, generator=torch_generator(1, "test"))
+    x = torch.randn(200, 3, generator=engine.torch_generator(1, "test"))
     assert ((lesson.network(x)[:, 0] > 0) == (x[:, 0] > 0)).float().mean() > 0.85
 
 
@@ -144,7 +143,7 @@ class Headed(nn.Module):
 
 class Crops(Dataset):
     def __getitem__(self, sample):
-        return torch.rand(1, 32, 32, 32, generator=torch_generator(0, "crops", sample))
+        return torch.rand(1, 32, 32, 32, generator=engine.torch_generator(0, "crops", sample))
 
 
 class Images(Line):

@@ -21,7 +21,7 @@ from dagman.cli.watching import (
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
-    from dagman.tasks.embed import Origin
+    from dagman.tasks.origin import Origin
     from dagman.tasks.protocol import Protocol
     from dagman.tasks.table import Table
 
@@ -67,8 +67,8 @@ def probe(
         group_by: `case` where patients are unknown; the result is stamped.
         unlabelled: What to do about cases without label.
     """
-    from dagman.tasks.embed import read_origin
     from dagman.tasks.labels import override
+    from dagman.tasks.origin import read_origin
     from dagman.tasks.protocol import Protocol
     from dagman.tasks.table import read_csv
 
@@ -154,15 +154,15 @@ def _save_probe(
     table: "Table", protocol: "Protocol", output: Path, given: dict[str, Any], origin: "Origin | None"
 ) -> Path | None:
     """A classifier from a probe of all labelled cases; None where the encoder is not known or gone."""
+    if origin is None or origin.weights is None:
+        why = "is untrained" if origin else "is not known (its JSON file is not beside them, or tells of others)"
+        say(f"no classifier was saved: the encoder of these features {why}")
+        return None
     from dagman.files import sha256_file
     from dagman.nets.weights import load_encoder
     from dagman.tasks import classifier, leakage
     from dagman.tasks import classify as classifying
 
-    if origin is None or origin.weights is None:
-        why = "is untrained" if origin else "is not known (its JSON file is not beside them, or tells of others)"
-        say(f"no classifier was saved: the encoder of these features {why}")
-        return None
     try:
         encoder = load_encoder(origin.weights)
     except DagmanError as error:

@@ -43,6 +43,7 @@ def embed(
     from dagman.nets.weights import load_encoder
     from dagman.tasks import embed as embedding
     from dagman.tasks import leakage
+    from dagman.tasks.origin import Origin, write_origin
     from dagman.tasks.table import write_csv
 
     require(untrained or seed == 0, "--seed", "is of new random weights", "add --untrained")
@@ -50,7 +51,7 @@ def embed(
     encoder, store = load_encoder(weights), PreparedStore(data)
     say(f"new random weights, of the sizes of {weights}" if untrained else str(encoder.report))
     start, preparation = None if untrained else weights, embedding.suited(store, encoder.preparation)
-    origin = embedding.Origin(
+    origin = Origin(
         weights=start,
         which=which,
         store=store.store_id,
@@ -74,7 +75,7 @@ def embed(
     with progress("Embedding") as tell:
         table = embedding.embed(encoder, store, **asked, progress=tell)
     write_csv(table, output)
-    embedding.write_origin(origin, output)
+    write_origin(origin, output)
     say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
     if masks := sum(store.rows[row]["mask"] is not None for row in rows):
         size = f" of {by(origin.crop_mm)} mm" if origin.crop_mm else ""

@@ -141,8 +141,8 @@ def lidc(
 def _describe(summary: "Summary", output: Path) -> None:
     """Say what a preparation found and wrote."""
     from dagman.ct.store import PreparedStore
+    from dagman.errors import duration
     from dagman.tasks import labels
-    from dagman.train.cost import duration
 
     there = f", {summary.already_there} were there already" if summary.already_there else ""
     cases = "case" if summary.stored == 1 else "cases"

@@ -315,7 +315,7 @@ def _one_scan(path: Path) -> "Scan":
 
 def _forecast_family(members: "list[Left]") -> None:
     """Say what is finished of each member, what a run of it takes, and what all that is left takes."""
-    from dagman.train.cost import duration
+    from dagman.errors import duration
 
     for member in members:
         seeds = f"{member.finished} of {member.finished + member.runs} seeds finished"

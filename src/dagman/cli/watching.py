@@ -166,7 +166,7 @@ def progress(title: str) -> Iterator[Tell]:
 
 
 def _lines(title: str, every_seconds: float = 10.0) -> Tell:
-    from dagman.train.cost import duration
+    from dagman.errors import duration
 
     marks: list[tuple[int, float]] = []
     last, before = 0.0, 0

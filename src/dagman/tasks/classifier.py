@@ -25,7 +25,8 @@ from dagman.nets.encoder import Encoder
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.tasks import labels as label_rules
 from dagman.tasks.classify import TASK, Probe
-from dagman.tasks.embed import Origin, mean_per_case, suited
+from dagman.tasks.embed import mean_per_case, suited
+from dagman.tasks.origin import Origin
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.table import Table, write_rows
 from dagman.types import Preparation

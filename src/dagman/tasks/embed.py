@@ -1,11 +1,9 @@
 """One vector a case: the crop around its mask's centroid where there is one, else the mean over crops that cover it."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +11,11 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
-from dagman import files
 from dagman.ct import crops
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import Which, vector, width_of
 from dagman.nets.encoder import Encoder, new
-from dagman.tasks.leakage import Seen
 from dagman.tasks.table import Table
 from dagman.types import Features, Preparation
 
@@ -33,32 +29,6 @@ Progress = Callable[[int, int], None]
 def in_turn(progress: Progress, number: int, networks: int, done: int, total: int) -> None:
     """Tell of the work of one network of several, which do the same one after the other."""
     progress(number * total + done, networks * total)
-
-
-class Origin(NamedTuple):
-    """Where a feature table comes from; written beside it as JSON."""
-
-    weights: Path | None
-    """None for an encoder with random weights."""
-    which: Which
-    store: str
-    """Its identity."""
-    seen: Seen
-    """What pretraining saw of the cases."""
-    twins: list[list[str]]
-    """Cases with the same voxels."""
-    masks: int
-    """Cases with a mask, seen by the crop around it."""
-    weights_sha256: str | None
-    """Of their file: that of a run which went on is another."""
-    cases: list[dict[str, Any]]
-    """What `leakage.record` keeps of each."""
-    preparation: dict[str, Any] | None = None
-    """How they were shown; None where an earlier version wrote it."""
-    crop_mm: list[float] | None = None
-    """As `crops.sides_mm`."""
-    crops_around: str | None = None
-    """As `crops.around`; None where an earlier version wrote it, too."""
 
 
 class _Crop(NamedTuple):
@@ -103,25 +73,6 @@ def embed(
         return vector(encode(encoder, images, device=device, precision=precision), which).float().cpu()
 
     return mean_per_case(store, preparation, features, batch_size=batch_size, progress=progress, rows=rows)
-
-
-def write_origin(origin: Origin, features: Path) -> None:
-    """Write where features come from, beside their CSV, which is there already."""
-    place = str(origin.weights.absolute()) if origin.weights else None
-    values = origin._asdict() | {"weights": place, "seen": origin.seen._asdict()}
-    files.write_json(features.with_suffix(".json"), {"features_sha256": files.sha256_file(features), **values})
-
-
-def read_origin(features: Path) -> Origin | None:
-    """Where features come from; None where nobody wrote it down, it cannot be read, or it tells of other features."""
-    try:
-        values = json.loads(features.with_suffix(".json").read_text())
-        if values.pop("features_sha256") != files.sha256_file(features):
-            return None
-        place = Path(values["weights"]) if values["weights"] else None
-        return Origin(**values | {"weights": place, "seen": Seen(**values["seen"])})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def voxels(store: PreparedStore, preparation: Preparation, *, side: int = 8, progress: Progress | None = None) -> Table:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dagman.errors import duration
 from dagman.nets.encoder import EncoderConfig
 from dagman.nets.swin import SwinConfig
 from dagman.nets.vit import ViTConfig
@@ -193,12 +194,3 @@ def allowances(own: Path, root: Path) -> Iterator[int]:
             limit = folder / name
             if folder.is_relative_to(top) and limit.is_file() and (granted := limit.read_text().strip()).isdigit():
                 yield int(granted)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 45 s, 12 min, 3.5 h, 20 days."""
-    for unit, size, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48), ("days", 86400, math.inf)):
-        if seconds / size < limit:
-            amount = seconds / size
-            return f"{amount:.1f} {unit}" if amount < 10 and unit != "s" else f"{amount:.0f} {unit}"
-    return f"{seconds:.0f} s"

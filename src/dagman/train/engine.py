@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dagman.errors import DagmanError, ExitCode
+from dagman.randomness import torch_seed
+from dagman.train.settings import Precision
 
-Precision = Literal["bf16", "float32"]
 AHEAD = 2
 """Batches that a loader's process may be ahead of the training."""
 _SUMMED = 1 << 18
@@ -50,6 +51,11 @@ def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | 
     )
     engine.launch()
     return engine
+
+
+def torch_generator(seed: int, purpose: str, *index: int) -> torch.Generator:
+    """A generator of the CPU, keyed as those of `randomness`."""
+    return torch.Generator().manual_seed(torch_seed(seed, purpose, *index))
 
 
 def slow_bf16(device: torch.device, precision: Precision) -> bool:
@@ -116,7 +122,7 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     """Of all together. On CPUs the norms of PyTorch sum up in one thread, to fewer digits."""
     if not gradients or any((each.device.type, each.dtype) != ("cpu", torch.float32) for each in gradients):
         return nn.utils.get_total_norm(gradients)
-    pieces = [piece for each in gradients for piece in each.flatten().split(_SUMMED)]
+    pieces = [piece for each in gradients for piece in torch.split(each.flatten(), _SUMMED)]
     return torch.stack([torch.dot(piece, piece) for piece in pieces]).double().sum().sqrt()
 
 

@@ -25,6 +25,7 @@ from dagman.nets.weights import read_tensors
 from dagman.randomness import torch_seed
 from dagman.run import Run
 from dagman.train import checkpoints, engine, schedules
+from dagman.train.settings import Precision
 
 MOST_TOLD = 100
 """Characters of a setting that differs; longer ones are named alone."""
@@ -57,7 +58,7 @@ class FinetuneConfig:
     """Leave the encoder as it is."""
     check_every: int = 50
     """Steps between two scores on the cases held out of the training part; the best of them decides the weights."""
-    precision: engine.Precision = "float32"
+    precision: Precision = "float32"
     """`bf16` computes in bfloat16 where that is safe."""
     seed: int = 0
 

@@ -22,7 +22,7 @@ from dagman.nets.encoder import checkpoint_blocks
 from dagman.nets.weights import save_encoder
 from dagman.pretext import hiding
 from dagman.pretext.codistill import CoDistillation
-from dagman.randomness import torch_generator, torch_seed
+from dagman.randomness import torch_seed
 from dagman.run import Run, package_version
 from dagman.tasks import leakage
 from dagman.train import checkpoints, cost, engine
@@ -227,8 +227,9 @@ def draw_crops(job: Job, step: int, images: Tensor) -> None:
         return
     module, grid, side = job.module, job.module.grid, job.module.cell_side
     module.eval()
+    draws = engine.torch_generator(job.config.optimisation.seed, "pictures")
     with job.fabric.autocast():
-        seen = module.look(images, job.rates(step).knobs, torch_generator(job.config.optimisation.seed, "pictures"))
+        seen = module.look(images, job.rates(step).knobs, draws)
     module.train()
 
     def on_voxels(cells: Tensor | None) -> Any:

@@ -13,12 +13,12 @@ from torch import Tensor
 from dagman import files
 from dagman.ct.datasets import Pairs, ViewsDataset, collate, show
 from dagman.ct.store import PreparedStore, refuse_inside
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError, ExitCode, duration
 from dagman.nets import gpu, launches
 from dagman.pretext.codistill import Outcome
 from dagman.pretext.examination import TOGETHER, examine
 from dagman.pretext.method import check_fit
-from dagman.randomness import torch_generator, torch_seed
+from dagman.randomness import torch_seed
 from dagman.run import Run
 from dagman.tasks import watching
 from dagman.tasks.statistics import Estimate
@@ -243,7 +243,7 @@ def _look(job: Job, views: Views, now: Rates, key: tuple[int, int]) -> Outcome:
     """Forward and backward for one micro-batch. All that is random is keyed by step, micro-batch and rank."""
     seed, accumulate = job.config.optimisation.seed, job.config.optimisation.accumulate
     torch.manual_seed(torch_seed(seed, "drop-path", *key, job.fabric.global_rank))
-    draws = torch_generator(seed, "hiding", *key, job.fabric.global_rank)
+    draws = engine.torch_generator(seed, "hiding", *key, job.fabric.global_rank)
     with job.fabric.no_backward_sync(job.model, enabled=key[1] < accumulate - 1):
         outcome: Outcome = job.model(views, now.knobs, draws)
         job.fabric.backward(outcome.losses.total / accumulate)
@@ -334,7 +334,7 @@ def _validate(job: Job, step: int) -> float | None:
         samples = [dataset[index] for index in range(first, min(first + batch, len(dataset)))]
         views = show(job.fabric.to_device(collate(samples)), data)
         with job.fabric.autocast():
-            outcome = job.module(views, knobs, torch_generator(seed, "validation", first))
+            outcome = job.module(views, knobs, engine.torch_generator(seed, "validation", first))
         total += outcome.losses.amip.item() * len(samples)
     job.module.train()
     mean = total / len(dataset)
@@ -379,7 +379,7 @@ def _probe(job: Job, step: int, labelled: PreparedStore) -> dict[str, float | No
     """AUC of a linear probe on all features of the teacher about labelled cases, with its interval."""
     encoder, began = job.module.teacher.encoder, time.perf_counter()
     auc = watching.probe(encoder, labelled, which=watching.features_of(encoder), device=job.fabric.device)
-    took = f"{cost.duration(time.perf_counter() - began)} for {len(labelled)} cases"
+    took = f"{duration(time.perf_counter() - began)} for {len(labelled)} cases"
     job.say(f"step {step + 1}: the probe's AUC is {auc}, after {took}" + (f"; {TOO_FEW}" if _is_wide(auc) else ""))
     return {"probe_auc": auc.value, "probe_low": auc.low, "probe_high": auc.high}
 

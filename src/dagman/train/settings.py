@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dagman.config import FREE
 from dagman.ct.datasets import DataConfig
@@ -10,7 +11,8 @@ from dagman.nets.encoder import EncoderConfig
 from dagman.pretext.codistill import Knobs
 from dagman.pretext.method import MethodConfig
 from dagman.train import schedules
-from dagman.train.engine import Precision
+
+Precision = Literal["bf16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
