@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import blosc2
 import numpy as np
 
 from store import machine
@@ -62,7 +63,9 @@ def crops(folder: Path, pairs: int) -> list[dict[str, Any]]:
 
     fabric, found = engine.fabric(1, "float32", "cpu"), []
     for storage in STORAGES:
-        dataset = ViewsDataset(write_store(folder / storage, SIDE, VOLUMES, storage), DataConfig(), 0)
+        store = write_store(folder / storage, SIDE, VOLUMES, storage)
+        packed = blosc2.open(str(store.path(0))).cparams.codec.name.lower() if storage == "blosc2" else None
+        dataset = ViewsDataset(store, DataConfig(), 0)
         for processes in PROCESSES:
             warm = 20 * max(1, processes)
             order = SampleOrder(0, pairs + warm, 0, 1)
@@ -74,7 +77,7 @@ def crops(folder: Path, pairs: int) -> list[dict[str, Any]]:
             started = time.perf_counter()
             taken = 2 * sum(len(views.rows) for views in batches)
             rate = round(taken / (time.perf_counter() - started), 1)
-            found.append({"storage": storage, "processes": processes, "crops_a_second": rate})
+            found.append({"storage": storage, "packed": packed, "processes": processes, "crops_a_second": rate})
             print(f"  {storage}, {processes} processes: {rate} crops a second", flush=True)
     return found
 

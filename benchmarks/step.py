@@ -228,6 +228,15 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(f"       {part:24s}{100 * share:5.1f} %")
 
 
+def kept_rows(path: Path, machine: str) -> list[dict[str, Any]]:
+    """What a file holds of this machine; rows of another are dropped, as ratios between machines say nothing."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in rows if row.get("machine", machine) == machine]
+    if len(kept) < len(rows):
+        print(f"{path}: {len(rows) - len(kept)} rows of another machine are dropped", flush=True)
+    return kept
+
+
 def main() -> None:
     """Measure, print, and write the rows if asked to."""
     from dagman import files
@@ -243,7 +252,7 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help="also where the time goes, by the profiler")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--smit", help="a checkout of the published SMIT, to be timed too")
-    parser.add_argument("--json", type=Path, help="where to write the rows; rows of other cases there are kept")
+    parser.add_argument("--json", type=Path, help="where to write the rows; those of other cases there are kept")
     options = parser.parse_args()
     variants = [*options.variants, *(["smit"] if options.smit else [])]
     variants += [*(f"fast without {name}" for name in RUNGS), "fast with checkpointing"] if options.ladder else []
@@ -256,7 +265,7 @@ def main() -> None:
             show(rows)
             if options.json:
                 key = ("crop", "batch", "precision", "variant", "allocator")
-                kept = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+                kept = kept_rows(options.json, stamp["machine"])
                 new = {tuple(row[name] for name in key) for row in rows}
                 rows = [row for row in kept if tuple(row[name] for name in key) not in new] + rows
                 versions = describe_environment()["versions"] | {"load": round(os.getloadavg()[0], 1)}

@@ -33,16 +33,17 @@ from dagman.ct.read import read
 from dagman.ct.store import padded_crop, write_array
 
 CROP = (128, 128, 128)
+LZ4, LZ4HC, ZSTD = blosc2.Codec.LZ4, blosc2.Codec.LZ4HC, blosc2.Codec.ZSTD
+BYTES, BITS = blosc2.Filter.SHUFFLE, blosc2.Filter.BITSHUFFLE
 
 
 def blosc2_writer(
-    codec: blosc2.Codec, level: int, *, chunk: int = 64, block: int = 16, shuffle: bool = True
+    codec: blosc2.Codec, level: int, shuffle: blosc2.Filter, *, chunk: int = 72, block: int = 24
 ) -> Callable[[Path, np.ndarray], None]:
-    """A writer of such chunks and blocks, with or without bits shuffled before they are packed."""
+    """A writer of such chunks and blocks, whose bits or bytes are shuffled before they are packed, or neither."""
 
     def write(path: Path, hu: np.ndarray) -> None:
-        filters = [blosc2.Filter.BITSHUFFLE if shuffle else blosc2.Filter.NOFILTER]
-        settings = {"codec": codec, "clevel": level, "filters": filters, "nthreads": 1}
+        settings = {"codec": codec, "clevel": level, "filters": [shuffle], "nthreads": 1}
         blosc2.asarray(hu, urlpath=str(path), mode="w", chunks=(chunk,) * 3, blocks=(block,) * 3, cparams=settings)
 
     return write
@@ -64,7 +65,7 @@ def crop_nifti(path: Path, corner: tuple[int, ...]) -> np.ndarray:
 
 
 def write_zarr(path: Path, hu: np.ndarray) -> None:
-    """Zarr as the store packs: chunks of 32^3 in shards of 64^3, lz4 on shuffled bits."""
+    """Zarr much as the store packs: chunks of 32^3 in shards of 64^3, lz4 on shuffled bits."""
     packer = zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle")
     array = zarr.create_array(
         path, shape=hu.shape, dtype=hu.dtype, chunks=(32,) * 3, shards=(64,) * 3, compressors=packer
@@ -78,13 +79,26 @@ def crop_zarr(path: Path, corner: tuple[int, ...]) -> np.ndarray:
 
 
 STORAGES: dict[str, tuple[str, Callable[[Path, np.ndarray], Any], Callable[[Path, tuple[int, ...]], np.ndarray]]] = {
-    "b2nd lz4 (the store's)": (".b2nd", write_array, crop_blosc2),
-    "b2nd zstd level 1": (".b2nd", blosc2_writer(blosc2.Codec.ZSTD, 1), crop_blosc2),
-    "b2nd zstd level 5": (".b2nd", blosc2_writer(blosc2.Codec.ZSTD, 5), crop_blosc2),
-    "b2nd lz4, not shuffled": (".b2nd", blosc2_writer(blosc2.Codec.LZ4, 5, shuffle=False), crop_blosc2),
-    "b2nd lz4, chunks of 32": (".b2nd", blosc2_writer(blosc2.Codec.LZ4, 5, chunk=32), crop_blosc2),
-    "b2nd lz4, chunks of 128": (".b2nd", blosc2_writer(blosc2.Codec.LZ4, 5, chunk=128), crop_blosc2),
-    "b2nd lz4, blocks of 32": (".b2nd", blosc2_writer(blosc2.Codec.LZ4, 5, block=32), crop_blosc2),
+    "b2nd lz4hc level 3, bytes (the store's)": (".b2nd", write_array, crop_blosc2),
+    "the same at level 1": (".b2nd", blosc2_writer(LZ4HC, 1, BYTES), crop_blosc2),
+    "the same at level 9": (".b2nd", blosc2_writer(LZ4HC, 9, BYTES), crop_blosc2),
+    "the same in blocks of 16, chunks of 64": (
+        ".b2nd",
+        blosc2_writer(LZ4HC, 3, BYTES, chunk=64, block=16),
+        crop_blosc2,
+    ),
+    "the same in blocks of 32, chunks of 64": (
+        ".b2nd",
+        blosc2_writer(LZ4HC, 3, BYTES, chunk=64, block=32),
+        crop_blosc2,
+    ),
+    "the same in chunks of 144": (".b2nd", blosc2_writer(LZ4HC, 3, BYTES, chunk=144), crop_blosc2),
+    "b2nd lz4hc level 3, bits": (".b2nd", blosc2_writer(LZ4HC, 3, BITS), crop_blosc2),
+    "b2nd lz4 level 5, bytes": (".b2nd", blosc2_writer(LZ4, 5, BYTES), crop_blosc2),
+    "b2nd lz4 level 5, bits": (".b2nd", blosc2_writer(LZ4, 5, BITS), crop_blosc2),
+    "b2nd lz4 level 5, not shuffled": (".b2nd", blosc2_writer(LZ4, 5, blosc2.Filter.NOFILTER), crop_blosc2),
+    "b2nd zstd level 1, bits": (".b2nd", blosc2_writer(ZSTD, 1, BITS), crop_blosc2),
+    "b2nd zstd level 5, bits": (".b2nd", blosc2_writer(ZSTD, 5, BITS), crop_blosc2),
     "npy": (".npy", write_array, crop_npy),
     "nii.gz": (".nii.gz", lambda path, hu: nib.save(nib.Nifti1Image(hu, np.eye(4)), path), crop_nifti),
 }
@@ -159,10 +173,10 @@ def main() -> None:
             rows = measure(hu, Path(folder), arguments.crops)
         results["volumes"].append({"volume": name, "shape": hu.shape, "storages": rows})
         print(f"{name}, {' x '.join(map(str, hu.shape))} voxels")
-        print(f"  {'storage':<24}{'ms a 128^3 crop':>16}{'of CPU':>8}{'MiB':>8}{'s to write':>12}")
+        print(f"  {'storage':<40}{'ms a 128^3 crop':>16}{'of CPU':>8}{'MiB':>8}{'s to write':>12}")
         for row in rows:
             print(
-                f"  {row['storage']:<24}{row['crop_ms']:>16}{row['crop_cpu_ms']:>8}{row['mib']:>8}{row['write_s']:>12}"
+                f"  {row['storage']:<40}{row['crop_ms']:>16}{row['crop_cpu_ms']:>8}{row['mib']:>8}{row['write_s']:>12}"
             )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

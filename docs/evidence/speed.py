@@ -16,11 +16,12 @@ def store() -> str:
         found = [volume["storages"][index] for volume in result["volumes"]]
         times = " to ".join(f"{pick(row['crop_ms'] for row in found):.1f}" for pick in (min, max))
         sizes = " to ".join(f"{pick(row['mib'] for row in found):.1f}" for pick in (min, max))
-        body.append([name, times, sizes])
+        writing = " to ".join(f"{pick(row['write_s'] for row in found):.2f}" for pick in (min, max))
+        body.append([name, times, sizes, writing])
     names = [volume["volume"] for volume in result["volumes"]]
     what = f"{len(names)} real CTs at 2 mm" if len(names) > 1 else names[0]
     note = f"{what}, medians of random 128^3 crops. {machine(result)}."
-    return rows(["storage", "ms a crop", "MiB a volume"], body) + "\n\n" + note
+    return rows(["storage", "ms a crop", "MiB a volume", "s to write one"], body) + "\n\n" + note
 
 
 def bench() -> str:
@@ -158,6 +159,11 @@ PREPARING = {"antialiased": "anti-aliased", "linear": "linear", "monai": "by MON
 ALLOCATORS = {"default": "as it comes", "tuned": "that keeps memory"}
 
 
+def kind(row: dict[str, Any]) -> str:
+    """Of a store; the packing of those before it was written down was lz4."""
+    return f"{row['storage']} {row.get('packed', 'lz4')}" if row["storage"] == "blosc2" else row["storage"]
+
+
 def input_rates() -> str:
     """Crops a second, preparing beside MONAI, and waiting."""
     result = measured("input")
@@ -165,7 +171,7 @@ def input_rates() -> str:
         return NOT_YET
     taken = [
         [
-            f"{row.get('storage', 'blosc2')}, {row['processes']} loader processes",
+            f"{kind(row)}, {row['processes']} loader processes",
             f"{row['crops_a_second']:.0f} crops a second",
             "500 a second" if row["processes"] == 4 else "",
         ]
@@ -185,6 +191,48 @@ def input_rates() -> str:
     ]
     note = f"Views of 128^3 of volumes of 300^3 for the crops; load of the machine {result['machine']['load']}"
     return rows(["what", "measured", "aim"], [*taken, *prepared, *waited]) + f"\n\n{note}. {machine(result)}."
+
+
+def others() -> str:
+    """Steps and input on processors of other kinds: a folder of results each."""
+    steps, inputs = [], []
+    for folder in sorted((RESULTS / "others").iterdir()):
+        taken = json.loads((folder / "step.json").read_text())["rows"]
+        for ours in (row for row in taken if row["variant"] == "fast"):
+            case = ("crop", "batch", "precision", "allocator")
+            there = [row for row in taken if all(row[name] == ours[name] for name in case)]
+            theirs = next(row for row in there if row["variant"] == "monai")
+            columns = ("seconds_median", "cpu_seconds", "peak_mib")
+            steps.append(
+                [
+                    f"{ours['machine']}, {ours['date']}",
+                    f"{ours['crop']}, {ours['batch']}, {ours['precision']}, {ours['allocator']}",
+                    f"{theirs['seconds_median']:.2f}, {ours['seconds_median']:.2f}",
+                    *(number(theirs[name] / ours[name]) for name in columns),
+                ]
+            )
+        found = json.loads((folder / "input.json").read_text())
+        most = {
+            name: max((row for row in found["crops"] if row["storage"] == name), key=lambda row: row["crops_a_second"])
+            for name in ("blosc2", "npy")
+        }
+        inputs.append(
+            [
+                machine(found).partition(", ")[2],
+                *(f"{row['crops_a_second']:.0f} by {row['processes']}" for row in most.values()),
+                ", ".join(f"{row['monai'] / row['antialiased']:.1f}" for row in found["preparing"]),
+                ", ".join(f"{share:.2%}" for share in found["waiting"].values()),
+            ]
+        )
+    header = ["processor, date", "crop, pairs, precision, allocator", "s a step: MONAI, ours", "times", "CPU", "memory"]
+    told = [
+        "processor",
+        "blosc2: most crops a second, by processes",
+        "npy",
+        "preparing / MONAI's: allocator as it comes, ours",
+    ]
+    told += ["`dagman-tiny` waits, without and with a reader"]
+    return rows(header, steps) + "\n\n" + rows(told, inputs)
 
 
 def scaling() -> str:

@@ -124,6 +124,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-reach": learning.learning_reach,
     "demo-training": demo_training,
     "step": speed.step,
+    "others": speed.others,
     "step-ladder": speed.step_ladder,
     "step-parts": speed.step_parts,
     "step-targets": speed.step_targets,

@@ -41,10 +41,10 @@ def write_array(path: Path, array: Integer[np.ndarray, "x y z"]) -> None:
         return
     blosc2 = _blosc2(path)
     settings = {
-        "chunks": tuple(min(64, side) for side in array.shape),
-        "blocks": tuple(min(16, side) for side in array.shape),
-        # lz4 after a bit shuffle: `benchmarks/store.py` compares.
-        "cparams": {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1},
+        "chunks": tuple(min(72, side) for side in array.shape),
+        "blocks": tuple(min(24, side) for side in array.shape),
+        # Packed once, read for every crop: slow to write, quick to read; `benchmarks/store.py` compares.
+        "cparams": {"codec": blosc2.Codec.LZ4HC, "clevel": 3, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
     }
 
     def write(temporary: Path) -> None:
