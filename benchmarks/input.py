@@ -64,7 +64,7 @@ def crops(folder: Path, pairs: int) -> list[dict[str, Any]]:
     fabric, found = engine.fabric(1, "float32", "cpu"), []
     for storage in STORAGES:
         store = write_store(folder / storage, SIDE, VOLUMES, storage)
-        packed = blosc2.open(str(store.path(0))).cparams.codec.name.lower() if storage == "blosc2" else None
+        packed = blosc2.open(str(store.path(0)), mode="r").cparams.codec.name.lower() if storage == "blosc2" else None
         dataset = ViewsDataset(store, DataConfig(), 0)
         for processes in PROCESSES:
             warm = 20 * max(1, processes)

@@ -229,12 +229,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def kept_rows(path: Path, machine: str) -> list[dict[str, Any]]:
-    """What a file holds of this machine; rows of another are dropped, as ratios between machines say nothing."""
+    """What a file holds, all of this machine: ratios between machines say nothing."""
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in rows if row.get("machine", machine) == machine]
-    if len(kept) < len(rows):
-        print(f"{path}: {len(rows) - len(kept)} rows of another machine are dropped", flush=True)
-    return kept
+    if others := {row["machine"] for row in rows} - {machine}:
+        raise SystemExit(f"{path} holds rows of {', '.join(sorted(others))}; give another file for {machine}")
+    return rows
 
 
 def main() -> None:

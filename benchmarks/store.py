@@ -96,6 +96,7 @@ STORAGES: dict[str, tuple[str, Callable[[Path, np.ndarray], Any], Callable[[Path
     "b2nd lz4hc level 3, bits": (".b2nd", blosc2_writer(LZ4HC, 3, BITS), crop_blosc2),
     "b2nd lz4 level 5, bytes": (".b2nd", blosc2_writer(LZ4, 5, BYTES), crop_blosc2),
     "b2nd lz4 level 5, bits": (".b2nd", blosc2_writer(LZ4, 5, BITS), crop_blosc2),
+    "the same in blocks of 16, as before": (".b2nd", blosc2_writer(LZ4, 5, BITS, chunk=64, block=16), crop_blosc2),
     "b2nd lz4 level 5, not shuffled": (".b2nd", blosc2_writer(LZ4, 5, blosc2.Filter.NOFILTER), crop_blosc2),
     "b2nd zstd level 1, bits": (".b2nd", blosc2_writer(ZSTD, 1, BITS), crop_blosc2),
     "b2nd zstd level 5, bits": (".b2nd", blosc2_writer(ZSTD, 5, BITS), crop_blosc2),

@@ -2,7 +2,6 @@
 
     python benchmarks/targets.py [--crops 64 96 128] [--rounds 5] [--json benchmarks/results/targets.json]
 
-Where a processor has no instructions for bf16, ours is in float32 too.
 MONAI's parts run under the allocator as it comes, then under that which `dagman pretrain` gives itself; ours under the
 latter. A pair of processes at a time: at 128^3 both together hold 16 GiB. Sittings differ by more than steps do, so the
 file keeps the last ten.
@@ -22,14 +21,9 @@ SITTINGS = 10
 
 def measure(crop: int, allocator: str, rounds: int) -> dict[str, Any]:
     """One pair: medians of each, and the median of the rounds' ratios."""
-    import torch
-
-    from dagman.train import engine
-
-    precision = "float32" if engine.slow_bf16(torch.device("cpu"), "bf16") else "bf16"
     children = {
         "monai": Child("monai", allocator, (crop, 1, "float32"), None),
-        "fast": Child("fast", "tuned", (crop, 1, precision), None),
+        "fast": Child("fast", "tuned", (crop, 1, "bf16"), None),
     }
     steps: dict[str, list[dict[str, Any]]] = {}
     try:
@@ -37,7 +31,7 @@ def measure(crop: int, allocator: str, rounds: int) -> dict[str, Any]:
     finally:
         for child in children.values():
             child.close()
-    row: dict[str, Any] = {"crop": crop, "allocator": allocator, "precision": precision, "steps": rounds}
+    row: dict[str, Any] = {"crop": crop, "allocator": allocator, "steps": rounds}
     for variant, taken in steps.items():
         row[variant] = {
             "seconds_median": statistics.median(step["seconds"] for step in taken),

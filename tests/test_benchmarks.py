@@ -1,6 +1,7 @@
 """The variants that `benchmarks/step.py` times take the same step."""
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +18,33 @@ from dagman.train import engine
 from dagman.types import Views
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench
 import step
 
 CROP, STEPS = 32, 2
 PAPER = recipes.get("dagman-swin")
 RECIPE = replace(PAPER, method=replace(PAPER.method, heads=HeadConfig(num_prototypes=512, hidden_width=64)))
 NEEDS_KERNEL = ("kernel", "row kernel", "tokens in place", "fused MLP")
+
+
+def test_results_of_two_machines_do_not_mix(tmp_path: Path) -> None:
+    kept = tmp_path / "step.json"
+    assert step.kept_rows(kept, "one") == []
+    rows = [{"crop": 64, "machine": "one"}]
+    kept.write_text(json.dumps({"machine": {"processor": "One (R) 1"}, "rows": rows}))
+    assert step.kept_rows(kept, "one") == rows
+    with pytest.raises(SystemExit, match="holds rows of one; give another file for two"):
+        step.kept_rows(kept, "two")
+    assert bench.place_for(tmp_path / "new", "Two (R) 2") == tmp_path / "new"
+    assert bench.place_for(tmp_path, "One (R) 1") == tmp_path
+    assert bench.place_for(tmp_path, "Two (R) 2") == tmp_path / "others" / "two-r-2"
+
+
+def test_without_instructions_for_bf16_none_is_measured() -> None:
+    commands = [command for _, command in bench.pieces(None, None, bf16=False).values()]
+    assert commands
+    assert not any("bf16" in command or "targets.py" in command for command in commands)
+    assert any("bf16" in command for _, command in bench.pieces(None, None, bf16=True).values())
 
 
 def test_the_plain_step_and_the_fast_one_come_to_the_same_losses() -> None:

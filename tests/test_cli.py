@@ -91,6 +91,7 @@ def test_importing_dagman_imports_nothing_heavy() -> None:
         (("prepare", "-i", "{chain}/phantoms/images/phantom_000.nii.gz", "-o", "{tmp}/out"), "torch"),
         (("check", "{chain}/phantoms/images/phantom_000.nii.gz"), "torch"),
         (("classify", "probe", "-i", "{tmp}/features.csv", "-o", "{tmp}/out"), "torch"),
+        (("compare", "{tmp}/one", "{tmp}/other"), "torch"),
         (("info", "dagman-tiny"), "lightning_fabric"),
     ],
 )
@@ -99,6 +100,9 @@ def test_a_verb_waits_for_no_library_that_it_does_not_need(
 ) -> None:
     rows = ["case_id,patient,label,f0", *(f"c{index},p{index},{index % 2},{index**2 % 7}" for index in range(24))]
     (tmp_path / "features.csv").write_text("\n".join(rows) + "\n")
+    if verb[0] == "compare":
+        for place in ("one", "other"):
+            assert called("classify", "probe", "-i", tmp_path / "features.csv", "-o", tmp_path / place).returncode == 0
     arguments = [word.format(chain=chain, tmp=tmp_path) for word in verb]
     script = f"import sys\nfrom dagman.cli import run\nprint(run({arguments!r}), {heavy!r} in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -196,43 +196,41 @@ def input_rates() -> str:
 def others() -> str:
     """Steps and input on processors of other kinds: a folder of results each."""
     steps, inputs = [], []
-    for folder in sorted((RESULTS / "others").iterdir()):
-        taken = json.loads((folder / "step.json").read_text())["rows"]
-        for ours in (row for row in taken if row["variant"] == "fast"):
-            case = ("crop", "batch", "precision", "allocator")
-            there = [row for row in taken if all(row[name] == ours[name] for name in case)]
-            theirs = next(row for row in there if row["variant"] == "monai")
-            columns = ("seconds_median", "cpu_seconds", "peak_mib")
-            steps.append(
-                [
-                    f"{ours['machine']}, {ours['date']}",
-                    f"{ours['crop']}, {ours['batch']}, {ours['precision']}, {ours['allocator']}",
-                    f"{theirs['seconds_median']:.2f}, {ours['seconds_median']:.2f}",
-                    *(number(theirs[name] / ours[name]) for name in columns),
-                ]
-            )
-        found = json.loads((folder / "input.json").read_text())
-        most = {
-            name: max((row for row in found["crops"] if row["storage"] == name), key=lambda row: row["crops_a_second"])
-            for name in ("blosc2", "npy")
-        }
-        inputs.append(
+    for folder in sorted((RESULTS / "others").glob("*")):
+        place = folder / "step.json"
+        taken = json.loads(place.read_text())["rows"] if place.exists() else []
+        steps += [
             [
-                machine(found).partition(", ")[2],
-                *(f"{row['crops_a_second']:.0f} by {row['processes']}" for row in most.values()),
-                ", ".join(f"{row['monai'] / row['antialiased']:.1f}" for row in found["preparing"]),
-                ", ".join(f"{share:.2%}" for share in found["waiting"].values()),
+                f"{row['machine']}, {row['date']}",
+                f"{row['crop']}, {row['batch']}, {row['precision']}, {row['allocator']}",
+                number(row["seconds_median"]),
+                *(number(row["over_fast"][kind]) for kind in ("seconds", "cpu_seconds", "peak_mib")),
             ]
-        )
-    header = ["processor, date", "crop, pairs, precision, allocator", "s a step: MONAI, ours", "times", "CPU", "memory"]
-    told = [
+            for row in taken
+            if row["variant"] == "monai" and "over_fast" in row
+        ]
+        place = folder / "input.json"
+        found = json.loads(place.read_text()) if place.exists() else {"crops": []}
+        for storage in ("blosc2", "npy"):
+            rates = [row for row in found["crops"] if row["storage"] == storage]
+            if rates:
+                most = max(rates, key=lambda row: row["crops_a_second"])
+                told = f"{most['crops_a_second']:.0f} crops a second by {most['processes']} processes"
+                inputs.append([machine(found), kind(most), told])
+        for row in found.get("preparing", []):
+            times = f"{row['monai'] / row['antialiased']:.1f} times as fast as MONAI"
+            inputs.append([machine(found), f"preparing, allocator {ALLOCATORS[row['allocator']]}", times])
+    if not steps or not inputs:
+        return NOT_YET
+    header = [
         "processor",
-        "blosc2: most crops a second, by processes",
-        "npy",
-        "preparing / MONAI's: allocator as it comes, ours",
+        "crop, pairs, precision, allocator",
+        "MONAI's s a step",
+        "MONAI / ours: time",
+        "CPU",
+        "memory",
     ]
-    told += ["`dagman-tiny` waits, without and with a reader"]
-    return rows(header, steps) + "\n\n" + rows(told, inputs)
+    return rows(header, steps) + "\n\n" + rows(["processor", "input", "measured"], inputs)
 
 
 def scaling() -> str:

@@ -14,6 +14,9 @@ from jaxtyping import Float, Int
 if TYPE_CHECKING:  # scans are read, and features judged, without it
     from torch import Tensor
 
+Precision = Literal["bf16", "float32"]
+"""Of products; `bf16` is mixed: weights, losses and centers stay float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:

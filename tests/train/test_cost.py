@@ -19,7 +19,7 @@ from dagman.nets.swin import SwinConfig
 from dagman.nets.vit import ViTConfig
 from dagman.pretext.codistill import CoDistillation
 from dagman.train import cost, engine
-from dagman.train.settings import Precision
+from dagman.types import Precision
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ Triple = tuple[int, int, int]
 
 
 def write_array(path: Path, array: Integer[np.ndarray, "x y z"]) -> None:
-    """Write an array atomically in the storage that the suffix of `path` names; equal arrays give equal bytes.
+    """Write an array atomically, stored as the suffix of `path` says; a version gives equal arrays equal bytes.
 
     Raises:
         DagmanError: `E-DISK`; `E-BLOSC2` where blosc2 is not installed.
@@ -40,11 +40,12 @@ def write_array(path: Path, array: Integer[np.ndarray, "x y z"]) -> None:
         write_atomic(path, lambda temporary: np.save(temporary, array))
         return
     blosc2 = _blosc2(path)
+    shuffle = blosc2.Filter.SHUFFLE if array.dtype.itemsize > 1 else blosc2.Filter.NOFILTER
     settings = {
         "chunks": tuple(min(72, side) for side in array.shape),
         "blocks": tuple(min(24, side) for side in array.shape),
         # Packed once, read for every crop: slow to write, quick to read; `benchmarks/store.py` compares.
-        "cparams": {"codec": blosc2.Codec.LZ4HC, "clevel": 3, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
+        "cparams": {"codec": blosc2.Codec.LZ4HC, "clevel": 3, "filters": [shuffle], "nthreads": 1},
     }
 
     def write(temporary: Path) -> None:
@@ -134,7 +135,7 @@ class PreparedStore:
 
     @cached_property
     def store_id(self) -> str:
-        """16 hexadecimal digits that change with the settings, the cases, or any stored voxel."""
+        """16 hexadecimal digits that change with the settings, the cases, any stored voxel, or how it is packed."""
         content = [self.settings] + [
             [row["case_id"], row["sha256"], row["mask"] and row["mask"]["sha256"], *_drawn_sha256(row)]
             for row in self.rows

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from dagman.nets.transformer import GlobalBlock, rows_of_first
 from dagman.nets.vit import ViTEncoder
 from dagman.tasks.embed import Progress, crops_at_once, encode, in_turn
 from dagman.tasks.pointing import Pointing, shares
-from dagman.types import Grid, Scan, Volume
+from dagman.types import Grid, Precision, Scan, Volume
 
 Triple = tuple[int, int, int]
 BLEND_SIGMA_RATIO = 0.125
@@ -131,7 +131,7 @@ def attention_map(
     volume: Volume,
     *,
     device: torch.device | str = "cpu",
-    precision: Literal["float32", "bf16"] = "float32",
+    precision: Precision = "float32",
     overlap_ratio: float = 0.5,
     progress: Progress | None = None,
 ) -> Float32[np.ndarray, "x y z"]:

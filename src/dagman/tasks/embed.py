@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.nets.classifier import Which, vector, width_of
 from dagman.nets.encoder import Encoder, new
 from dagman.tasks.table import Table
-from dagman.types import Features, Preparation
+from dagman.types import Features, Precision, Preparation
 
 VOXELS_AT_ONCE = 4 * 128**3
 """Of the crops that are encoded together: four of the paper's size, more of smaller ones."""
@@ -45,7 +45,7 @@ def embed(
     which: Which = "pooled",
     rows: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
-    precision: Literal["float32", "bf16"] = "float32",
+    precision: Precision = "float32",
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Table:
@@ -96,7 +96,7 @@ def encode(
     images: Float[Tensor, "batch 1 x y z"],
     *,
     device: torch.device | str,
-    precision: Literal["float32", "bf16"],
+    precision: Precision,
 ) -> Features:
     """Features of a batch; nothing is hidden, and an encoder in training mode is refused."""
     if encoder.training:

@@ -21,10 +21,9 @@ from dagman.nets.unetr import SegmentationNetwork
 from dagman.tasks.attention import onto
 from dagman.tasks.embed import Progress, crops_at_once, in_turn
 from dagman.tasks.segmenter import Segmenter
-from dagman.types import Grid, Preparation, Scan
+from dagman.types import Grid, Precision, Preparation, Scan
 
 OVERLAP_RATIO = 0.5
-Precision = Literal["float32", "bf16"]
 To = Literal["nifti", "dicom-seg"]
 _SLAB_VOXELS = 2**24
 """Of another grid, at once: a handful of float32 values each."""

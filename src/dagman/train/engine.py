@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dagman.errors import DagmanError, ExitCode
 from dagman.randomness import torch_seed
-from dagman.train.settings import Precision
+from dagman.types import Precision
 
 AHEAD = 2
 """Batches that a loader's process may be ahead of the training."""
 _SUMMED = 1 << 18
-"""Squares that float32 sums up: some processors' products lose digits with each that is added (25 million: 2e-4)."""
+"""Squares that float32 sums up: some processors' products lose digits with each that is added."""
 
 
 def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | None = None) -> Fabric:

@@ -25,7 +25,7 @@ from dagman.nets.weights import read_tensors
 from dagman.randomness import torch_seed
 from dagman.run import Run
 from dagman.train import checkpoints, engine, schedules
-from dagman.train.settings import Precision
+from dagman.types import Precision
 
 MOST_TOLD = 100
 """Characters of a setting that differs; longer ones are named alone."""

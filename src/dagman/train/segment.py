@@ -40,6 +40,7 @@ from dagman.tasks.segmenter import Segmenter
 from dagman.tasks.study import Study, parts, stored, study
 from dagman.train.finetune import FinetuneConfig, Fitted, weights_digest
 from dagman.train.parts import learn, place, refuse_mirrored_sides
+from dagman.types import Precision
 
 TASK = "segmentation"
 RESULT = "result.json"
@@ -81,7 +82,7 @@ class SegmentLesson:
     classes: Classes
     held_out: tuple[int, ...]
     """Rows that choose the best step."""
-    precision: segment.Precision = "float32"
+    precision: Precision = "float32"
     """Of what is predicted, as of what is learnt."""
 
     def begin(self) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from dagman.config import FREE
 from dagman.ct.datasets import DataConfig
@@ -11,8 +10,7 @@ from dagman.nets.encoder import EncoderConfig
 from dagman.pretext.codistill import Knobs
 from dagman.pretext.method import MethodConfig
 from dagman.train import schedules
-
-Precision = Literal["bf16", "float32"]
+from dagman.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
