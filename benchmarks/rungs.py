@@ -33,10 +33,10 @@ def without_row_kernel(replace: Replace) -> None:
 
 
 def without_fused_mlp(replace: Replace) -> None:
-    """Products of PyTorch, and what lies between them in memory; nothing changes without matrix tiles."""
-    from dagman.nets import mlp
+    """Products of PyTorch, and what lies between them in memory."""
+    from dagman.nets.mlp import MLP
 
-    replace(mlp, "has_tiles", lambda: False)
+    replace(MLP, "_fuses", lambda *_: False)
 
 
 def without_dedup(replace: Replace) -> None:

@@ -64,8 +64,8 @@ def describe() -> str:
         why = "no compiled kernel of these sources; a C++ compiler and a new installation give one"
         return f"window attention in PyTorch alone ({'DAGMAN_KERNEL=off' if _is_off() else why})"
     level = Path(found._name).name.split(".")[1].upper()
-    tiles = ", and MLPs by AMX where they compute in bf16" if has_tiles() else ""
-    return f"compiled kernels for window attention and what lies between products ({level}){tiles}"
+    tiles = ", in bf16 by AMX" if has_tiles() else ""
+    return f"compiled kernels ({level}) for window attention, what lies between products, and MLPs in float32{tiles}"
 
 
 def runs(x: Tensor) -> bool:

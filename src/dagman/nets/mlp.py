@@ -1,4 +1,4 @@
-"""The MLP of a transformer block: in PyTorch, or in bfloat16 by the compiled `mlp_kernel.cpp`.
+"""The MLP of a transformer block: in PyTorch, or compiled (`mlp_float32_kernel.cpp`, `mlp_bfloat16_kernel.cpp`).
 
 Between its two layers a token is four times as wide as in the stream. PyTorch writes all that to memory and reads it
 again, twice each way, and keeps it for the gradient; the kernel does it block by block within the cache.
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dagman.nets import rows
-from dagman.nets.kernel import address, floats, has_tiles, loaded, runs
+from dagman.nets.kernel import NAMES, address, floats, has_tiles, loaded, runs
 
-MOST_HIDDEN, MOST_HIDDEN_TRAINED = 768, 384
+MOST_HIDDEN, MOST_HIDDEN_WITHOUT_GRADIENT = 384, {torch.float32: 384, torch.bfloat16: 768}
 """Beyond, PyTorch's products are the faster way: the weights, and the sums of their gradients, leave the cache."""
 
 
@@ -42,21 +42,22 @@ class MLP(nn.Module):
         """
         if self._fuses(x, normalised, factors):
             weights = self.linear1.weight, self.linear1.bias, self.linear2.weight
-            branch: Tensor = MlpKernel.apply(normalised, *weights, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+            dtype, kept = rows.dtype_of_products(normalised), torch.is_grad_enabled()
+            branch: Tensor = MlpKernel.apply(normalised, *weights, dtype, kept)  # type: ignore[no-untyped-call]
             return rows.residual(x, branch, self.linear2.bias, factors)[0]
         return rows.join(x, rows.linear_gelu(normalised, self.linear1), self.linear2, factors)
 
     def _fuses(self, x: Tensor, normalised: Tensor, factors: Tensor | None) -> bool:
         """Whether the kernel can compute the branch, and is the faster way."""
-        first, second = self.linear1, self.linear2
+        first, second, dtype = self.linear1, self.linear2, rows.dtype_of_products(normalised)
         plain = rows.is_plain_layer(first) and rows.joins(x, normalised, second, factors)
-        if not plain or normalised.shape != x.shape or rows.dtype_of_products(normalised) != torch.bfloat16:
+        if not plain or normalised.shape != x.shape or dtype not in NAMES:
             return False
-        rounded = torch.is_autocast_enabled("cpu") or first.weight.dtype == second.weight.dtype == torch.bfloat16
         hidden, width = first.weight.shape
-        most = MOST_HIDDEN_TRAINED if torch.is_grad_enabled() else MOST_HIDDEN
-        fits = width % 2 == 0 and hidden % 32 == 0 and hidden <= most
-        return rounded and fits and runs(normalised) and has_tiles()
+        most = MOST_HIDDEN if torch.is_grad_enabled() else MOST_HIDDEN_WITHOUT_GRADIENT[dtype]
+        fits = width % (2 if dtype == torch.bfloat16 else 8) == 0 and hidden % 32 == 0 and hidden <= most
+        cast = torch.is_autocast_enabled("cpu") or first.weight.dtype == second.weight.dtype == dtype
+        return fits and cast and runs(normalised) and (dtype == torch.float32 or has_tiles())
 
 
 class MlpKernel(torch.autograd.Function):
@@ -64,12 +65,14 @@ class MlpKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
-        """Given both weights with the first one's bias between, and whether a gradient may be asked for."""
-        *weights, kept = given
-        taken = x.to(torch.bfloat16).contiguous()
-        first, bias, second = (each.to(dtype).contiguous() for each, dtype in zip(weights, _DTYPES, strict=True))
-        out = torch.empty_like(taken)
-        loaded().mlp_forward(*map(address, (taken, first, bias, second, out)), *_sizes(taken, first))
+        """By the kernel of `dtype`.
+
+        Given both weights with the first one's bias between, `dtype`, and whether a gradient may be asked for.
+        """
+        *weights, dtype, kept = given
+        taken, first, second = (each.to(dtype).contiguous() for each in (x, weights[0], weights[2]))
+        bias, out = weights[1].float().contiguous(), torch.empty_like(taken)
+        _call("forward", [taken, first, bias, second, out], taken, first)
         if kept and any(ctx.needs_input_grad):
             ctx.save_for_backward(taken, first, bias, second)
             ctx.dtypes = [each.dtype for each in (x, *weights)]
@@ -85,16 +88,14 @@ class MlpKernel(torch.autograd.Function):
         parts = loaded().mlp_parts(ctypes.c_int64(taken.numel() // width))
         sums = floats(taken, parts, 2, width + -width % 16, hidden)
         bias_sums = floats(taken, parts, hidden)
-        given = (taken, first, bias, second, coming, into, sums, bias_sums)
-        loaded().mlp_backward(*map(address, given), *_sizes(taken, first))
+        _call("backward", [taken, first, bias, second, coming, into, sums, bias_sums], taken, first)
         to_first, to_second = (sums[:, one].sum(dim=0)[:width] for one in range(2))
         found = into, to_first.T.contiguous(), bias_sums.sum(dim=0), to_second
-        return *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True)), None
+        return *(each.to(dtype) for each, dtype in zip(found, ctx.dtypes, strict=True)), None, None
 
 
-_DTYPES = torch.bfloat16, torch.float32, torch.bfloat16
-
-
-def _sizes(x: Tensor, first: Tensor) -> tuple[ctypes.c_int64, int, int, int]:
+def _call(name: str, tensors: list[Tensor], x: Tensor, first: Tensor) -> None:
+    """One function of the kernel, on the addresses of tensors."""
     hidden, width = first.shape
-    return ctypes.c_int64(x.numel() // width), width, hidden, torch.get_num_threads()
+    sizes = ctypes.c_int64(x.numel() // width), width, hidden, torch.get_num_threads()
+    getattr(loaded(), f"mlp_{name}_{NAMES[x.dtype]}")(*map(address, tensors), *sizes)

@@ -9,9 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <vector>
-
+#include "blocks.h"
 #include "gelu.h"
 
 namespace {
@@ -19,18 +17,7 @@ namespace {
 constexpr int T = 16;         // rows of a tile; numbers of float32 in a row of it
 constexpr int K = 32;         // numbers of bfloat16 in a row of a tile
 constexpr int TILE = T * K;
-constexpr int ROWS = 128;     // worked on at a time
 constexpr int DEEP = ROWS / K;
-
-// Whole blocks of ROWS rows, the last of what is left.
-struct Parts {
-    int64_t rows, blocks;
-    int count;
-    explicit Parts(int64_t n) : rows(n), blocks((n + ROWS - 1) / ROWS), count(int(std::min<int64_t>(PARTS, blocks))) {}
-    int64_t bound(int part) const { return std::min(blocks * part / count * ROWS, rows); }
-};
-
-inline int up(int n, int to) { return (n + to - 1) / to * to; }
 
 // Before a tile is loaded, all that was stored lies in memory: GCC's intrinsics do not say how much they read (bug
 // 114098), so that it may leave stores out or put them behind.
@@ -51,19 +38,6 @@ struct Tiles {
     }
     ~Tiles() { _tile_release(); }
     Tiles(const Tiles&) = delete;
-};
-
-// Memory that begins where a line of the cache does.
-template <typename N>
-class Room {
-    std::vector<N> held;
-public:
-    N* at;
-    explicit Room(int64_t count) : held(count + 64 / sizeof(N)) {
-        at = (N*)(((uintptr_t)held.data() + 63) & ~uintptr_t(63));
-    }
-    Room(Room&&) = default;
-    operator N*() const { return at; }
 };
 
 // Two rows of bfloat16, one number of each in turn, as tiles want the rows of a second factor.
@@ -210,20 +184,21 @@ inline void turn(const uint16_t* from, int padded, int tall, uint16_t* to) {
 }  // namespace
 
 // out = GELU(x first^T + bias) second^T; first: (hidden, width), second: (width, hidden).
-extern "C" void mlp_forward(const uint16_t* x, const uint16_t* first, const float* bias, const uint16_t* second,
-                            uint16_t* out, int64_t rows, int width, int hidden, int threads) {
-    const Parts parts(rows);
+extern "C" void mlp_forward_bfloat16(const uint16_t* x, const uint16_t* first, const float* bias,
+                                     const uint16_t* second, uint16_t* out, int64_t rows, int width, int hidden,
+                                     int threads) {
+    const Blocks blocks(rows);
     const int padded = up(width, K), steps = padded / K;
     const Room<uint16_t> up_tiles = tiled_across(first, width, hidden, padded);
     const Room<uint16_t> down_tiles = tiled_across(second, hidden, width, hidden);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts.count > 1)
-    for (int part = 0; part < parts.count; ++part) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (blocks.parts > 1)
+    for (int part = 0; part < blocks.parts; ++part) {
         const FlushDenormals flushed;
         const Tiles tiles;
         Room<uint16_t> taken(ROWS * padded), inside(int64_t(ROWS) * hidden);
         Room<float> scratch(K * K);
-        for (int64_t start = parts.bound(part); start < parts.bound(part + 1); start += ROWS) {
-            const int count = int(std::min<int64_t>(ROWS, parts.bound(part + 1) - start));
+        for (int64_t start = blocks.bound(part); start < blocks.bound(part + 1); start += ROWS) {
+            const int count = int(std::min<int64_t>(ROWS, blocks.bound(part + 1) - start));
             take(x + start * width, count, width, padded, taken);
             for (int n = 0; n < hidden; n += K)
                 for (int m = 0; m < count; m += K) {
@@ -240,16 +215,16 @@ extern "C" void mlp_forward(const uint16_t* x, const uint16_t* first, const floa
 }
 
 // sums: (parts, 2, width up to a multiple of 16, hidden), of first^T and of second; bias_sums: (parts, hidden).
-extern "C" void mlp_backward(const uint16_t* x, const uint16_t* first, const float* bias, const uint16_t* second,
-                             const uint16_t* coming, uint16_t* into, float* sums, float* bias_sums, int64_t rows,
-                             int width, int hidden, int threads) {
-    const Parts parts(rows);
+extern "C" void mlp_backward_bfloat16(const uint16_t* x, const uint16_t* first, const float* bias,
+                                      const uint16_t* second, const uint16_t* coming, uint16_t* into, float* sums,
+                                      float* bias_sums, int64_t rows, int width, int hidden, int threads) {
+    const Blocks blocks(rows);
     const int padded = up(width, K), steps = padded / K, tall = up(width, T);
     const Room<uint16_t> up_tiles = tiled_across(first, width, hidden, padded);
     const Room<uint16_t> back_tiles = tiled(second, width, hidden, padded);
     const Room<uint16_t> out_tiles = tiled(first, hidden, width, hidden);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts.count > 1)
-    for (int part = 0; part < parts.count; ++part) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (blocks.parts > 1)
+    for (int part = 0; part < blocks.parts; ++part) {
         const FlushDenormals flushed;
         const Tiles tiles;
         const int64_t size = int64_t(ROWS) * hidden, of_sums = int64_t(tall) * hidden;
@@ -260,8 +235,8 @@ extern "C" void mlp_backward(const uint16_t* x, const uint16_t* first, const flo
         float* to_bias = bias_sums + int64_t(part) * hidden;
         std::fill_n(to_first, 2 * of_sums, 0.0f);
         std::fill_n(to_bias, hidden, 0.0f);
-        for (int64_t start = parts.bound(part); start < parts.bound(part + 1); start += ROWS) {
-            const int count = int(std::min<int64_t>(ROWS, parts.bound(part + 1) - start));
+        for (int64_t start = blocks.bound(part); start < blocks.bound(part + 1); start += ROWS) {
+            const int count = int(std::min<int64_t>(ROWS, blocks.bound(part + 1) - start));
             take(x + start * width, count, width, padded, taken);
             take(coming + start * width, count, width, padded, given);
             turn(taken, padded, tall, turned);
@@ -297,8 +272,6 @@ extern "C" void mlp_backward(const uint16_t* x, const uint16_t* first, const flo
         }
     }
 }
-
-extern "C" int mlp_parts(int64_t rows) { return Parts(rows).count; }
 
 // Whether the system lets this process use tiles (Linux asks that it is asked).
 extern "C" int mlp_allowed() {
