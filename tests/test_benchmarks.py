@@ -83,6 +83,8 @@ def test_a_step_without_one_part_comes_to_the_same_losses(
 ) -> None:
     if name in NEEDS_KERNEL and kernel.library() is None:
         pytest.skip("the kernel was not compiled here")
+    if (name, bf16) == ("fused MLP", True) and not kernel.has_tiles():
+        pytest.skip("no AMX here")
     expected = fast(bf16=bf16)
     calls: dict[str, int] = {}
 

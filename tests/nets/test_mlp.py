@@ -256,11 +256,53 @@ def test_a_layer_in_place_of_another_is_called(name, dtype):
     assert wrapped.called == 1
 
 
+@pytest.mark.parametrize("name", ["linear1", "linear2"])
 @pytest.mark.parametrize(("dtype", "of_weights"), [(HALF, SINGLE), (SINGLE, HALF), (SINGLE, torch.float64)])
-def test_weights_of_another_precision_are_refused_where_nothing_casts_them(dtype, of_weights):
-    x = torch.randn(2, 9, 24).to(dtype)
+def test_a_weight_of_another_precision_is_refused_where_nothing_casts_it(name, dtype, of_weights):
+    module, x = MLP(24, 96), torch.randn(2, 9, 24).to(dtype)
+    for each in (module.linear1, module.linear2):
+        each.weight = torch.nn.Parameter(each.weight.to(dtype))
+    odd = getattr(module, name)
+    odd.weight = torch.nn.Parameter(odd.weight.to(of_weights))
     with pytest.raises(RuntimeError, match="dtype"):
-        MLP(24, 96).to(of_weights)(x, x, None)
+        module(x, x, None)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize(("name", "sizes"), [("linear1", (48, 96)), ("linear1", (16, 96)), ("linear2", (64, 24))])
+def test_layers_that_do_not_fit_together_are_refused(dtype, name, sizes):
+    module, x = MLP(24, 96), torch.randn(2, 9, 24).to(dtype)
+    setattr(module, name, torch.nn.Linear(*sizes))
+    with torch.autocast("cpu", HALF, enabled=dtype == HALF), pytest.raises(RuntimeError, match="shapes"):
+        module(x, x, None)
+
+
+class Another(torch.Tensor):
+    """As weights that are kept in a form of their own are."""
+
+
+@in_both
+@pytest.mark.parametrize("name", ["linear1", "linear2"])
+def test_weights_of_a_kind_of_their_own_are_left_to_pytorch(dtype, name):
+    module, x = MLP(24, 96), torch.randn(2, 9, 24).to(dtype)
+    layer = getattr(module, name)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Another))
+    with profile() as record, torch.autocast("cpu", HALF, enabled=dtype == HALF):
+        module(x, x, None)
+    assert "MlpKernel" not in {event.key for event in record.key_averages()}
+
+
+@in_both
+def test_frozen_weights_and_rows_that_do_not_lie_together(dtype):
+    torch.manual_seed(0)
+    case = Case(dtype, 300, 24, 96)
+    wanted = case.found()
+    apart = torch.randn(24, 600).to(dtype).T[::2].detach().copy_(case.x.detach()).requires_grad_()
+    assert not apart.is_contiguous()
+    out = MlpKernel.apply(apart, case.first.detach(), case.bias.detach(), case.second.detach(), dtype, True)
+    (into,) = torch.autograd.grad((out * case.probe).sum(), apart)
+    assert torch.equal(out, wanted[0])
+    assert torch.equal(into, wanted[1])
 
 
 def test_float32_is_not_rounded():

@@ -64,7 +64,7 @@ def describe() -> str:
         why = "no compiled kernel of these sources; a C++ compiler and a new installation give one"
         return f"window attention in PyTorch alone ({'DAGMAN_KERNEL=off' if _is_off() else why})"
     level = Path(found._name).name.split(".")[1].upper()
-    tiles = ", in bf16 by AMX" if has_tiles() else ""
+    tiles = " and, by AMX, in bf16" if has_tiles() else ""
     return f"compiled kernels ({level}) for window attention, what lies between products, and MLPs in float32{tiles}"
 
 

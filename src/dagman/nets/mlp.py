@@ -55,9 +55,13 @@ class MLP(nn.Module):
             return False
         hidden, width = first.weight.shape
         most = MOST_HIDDEN if torch.is_grad_enabled() else MOST_HIDDEN_WITHOUT_GRADIENT[dtype]
+        together = x.shape[-1] == width and second.weight.shape == (width, hidden)
         fits = width % (2 if dtype == torch.bfloat16 else 8) == 0 and hidden % 32 == 0 and hidden <= most
         cast = torch.is_autocast_enabled("cpu") or first.weight.dtype == second.weight.dtype == dtype
-        return fits and cast and runs(normalised) and (dtype == torch.float32 or has_tiles())
+        able = dtype == torch.float32 or has_tiles()
+        return (
+            together and fits and cast and able and all(map(runs, (normalised, first.weight.data, second.weight.data)))
+        )
 
 
 class MlpKernel(torch.autograd.Function):

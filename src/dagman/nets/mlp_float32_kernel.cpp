@@ -3,6 +3,8 @@
 //
 // Rows are dealt out in parts that do not depend on the threads: sums come out the same with any.
 
+#include <type_traits>
+
 #include "blocks.h"
 #include "gelu.h"
 
@@ -79,15 +81,15 @@ inline void product(const float* a, const float* b, int inner, float* out, int c
     });
 }
 
-// sums (width, hidden) += a^T b; a (ROWS, width) lies row by row, b (ROWS, hidden) in panels.
-inline void add_product(const float* a, const float* b, float* sums, int width, int hidden) {
+// sums (width, hidden) += a^T b; a (count, width) lies row by row, b (count, hidden) in panels.
+inline void add_product(const float* a, const float* b, int count, float* sums, int width, int hidden) {
     panels(hidden, [&](int n, auto vectors) {
         for (int m = 0; m < width; m += M) {
             V c[M][vectors];
             float* at = sums + int64_t(m) * hidden + n;
             for (int i = 0; i < M; ++i)
                 for (int j = 0; j < vectors; ++j) c[i][j] = load(at + i * hidden + j * W);
-            multiply<vectors>(a + m, 1, width, b + int64_t(n) * ROWS, ROWS, c);
+            multiply<vectors>(a + m, 1, width, b + int64_t(n) * ROWS, count, c);
             for (int i = 0; i < M; ++i)
                 for (int j = 0; j < vectors; ++j) store(at + i * hidden + j * W, c[i][j]);
         }
@@ -156,7 +158,7 @@ extern "C" void mlp_backward_float32(const float* x, const float* first, const f
             const float* given = whole(coming + start * width, count, width, given_room);
             panels(hidden, [&](int n, auto vectors) {
                 V sum[vectors] = {};
-                for (int m = 0; m < ROWS; m += M) {
+                for (int m = 0; m < count; m += M) {
                     V before[M][vectors], slope[M][vectors] = {};
                     for (int i = 0; i < M; ++i)
                         for (int j = 0; j < vectors; ++j) before[i][j] = load(bias + n + j * W);
@@ -176,8 +178,8 @@ extern "C" void mlp_backward_float32(const float* x, const float* first, const f
                 for (int j = 0; j < vectors; ++j) store(to_bias + n + j * W, load(to_bias + n + j * W) + sum[j]);
             });
             product(back, out_panels, hidden, into + start * width, count, width);
-            add_product(taken, back, to_first, width, hidden);
-            add_product(given, inside, to_first + of_sums, width, hidden);
+            add_product(taken, back, up(count, M), to_first, width, hidden);
+            add_product(given, inside, up(count, M), to_first + of_sums, width, hidden);
         }
     }
 }
