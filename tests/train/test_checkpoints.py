@@ -1,6 +1,7 @@
 """A damaged checkpoint is noticed and the one before it taken; a run never silently starts again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_only_the_newest_are_kept(folder: Path) -> None:
     for step in range(3, 8):
         checkpoints.save(folder, step, checkpoints.state(module, optimizer), "run", keep=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
+
+
+def test_a_copy_beside_them_is_no_checkpoint_and_is_not_deleted(folder: Path) -> None:
+    copy = shutil.copytree(folder / "step-00000002", folder / "step-00000002-best")
+    module, optimizer = network()
+    for step in (3, 4):
+        checkpoints.save(folder, step, checkpoints.state(module, optimizer), "run", keep=2)
+    assert checkpoints.last_step(folder) == 4
+    assert copy.is_dir()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002-best", "step-00000003", "step-00000004"]
 
 
 def test_what_is_restored_goes_on_as_what_was_saved(folder: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -550,15 +551,32 @@ def test_a_crop_has_three_sides(store, tmp_path, capfd, sides):
     assert "give three sides, such as 64,64,64" in capfd.readouterr().err
 
 
-def test_empty_masks_are_refused_before_anything_is_learnt(store, tmp_path):
-    drawn = PreparedStore(store.folder)
-    drawn.rows = [
-        row | {"mask": row["mask"] | {"voxels": {}}} if number == 3 else row for number, row in enumerate(store.rows)
-    ]
+def test_cases_with_an_empty_mask_are_left_out_and_said(tmp_path, capfd):
+    table = write(tmp_path / "raw")
+    path = tmp_path / "raw" / "masks" / "c03.nii.gz"
+    drawn = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.zeros(drawn.shape, np.uint8), drawn.affine), path)
+    prepare([table], tmp_path / "store", PrepareConfig(storage="npy"))
     with pytest.raises(DagmanError, match=r"^E-NOMASK .*: holds 1 case with an empty mask \(c03\)"):
+        watching.check(PreparedStore(tmp_path / "store"), small_study.PREPARATION)
+    save_encoder(small_study.encoder(), tmp_path / "weights.safetensors", {})
+    given = ["--weights", str(tmp_path / "weights.safetensors"), "-i", str(tmp_path / "store"), "--positive", "bright"]
+    short = ["--folds", "2", "--steps", "2", "--batch-size", "2", "--check-every", "2"]
+    folder = tmp_path / "study"
+    assert cli.run(["classify", "finetune", *given, *short, "-o", str(folder)]) == ExitCode.REJECTED
+    assert "E-NOMASK c03: its mask is empty; draw it" in capfd.readouterr().err
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["cases"], result["empty_masks_left_out"]) == (11, 1)
+    assert set(predictions.read(folder).case_ids) == {f"c{number:02}" for number in range(12)} - {"c03"}
+    for part in (json.loads(path.read_text()) for path in folder.glob("fold-*/result.json")):
+        assert "c03" not in part["identity"]["train"] + part["identity"]["held_out"] + part["identity"]["test"]
+
+
+def test_a_store_of_empty_masks_alone_is_refused_before_anything_is_learnt(store, tmp_path):
+    drawn = PreparedStore(store.folder)
+    drawn.rows = [row | {"mask": row["mask"] | {"voxels": {}}} for row in store.rows]
+    with pytest.raises(DagmanError, match=r"^E-NOMASK .*: holds 12 cases with an empty mask \(c00, .* and 7 more\)"):
         finetune(small_study.encoder(), drawn, tmp_path, STUDY)
-    with pytest.raises(DagmanError, match="E-NOMASK"):
-        watching.check(drawn, small_study.PREPARATION)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """A study of segmentation, from the store to its scores: learnt, resumed, saved, read again, or refused."""
 
+import contextlib
 import copy
 import json
 import os
@@ -12,11 +13,11 @@ import pytest
 import torch
 
 import small_study
-from dagman import load_encoder
+from dagman import files, load_encoder
 from dagman.cli import run
 from dagman.ct.index import index
 from dagman.ct.prepare import prepare
-from dagman.ct.store import PreparedStore
+from dagman.ct.store import PreparedStore, write_array
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import new
 from dagman.nets.weights import save_encoder
@@ -110,6 +111,18 @@ def test_one_ct_with_two_masks_is_refused(store, tmp_path):
     twice.rows = rows
     with pytest.raises(DagmanError, match=r"E-MASK.*one CT has several rows with other masks \(c0, c1\)"):
         training.train(small_study.encoder(), twice, tmp_path, SHORT)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_one_mask_packed_by_two_versions_is_one_truth(tmp_path, moved):
+    store = small_study.store(tmp_path, {name: small_study.case(0) for name in ("a", "b")})
+    path = store.path(1, "masks")
+    write_array(path, np.roll(np.load(path), moved, axis=0).astype(np.int64))
+    store.rows[1]["mask"] |= {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+    same = leakage.twins(store)
+    assert same == [["a", "b"]]
+    with pytest.raises(DagmanError, match=r"E-MASK.*\(a, b\)") if moved else contextlib.nullcontext():
+        training._refuse_two_truths(store, same)
 
 
 def test_a_study_predicts_with_all_folds_and_says_what_it_learnt_from(short, tmp_path, capsys):

@@ -313,4 +313,4 @@ def finetune(
         say(f"wrote {place / 'predictions.csv'}, {place / 'result.json'} and {place / 'roc.png'}")
     _spread(results, output)
     next_step(f"dagman classify predict --weights {place} -i SCANS -o {output / 'predicted'}")
-    return ExitCode.OK
+    return ExitCode.REJECTED if results[0]["empty_masks_left_out"] else ExitCode.OK

@@ -66,9 +66,9 @@ def embed(
     )
     if untrained:
         encoder = embedding.untrained(encoder, seed)
-    rows = [row for row in range(len(store)) if not crops.has_empty_mask(store, row)]
-    for row in sorted(set(range(len(store))) - set(rows)):
-        say(f"E-NOMASK {store.rows[row]['case_id']}: its mask is empty; {crops.EMPTY_MASK_ADVICE}")
+    rows, empty = crops.croppable(store)
+    for line in empty:
+        say(line)
     if not rows:
         return ExitCode.NOTHING_USABLE
     asked: dict[str, Any] = {"which": which, "rows": rows, "device": device, "batch_size": batch_size}

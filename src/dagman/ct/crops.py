@@ -111,6 +111,13 @@ def has_empty_mask(store: PreparedStore, row: int) -> bool:
     return mask is not None and not mask["voxels"]
 
 
+def croppable(store: PreparedStore) -> tuple[list[int], list[str]]:
+    """Rows of which crops can be cut, and a line for each other one: its mask is empty."""
+    empty = [row for row in range(len(store)) if has_empty_mask(store, row)]
+    rows = sorted(set(range(len(store))) - set(empty))
+    return rows, [f"E-NOMASK {store.rows[row]['case_id']}: its mask is empty; {EMPTY_MASK_ADVICE}" for row in empty]
+
+
 def refuse_empty_masks(store: PreparedStore, rows: Iterable[int]) -> None:
     """Find all cases at once around whose mask no crop can be cut, before the work begins.
 

@@ -191,12 +191,7 @@ def probabilities(
 
 def usable(classifiers: Sequence[Classifier], store: PreparedStore) -> tuple[list[int], list[str]]:
     """Rows of a store that can be classified, and what a person should know about it and the others."""
-    rows, said = [], []
-    for row, told in enumerate(store.rows):
-        if crops.has_empty_mask(store, row):
-            said.append(f"E-NOMASK {told['case_id']}: its mask is empty; {crops.EMPTY_MASK_ADVICE}")
-        else:
-            rows.append(row)
+    rows, said = crops.croppable(store)
     bare = sum(store.rows[row]["mask"] is None for row in rows)
     if bare and any(each.card.get(MASKS) for each in classifiers):
         said.append(

@@ -43,14 +43,15 @@ class Cohort:
         return protocols.together(self.table.case_ids, group_of, self.parts, self.protocol)
 
 
-def stored(store: PreparedStore) -> Table:
-    """What a store says of its cases, without features."""
+def stored(store: PreparedStore, rows: Sequence[int] | None = None) -> Table:
+    """What a store says of its cases, or those of some rows, without features."""
+    told = store.rows if rows is None else [store.rows[row] for row in rows]
     return Table(
-        case_ids=tuple(str(row["case_id"]) for row in store.rows),
-        patients=tuple(row.get("patient") for row in store.rows),
-        labels=tuple(row.get("label") for row in store.rows),
-        splits=tuple(row.get("split") for row in store.rows) if any(row.get("split") for row in store.rows) else (),
-        features=np.zeros((len(store), 0), np.float32),
+        case_ids=tuple(str(row["case_id"]) for row in told),
+        patients=tuple(row.get("patient") for row in told),
+        labels=tuple(row.get("label") for row in told),
+        splits=tuple(row.get("split") for row in told) if any(row.get("split") for row in told) else (),
+        features=np.zeros((len(told), 0), np.float32),
     )
 
 

@@ -155,5 +155,6 @@ def last_step(folder: Path) -> int:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """Finished checkpoints, newest first; not what somebody put beside them, such as a copy of one."""
+    named = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted(named, reverse=True)

@@ -168,7 +168,8 @@ def finetune(
 
     Args:
         encoder: Where every part starts; it is not changed. Of a ResNet its `preparation` alone counts.
-        store: Labelled cases on the encoder's grid.
+        store: Labelled cases on the encoder's grid. Those with an empty mask are left out, and said: no crop can be
+            cut around it.
         folder: Of the study.
         config: How.
         weights: Whence the encoder comes, for the card and for what pretraining saw; None for new random weights.
@@ -182,7 +183,7 @@ def finetune(
         The study's `result.json`; None when a signal stopped it.
 
     Raises:
-        DagmanError: `E-GRID`, `E-NOMASK` (cases with an empty mask), `E-LABEL`, `E-PATIENT`, `E-LEAK`, `E-FOLDS`;
+        DagmanError: `E-GRID`, `E-NOMASK` (all masks are empty), `E-LABEL`, `E-PATIENT`, `E-LEAK`, `E-FOLDS`;
             `E-RESUME` (exit code 4) for a part that was learnt with other settings; and as `finetune.fit`.
 
     Reference:
@@ -191,8 +192,12 @@ def finetune(
     config = config or ClassifyConfig()
     encoder = copy.deepcopy(encoder)
     encoder.preparation = suited(store, encoder.preparation)
-    crops.refuse_empty_masks(store, range(len(store)))
-    table = cohorts.stored(store)
+    rows, empty = crops.croppable(store)
+    if not rows:
+        crops.refuse_empty_masks(store, range(len(store)))
+    for line in empty:
+        say(line)
+    table = cohorts.stored(store, rows)
     options: dict[str, Any] = {"positive": config.positive, "unlabelled": config.unlabelled, "hold_out": True}
     study = _Study(
         encoder=encoder,
@@ -203,6 +208,7 @@ def finetune(
         weights=weights,
         resnet=resnet,
         seen=leakage.seen(store.rows, resnet or weights),
+        num_empty=len(empty),
     )
     refuse_mirrored_sides(study.cohort.classes.names, keep_sides=config.keep_sides, say=say)
     leakage.refuse(study.seen, leakage.twins(store), study.cohort.together, TASK)
@@ -229,6 +235,8 @@ class _Study:
     weights: Path | None
     resnet: Path | None
     seen: leakage.Seen
+    num_empty: int
+    """Cases left out for their empty mask."""
 
     def rows(self, cases: Sequence[int]) -> tuple[int, ...]:
         """Of the cohort's cases, their rows of the store."""
@@ -380,6 +388,7 @@ class _Study:
             "preparation": configs.to_dict(self.encoder.preparation),
             "crop_mm": crops.sides_mm(self.store, self.encoder.preparation.crop),
             "crops_around": crops.around(self.store),
+            "empty_masks_left_out": self.num_empty,
             "best_steps": [result["best_step"] for result in results],
             "minutes": round(sum(result["seconds"] for result in results) / 60, 1),
             "pretraining_overlap": leakage.report(self.seen, found.case_ids),
