@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from common import NOT_YET, RESULTS, interval, load, machine, number, rows
@@ -51,8 +52,15 @@ BASELINES = {
 
 def learning(pattern: str, *, name: str | None = None) -> list[dict[str, Any]]:
     """Results of `benchmarks/learning_curve.py`, those of one name where it is given."""
-    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "learning").glob(pattern))]
+    found = [_recorded(path) for path in sorted((RESULTS / "learning").glob(pattern))]
     return [result for result in found if name in (None, result["name"])]
+
+
+@functools.cache
+def _recorded(path: Path) -> dict[str, Any]:
+    """A result file, which many tables ask for."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
 
 
 def end_of(result: dict[str, Any]) -> dict[str, float]:

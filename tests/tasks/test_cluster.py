@@ -1,6 +1,8 @@
 """How classes hold together, on points whose answer is known, against scikit-learn, and on data that has no answer."""
 
 import importlib.util
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -199,6 +201,21 @@ def test_the_map_is_the_same_for_the_same_seed_and_keeps_far_things_apart():
     assert first.estimate("map_ratio").value < 0.5
     for count in (4, 5):
         assert np.isfinite(cluster.lay_out(made.features[:count].astype(float), seed=0)).all()
+
+
+@needs_umap
+@pytest.mark.umap
+def test_what_numba_compiled_for_a_map_serves_the_next_process():
+    code = (
+        "import numpy as np\n"
+        "from dagman.tasks.layout import lay_out\n"
+        "drawn = lay_out(np.eye(20), seed=0)\n"
+        "from umap import umap_\n"
+        "print(sum(umap_.smooth_knn_dist.stats.cache_hits.values()), drawn.tobytes().hex())"
+    )
+    drawn = cluster.lay_out(np.eye(20), seed=0)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["1", drawn.tobytes().hex()]
 
 
 def test_encoders_stand_beside_the_untrained_one_and_voxels(organ_store, two_runs, tmp_path):

@@ -10,9 +10,7 @@ the map's own units, as in the paper, and as the ratio intra / inter, which has 
 Reference: paper, task 4, figures 7, 9 and 10: intra- and inter-cluster Euclidean distance in a UMAP.
 """
 
-import contextlib
 import importlib.util
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 
-from dagman import files, randomness
+from dagman import files
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.figures import clusters as figure
@@ -33,13 +31,12 @@ from dagman.tasks import embed as embedding
 from dagman.tasks import labels as label_rules
 from dagman.tasks import statistics
 from dagman.tasks.embed import Progress
+from dagman.tasks.layout import lay_out
 from dagman.tasks.separation import NEIGHBOURS, between, measured, standardised, usual, votes
 from dagman.tasks.statistics import Estimate
 from dagman.tasks.structures import Place, embed_places, voxels_of_places
 from dagman.tasks.table import Table, write_csv, write_rows
 
-MAP_NEIGHBOURS = 15
-"""UMAP's default."""
 MEANINGS = {
     "map_intra": "map: distance within a class",
     "map_inter": "map: distance between classes",
@@ -283,27 +280,6 @@ def _unusable(features: np.ndarray) -> str:
     if not np.isfinite(features).all():
         return f"features of {int((~np.isfinite(features).all(axis=1)).sum())} crops are not finite"
     return "" if np.ptp(features, axis=0).any() else "the features are the same for all crops"
-
-
-def lay_out(features: Float[np.ndarray, "crops width"], *, seed: int) -> Float[np.ndarray, "crops 2"]:
-    """UMAP in two dimensions with the settings of its authors; the same seed gives the same map.
-
-    Reference:
-        McInnes et al., UMAP, JOSS 2018.
-    """
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings(), contextlib.ExitStack() as afterwards:
-        afterwards.callback(torch.set_num_threads, threads)  # numba sets OpenMP's threads for the whole process
-        warnings.simplefilter("ignore")  # of parts that are not installed, and of small or disconnected data
-        import umap
-
-        layout = umap.UMAP(
-            n_neighbors=min(MAP_NEIGHBOURS, len(features) - 1),
-            random_state=randomness.torch_seed(seed, "cluster.map") % 2**31,
-            n_jobs=1,
-        )
-        drawn: np.ndarray = layout.fit_transform(features.astype(np.float32))
-    return drawn.astype(np.float64)
 
 
 def summary(runs: Mapping[str, Clusters], *, group_by: str) -> dict[str, Any]:
