@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _annotations_unchecked_where_calls_repeat(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every call is held against its annotations, but for slow tests and whole trainings, which make the same calls."""
-    whole = request.path.parent == Path(__file__).parent / "train"
+    whole = request.path.parent.name == "train" or request.path.name in ("test_ablation.py", "test_cli.py")
     before = jaxtyping.config.jaxtyping_disable
     if whole or request.node.get_closest_marker("slow") is not None:
         jaxtyping.config.update("jaxtyping_disable", True)
