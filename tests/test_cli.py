@@ -19,6 +19,7 @@ import pytest
 
 from dagman import cli
 from dagman.ct import phantom
+from dagman.errors import ExitCode
 
 TINY = (
     *("--encoder.embed-dim", "12", "--encoder.depths", "2,2,2,2", "--data.crop", "32,64,64"),
@@ -214,6 +215,20 @@ def test_embed_probe_attention_export_and_info(chain: Path) -> None:
         (chain / "swin.safetensors", "loaded"),
     ):
         assert words in called("info", thing).stdout
+
+
+def test_a_scheduler_stops_any_verb_as_ctrl_c_does(chain: Path, tmp_path: Path) -> None:
+    command = ["embed", "--weights", chain / "run", "-i", chain / "prepared", "-o", tmp_path / "features.csv"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "dagman", *map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    assert running.stderr is not None
+    running.stderr.readline()  # what the encoder is: the work begins
+    running.terminate()
+    said = running.communicate(timeout=100)[1].decode()
+    assert running.returncode == ExitCode.STOPPED, said
+    assert said.endswith("stopped; run the same command again\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_probe_without_patients_is_refused(chain: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The `dagman` command: one verb is one function call. Heavy imports wait until a verb needs them."""
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -55,6 +56,7 @@ def main() -> None:
     if training and sys.platform == "linux" and not own:
         again = [sys.executable, "-m", "dagman", *sys.argv[1:]]
         os.execve(sys.executable, again, KEEP_MEMORY | os.environ)  # noqa: S606
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop a job so: as Ctrl-C does
     sys.exit(run(sys.argv[1:]))
 
 
