@@ -5,6 +5,7 @@ Trainings are stood in for by encoders with random weights, but for one family t
 
 import csv
 import json
+import shutil
 import signal
 import zlib
 from dataclasses import replace
@@ -564,6 +565,15 @@ def test_a_failed_member_is_a_row_and_stops_nobody(store: PreparedStore, tmp_pat
     outputs = run(store, tmp_path)
     assert outputs.failed == 0
     assert [row["status"] for row in read(outputs.table)[1]] == ["scored"] * 4
+
+
+def test_what_lies_beside_the_runs_is_no_run(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:
+    """What `pretrain --fresh` moved aside, and a copy."""
+    run(store, tmp_path)
+    member = next((tmp_path / "runs").glob("*-seed0"))
+    for ending in (".20261129-111749", " (copy)"):
+        shutil.copytree(member, member.with_name(member.name + ending))
+    assert [row["status"] for row in read(run(store, tmp_path).table)[1]] == ["scored"] * 4
 
 
 def test_what_would_meet_every_member_ends_the_call(store: PreparedStore, tmp_path: Path, trainings: Trainings) -> None:

@@ -19,6 +19,22 @@ def test_settings_come_back_as_they_were(tmp_path: Path) -> None:
     assert run.environment()["versions"]["torch"]
 
 
+def test_what_decides_the_bits_of_the_rest_is_told_where_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    run.start(DataConfig(), {"store": "a"}, 1, "compiled")
+    run.start(DataConfig(), {"store": "a"}, 1, "compiled")
+    assert not run.log_file.exists()
+    run.start(DataConfig(), {"store": "a"}, 1, "PyTorch alone")
+    monkeypatch.setattr("dagman.run._git_commit", lambda: "another")
+    run.start(DataConfig(), {"store": "a"}, 1, "PyTorch alone")
+    told = run.log_file.read_text()
+    assert "environment changed, kernels: compiled -> PyTorch alone: the rest need not be bit-equal" in told
+    assert "-> another: the rest" in told
+    assert told.count("environment changed") == 2
+
+
 def test_a_changed_setting_store_or_number_of_devices_is_refused_and_nothing_is_overwritten(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     run.start(DataConfig(), {"store": "a"}, 1)

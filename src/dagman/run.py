@@ -92,8 +92,14 @@ class Run:
             )
         return True
 
-    def start(self, settings: Any, data: Mapping[str, Any], devices: int) -> None:
+    def start(self, settings: Any, data: Mapping[str, Any], devices: int, kernels: str | None = None) -> None:
         """Write `config.yaml` and `environment.json`, after `compare` with those of the run that is continued.
+
+        Args:
+            settings: As for `compare`.
+            data: As for `compare`.
+            devices: As for `compare`.
+            kernels: What is compiled of the network, in words.
 
         Raises:
             DagmanError: As `compare`.
@@ -102,7 +108,8 @@ class Run:
         before = self.environment()
         files.write_text(self.config_file, config.to_yaml(settings))
         environment = {**describe_environment(), "devices": devices, "data": dict(data)}
-        for line in config.difference(before.get("versions", {}), environment["versions"]) if before else []:
+        environment["versions"]["kernels"] = kernels
+        for line in config.difference(_code(before), _code(environment)) if before else []:
             self.log(f"environment changed, {line}: the rest need not be bit-equal to an uninterrupted run")
         files.write_json(self.environment_file, environment)
 
@@ -122,6 +129,11 @@ class Run:
         if self.metrics_file.exists():
             files.write_text(self.metrics_file, "".join(map(files.json_line, kept)))
         return kept
+
+
+def _code(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an environment decides the bits of a run."""
+    return {**environment.get("versions", {}), "git_commit": environment.get("git_commit")}
 
 
 def describe_environment() -> dict[str, Any]:

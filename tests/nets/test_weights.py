@@ -79,7 +79,7 @@ def test_a_saved_encoder_comes_back_from_run_or_file(encoder, saved):
 
 def test_names_on_disk_are_monais_and_the_card_tells_the_rest(saved):
     card = json.loads(saved.with_name("config.json").read_text())
-    assert set(card) == {"format", "recipe", "role", "network", "preparation"}
+    assert set(card) == {"format", "recipe", "role", "network", "preparation", "file"}
     assert card["preparation"]["window_hu"] == [-1000.0, 400.0]
     names = set(load_file(saved))
     assert {name.split(".")[0] for name in names} == {"swinViT", "semantic_attention", "hidden_token"}
@@ -95,6 +95,24 @@ def test_a_file_without_its_header_is_read_by_its_config(encoder, saved):
     assert alone.report.share == 1
     assert alone.config.attention == AttentionConfig()
     assert alone.report.kind == "MONAI"
+
+
+def test_a_description_is_of_its_own_file_alone(saved):
+    """An export beside our weights is none of ours, whatever lies there."""
+    beside = saved.with_name("monai.safetensors")
+    export_monai(saved, beside)
+    assert load_encoder(beside).report.kind == load_encoder(export_elsewhere(saved)).report.kind == "MONAI"
+    card = saved.with_name("config.json")
+    card.write_text(json.dumps({key: value for key, value in json.loads(card.read_text()).items() if key != "file"}))
+    assert load_encoder(beside).report.kind == "MONAI", "as earlier versions wrote it"
+    save_file(load_file(saved), saved)
+    assert load_encoder(saved).preparation == PREPARATION
+
+
+def export_elsewhere(saved):
+    path = saved.parents[2] / "elsewhere" / "monai.safetensors"
+    export_monai(saved, path)
+    return path
 
 
 def test_export_is_what_swin_unetr_wants(encoder, unetr, tmp_path):

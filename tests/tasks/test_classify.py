@@ -325,6 +325,30 @@ def test_feature_sets_side_by_side_on_the_same_folds(result):
         classify.beside({"a": result, "b": classify.probe(noise, Protocol(seed=5), positive="malignant")})
 
 
+def test_a_first_that_no_patient_moves_is_set_apart_from_others_that_move():
+    positive = np.arange(60) % 2
+    rng = np.random.default_rng(0)
+
+    def scored(score):
+        likely = 1 / (1 + np.exp(-score))
+        return predictions.Predictions(
+            case_ids=tuple(f"c{case:02}" for case in range(60)),
+            groups=np.array([f"p{case:02}" for case in range(60)]),
+            labels=positive,
+            names=("benign", "malignant"),
+            fold=np.zeros(60, int),
+            probabilities=np.stack([1 - likely, likely], axis=1),
+            thresholds=(0.5,),
+        )
+
+    perfect, others = scored(positive * 20.0 - 10), [scored(rng.normal(size=60)) for _ in range(3)]
+    assert perfect.auc().why == statistics.UNMOVED
+    found, one = predictions.difference_from_one_of(perfect, others), predictions.difference(perfect, others[0])
+    assert found.low < found.value < found.high
+    assert found.high - found.low > 0.8 * (one.high - one.low)
+    assert predictions.difference_from_one_of(perfect, [perfect, perfect]).why == statistics.UNMOVED
+
+
 def test_one_of_several_alike_is_drawn_with_the_patients(result):
     table = planted()
     noise = [

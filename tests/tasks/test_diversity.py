@@ -61,6 +61,18 @@ def test_in_shifted_windows_a_row_counts_only_the_pairs_that_may_attend(uniform:
     assert one.head_entropy[4:] == pytest.approx(1, abs=1e-5), "uniform over what is allowed is the largest entropy"
 
 
+def test_what_pads_a_map_counts_neither_as_row_nor_as_key(uniform: SwinEncoder) -> None:
+    """Of 6 tokens a side a window of 4 covers 4, the next one 2 and two that do not exist."""
+    uniform.preparation = Preparation(spacing_mm=2.0, crop=(96, 96, 96))
+    one = next(one for one in diversity.heads(uniform, torch.rand(1, 1, 96, 96, 96)) if one.place == "stage 4")
+    places = np.array(list(itertools.product(range(6), repeat=3)))
+    together = (places[:, None] // 4 == places[None] // 4).all(axis=-1)
+    far = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    wanted = ((far * together).sum(axis=1) / together.sum(axis=1)).mean()
+    assert one.distance_mm[:4] == pytest.approx(2.0 * 16 * wanted, rel=1e-5)
+    assert one.row_entropy == pytest.approx(1, abs=1e-5)
+
+
 def test_entropies_of_distances_on_hand_made_heads() -> None:
     def of(*distances: float) -> diversity.Heads:
         far = np.array(distances, np.float32)

@@ -76,6 +76,23 @@ def test_what_counts_as_unlabelled_and_the_flag_are_named():
         labels.classes(["clean", "meta"])
 
 
+@pytest.mark.parametrize(
+    ("words", "last"),
+    [
+        (["benign", "malignant", "none", None, " NA ", ""], "malignant"),
+        (["benign ", "malignant"], "malignant"),
+        (["9", "10"], None),
+        (["a", "b", "c"], None),
+        (["a"], None),
+    ],
+)
+def test_the_last_of_two_words_is_positive_where_nobody_says(words, last):
+    assert labels.last_of_two(words) == last
+    if len({word.strip() for word in words if word}) == 2:
+        names = labels.classes(words, last).names
+        assert names[1] == (last or "10")
+
+
 @pytest.mark.parametrize("nothing", [None, "", "nan", "NaN", " NA ", "None"])
 def test_missing_labels_are_refused_or_left_out_and_counted(nothing):
     words = ["0", "1", nothing, nothing, nothing, nothing, nothing, nothing]

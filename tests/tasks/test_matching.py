@@ -243,3 +243,19 @@ def test_a_prediction_named_after_a_ct_of_several_cases_is_of_none(tmp_path):
         save(tmp_path / "found" / f"{name}.nii.gz", cases["ct"][1], np.diag([2.0, 2.0, 2.0, 1.0]))
     with pytest.raises(DagmanError, match=r"E-DUPCASE.*ct.nii.gz.*fits 2 cases \(n1, n2\)"):
         matching.score([tmp_path / "found"], table)
+
+
+def test_a_prediction_named_as_its_case_is_of_it_whatever_the_name_ends_in(tmp_path):
+    cases = {name: small_study.case(number) for number, name in enumerate(("left", "left_label", "right_seg"))}
+    table = small_study.write_cases(tmp_path / "raw", cases)
+    for name in cases:
+        path = tmp_path / "raw" / "masks" / f"{name}.nii.gz"
+        path.rename(path.with_name(f"drawn-{name[0]}{len(name)}.nii.gz"))
+        table.write_text(table.read_text().replace(f"masks/{name}.nii.gz", f"masks/drawn-{name[0]}{len(name)}.nii.gz"))
+        save(tmp_path / "found" / f"{name}.nii.gz", cases[name][1], np.diag([2.0, 2.0, 2.0, 1.0]))
+    found = matching.score([tmp_path / "found"], table)
+    assert (found.missing, found.unmatched) == ((), ())
+    assert {row.case_id: row.scores.dice for row in found.rows} == dict.fromkeys(cases, 1.0)
+    save(tmp_path / "found" / "right_seg_mask.nii.gz", cases["left"][1], np.diag([2.0, 2.0, 2.0, 1.0]))
+    with pytest.raises(DagmanError, match=r"E-DUPCASE.*right_seg_mask.nii.gz.*are both of case right_seg"):
+        matching.score([tmp_path / "found"], table)

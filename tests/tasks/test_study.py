@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,3 +149,10 @@ def test_names_that_contradict_each_other_are_none():
 def test_labels_that_cannot_be_are_refused(text):
     with pytest.raises(DagmanError, match="E-LABEL"):
         choose(text, [1, 2])
+
+
+@pytest.mark.parametrize(("label", "kind"), [(255, np.uint8), (256, np.int16), (32767, np.int16), (40000, np.int32)])
+def test_label_maps_come_back_in_a_type_that_holds_them(label, kind):
+    written = choose(None, [1, label]).label_map(np.array([[[0, 1, 2]]], np.uint8))
+    assert written.dtype == kind
+    assert written.tolist() == [[[0, 1, label]]]

@@ -111,6 +111,19 @@ def test_only_the_newest_are_kept(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
 
 
+def test_later_checkpoints_that_are_done_again_make_way(folder: Path) -> None:
+    """Where the newest was damaged, a run goes on before it: what it writes is not what is deleted."""
+    module, optimizer = network()
+    for step in (3, 4):
+        checkpoints.save(folder, step, checkpoints.state(module, optimizer), "run", keep=4)
+    for step in (3, 4):
+        flip_a_bit(folder / f"step-0000000{step}" / "state.safetensors")
+    assert checkpoints.newest(folder, "run").step == 2  # type: ignore[union-attr]
+    written = checkpoints.save(folder, 2, checkpoints.state(module, optimizer), "run", keep=1)
+    assert [path.name for path in folder.iterdir()] == [written.name]
+    assert checkpoints.newest(folder, "run").step == 2  # type: ignore[union-attr]
+
+
 def test_a_copy_beside_them_is_no_checkpoint_and_is_not_deleted(folder: Path) -> None:
     copy = shutil.copytree(folder / "step-00000002", folder / "step-00000002-best")
     module, optimizer = network()

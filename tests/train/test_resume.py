@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from dagman import files
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.run import TIMING, Run
-from dagman.train import engine
+from dagman.train import engine, job
 from dagman.train.pretrain import PretrainConfig, Result, pretrain
 
 pytestmark = pytest.mark.usefixtures("few_examined", "undrawn")
@@ -277,6 +278,18 @@ def test_two_at_once_in_one_folder_the_second_is_told(store: PreparedStore, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
+def test_every_rank_counts_the_steps_skipped_before_the_checkpoint(store: PreparedStore, tmp_path: Path) -> None:
+    """The first rank drops the later rows from the file, before or after the others have read it."""
+    begun = job.prepare(small(), store, Run(tmp_path), engine.fabric(1, "float32", "cpu"), listeners=(), keep=2)
+    job.save(begun, 4)
+    for step in range(1, 6):
+        begun.run.add({"step": step, "skipped": step - 1, "skipped_in_a_row": step - 1}, durable=True)
+    for first in (False, True, False):
+        begun.fabric = SimpleNamespace(is_global_zero=first, barrier=lambda: None)  # type: ignore[assignment]
+        assert job.resume(begun) == 4
+        assert (begun.skipped, begun.skipped_in_a_row) == (3, 3)
+
+
 def test_workers_change_no_row(store: PreparedStore, whole: Path, tmp_path: Path) -> None:
     pretrain(small(), store, tmp_path / "run", workers=2)
     assert rows(tmp_path / "run") == rows(whole)

@@ -235,12 +235,12 @@ class Comparison:
         found: dict[tuple[int, int], Row] = {}
         for number, name in enumerate(self.members):
             for run in self.folder.glob(f"runs/{self._key(name)}-seed*"):
-                seed, known = int(run.name.rpartition("-seed")[2]), scores.kept(run / _SCORES)
-                if known:
+                seed = run.name.rpartition("-seed")[2]  # no number of runs that `--fresh` moved aside, and of copies
+                if seed.isdigit() and (known := scores.kept(run / _SCORES)):
                     organs = self._organs(run, asked)
-                    found[seed, number] = Row(
+                    found[int(seed), number] = Row(
                         variant=name,
-                        seed=seed,
+                        seed=int(seed),
                         status=f"failed: {known['failed']}" if "failed" in known else "scored",
                         run=run.name,
                         measures=known.get("measures", {}) | (organs[0] if organs else {}),

@@ -55,7 +55,7 @@ def save_encoder(encoder: Encoder, path: Path, card: Mapping[str, Any]) -> None:
     if isinstance(encoder, SwinEncoder):
         tensors = {_to_monai(name): tensor for name, tensor in tensors.items()}
     _write(path, tensors, {_HEADER: json.dumps(described, allow_nan=False)})
-    files.write_json(path.with_name("config.json"), described)
+    files.write_json(path.with_name("config.json"), {**described, "file": path.name})
 
 
 def load_encoder(path: Path | str) -> Encoder:
@@ -213,7 +213,8 @@ def _card(file: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
             file, f"its description cannot be read ({type(error).__name__})", "restore config.json"
         ) from None
     ours = isinstance(card, dict) and all(isinstance(card.get(word), dict) for word in ("network", "preparation"))
-    return card if ours else None
+    # Beside a description may lie files that it is not of, such as an export for MONAI.
+    return card if ours and (_HEADER in header or card.get("file", MODEL_FILE.name) == file.name) else None
 
 
 def _described(file: Path, card: Mapping[str, Any]) -> tuple[EncoderConfig, Preparation, tuple[str, ...]]:

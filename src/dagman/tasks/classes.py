@@ -33,7 +33,8 @@ class Classes:
     def label_map(self, numbers: UInt8[np.ndarray, "x y z"]) -> Integer[np.ndarray, "x y z"]:
         """Class numbers to label values."""
         table = np.array([0, *(values[0] for values in self.labels)])
-        found: np.ndarray = table.astype(np.uint8 if table.max() < 256 else np.int16)[numbers]
+        kind = next(each for each in (np.uint8, np.int16, np.int32) if table.max() <= np.iinfo(each).max)
+        found: np.ndarray = table.astype(kind)[numbers]
         return found
 
 

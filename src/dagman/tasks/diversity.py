@@ -28,7 +28,7 @@ from dagman.nets.stage import WindowBlock
 from dagman.nets.swin import PATCH_SIDE
 from dagman.nets.transformer import GlobalBlock
 from dagman.nets.vit import ViTEncoder
-from dagman.nets.windows import effective_window, partition, window_layout
+from dagman.nets.windows import FORBIDDEN, effective_window, partition, window_layout
 from dagman.randomness import generator
 from dagman.tasks import statistics
 from dagman.tasks.embed import suited
@@ -299,12 +299,15 @@ def _in_windows(
     count, tokens, width = windows.shape
     query, key, _ = module.qkv(windows).view(count, tokens, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
     logits = (query * (width // module.num_heads) ** -0.5 @ key.transpose(-2, -1)).float() + module.bias(tokens)
-    most = torch.full((count, tokens), math.log(tokens), device=x.device)
+    # Padding is attended to, but lies nowhere; nor does the shift let far sides of the map meet.
+    real = partition(torch.ones_like(x[..., :1]), layout).squeeze(-1) > 0
+    meet = real[:, None, :].expand(count, tokens, tokens).clone()
     for start, stop, mask in layout.masks:
-        logits[start:stop] += mask
-        most[start:stop] = (mask == 0).sum(dim=-1).log()
+        meet[start:stop] &= mask == 0
+    weights = logits.masked_fill(~meet[:, None], FORBIDDEN).softmax(dim=-1)
     sides, _ = effective_window(here, module.window, module.shift)
-    return _measured(logits.softmax(dim=-1), _distances(sides, step_mm).to(x.device), most[:, None])
+    most = meet.sum(dim=-1).clamp_min(1).log()
+    return _measured(weights, _distances(sides, step_mm).to(x.device), most[:, None], real[:, None].float())
 
 
 def _among_cells(
@@ -325,7 +328,8 @@ def _among_cells(
             rows = slice(start, start + ROWS_AT_ONCE)
             part = query[image : image + 1, :, rows] * query.shape[-1] ** -0.5
             attention = (part @ key[image : image + 1].transpose(-2, -1)).float().softmax(dim=-1)
-            found, entropy = _measured(attention, _distances(grid, step_mm, rows).to(x.device), most)
+            every = torch.ones_like(attention[:, :1, :, 0])
+            found, entropy = _measured(attention, _distances(grid, step_mm, rows).to(x.device), most, every)
             weight = attention.shape[2] / cells / len(x)
             far, share = far + weight * found, share + weight * entropy
     return far, share
@@ -336,8 +340,8 @@ def _distances(sides: tuple[int, int, int], step_mm: float, rows: slice = slice(
     return step_mm * torch.cdist(places[rows], places)
 
 
-def _measured(attention: Tensor, distance_mm: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each head the mean distance, and the mean entropy of the rows over `most`."""
-    far = (attention * distance_mm).sum(dim=-1).mean(dim=(0, 2))
-    rows = -torch.xlogy(attention, attention).sum(dim=-1)
-    return far, (rows / most.clamp_min(1e-9)).mean(dim=(0, 2))
+def _measured(attention: Tensor, distance_mm: Tensor, most: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each head the mean distance, and the mean entropy of the rows over `most`; over the rows that count."""
+    far = (attention * distance_mm).sum(dim=-1)
+    share = -torch.xlogy(attention, attention).sum(dim=-1) / most.clamp_min(1e-9)
+    return (far * counts).sum(dim=(0, 2)) / counts.sum(), (share * counts).sum(dim=(0, 2)) / counts.sum()

@@ -126,6 +126,17 @@ def numbers_of(labels: Sequence[str | None], names: Sequence[str]) -> list[int |
     return [None if word is None else list(names).index(word) for word in words]
 
 
+def last_of_two(labels: Sequence[str | None]) -> str | None:
+    """The word that stands last of two; None for other numbers of classes, and for two numbers: the larger is positive.
+
+    Args:
+        labels: One per case; those that are missing are of no class.
+    """
+    words = sorted({label.strip() for label in labels if label is not None and not _is_missing(label)})
+    both_numbers = all(_number(word) is not None for word in words)
+    return words[-1] if len(words) == 2 and not both_numbers else None
+
+
 def _positive_of(counts: collections.Counter[str], positive: str | None, words: list[str], listed: str) -> str:
     if positive is not None:
         positive = _same_spelling([*words, positive.strip()])[-1]

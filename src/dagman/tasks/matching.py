@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -76,7 +76,14 @@ def references(source: Path) -> tuple[list[Pair], list[DagmanError]]:
     return kept, lost
 
 
-def _matched(found: dict[str, Path], wanted: list[Pair], reference: Path) -> tuple[list[Pair], list[Path]]:
+def _matched(paths: list[Path], wanted: list[Pair], reference: Path) -> tuple[list[Pair], list[Path]]:
+    """Each case with the file that bears its name, or its name and an ending; and the files that are of no case."""
+    cases = {each.case_id.lower() for each in wanted}
+    own = _by_name([path for path in paths if _plain(path).lower() in cases], _plain)
+    others = _by_name([path for path in paths if path not in own.values()], _stem)
+    for name in own.keys() & others.keys():
+        raise _two_files(others[name], own[name], name)
+    found = own | others
     by_case = [found.get(each.case_id.lower()) for each in wanted]
     free = {name: path for name, path in found.items() if path not in by_case}
     for name, path in free.items():
@@ -113,26 +120,25 @@ def _names(pair: Pair) -> list[str]:
 
 
 def _folder(folder: Path) -> list[Pair]:
-    named = _by_name([folder])
+    named = _by_name(_label_maps([folder]), _stem)
     return [
         Pair(case_id=_stem(path), patient=None, reference=path, prediction=None) for _, path in sorted(named.items())
     ]
 
 
-def _by_name(sources: Sequence[Path]) -> dict[str, Path]:
+def _by_name(paths: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
-    for path in _label_maps(sources):
-        name = _stem(path).lower()
+    for path in paths:
+        name = name_of(path).lower()
         if name in named:
-            raise DagmanError(
-                "DUPCASE",
-                path,
-                f"and {named[name]} are both of case {name}",
-                "give one label map for each case",
-                exit_code=ExitCode.REFUSED,
-            )
+            raise _two_files(path, named[name], name)
         named[name] = path
     return named
+
+
+def _two_files(path: Path, other: Path, case: str) -> DagmanError:
+    advice = "give one label map for each case"
+    return DagmanError("DUPCASE", path, f"and {other} are both of case {case}", advice, exit_code=ExitCode.REFUSED)
 
 
 def _label_maps(sources: Sequence[Path]) -> Iterator[Path]:
@@ -143,14 +149,14 @@ def _label_maps(sources: Sequence[Path]) -> Iterator[Path]:
         yield from (path for path in inside if path.name.lower().endswith(_SUFFIXES) and not path.name.startswith("."))
 
 
+def _plain(path: Path) -> str:
+    """A file's name without suffix."""
+    return next((path.name[: -len(each)] for each in _SUFFIXES if path.name.lower().endswith(each)), path.name)
+
+
 def _stem(path: Path) -> str:
     """A file's name without suffix and ending."""
-    name = path.name
-    for suffix in _SUFFIXES:
-        if name.lower().endswith(suffix):
-            name = name[: -len(suffix)]
-            break
-    return _ENDINGS.sub("", name)
+    return _ENDINGS.sub("", _plain(path))
 
 
 def read_pair(pair: Pair) -> tuple[Volume, Volume]:
@@ -261,7 +267,7 @@ def score(
             nothing fits together or no pair can be compared; `E-LABEL`.
     """
     wanted, lost = references(reference)
-    matched, unmatched = _matched(_by_name(predictions), wanted, reference)
+    matched, unmatched = _matched(list(_label_maps(predictions)), wanted, reference)
     predicted_splits = {pair.split for pair in matched if pair.prediction}
     left_out = Counter(pair.split for pair in matched if pair.split not in predicted_splits)
     matched = [pair for pair in matched if pair.split in predicted_splits]

@@ -366,8 +366,8 @@ def difference_from_one_of(first: Predictions, others: Sequence[Predictions]) ->
     value = float(first.auc_of(once)[0] - np.mean([other.auc_of(once)[0] for other in others]))
     if not np.isfinite(value):
         return Estimate(value=None, why=first.auc().why)
-    if first.auc().low is None:
-        return Estimate(value=value, why=first.auc().why)
+    if (why := first.auc().why) and why != statistics.UNMOVED:  # of an AUC that no patient moves, the others may vary
+        return Estimate(value=value, why=why)
     ends = ndtr(statistics.widening(models) * ndtri(np.array([0.025, 0.975])))
     low, high = np.nanquantile(gained, ends)
     if low == high:

@@ -15,6 +15,7 @@ from dagman.tasks import cohort as cohorts
 from dagman.tasks.classify import ProbeResult
 from dagman.tasks.cohort import Cohort
 from dagman.tasks.embed import embed, suited
+from dagman.tasks.labels import last_of_two
 from dagman.tasks.protocol import Protocol
 from dagman.tasks.statistics import Estimate
 from dagman.types import Preparation
@@ -64,9 +65,8 @@ def predict(
 
 
 def positive_of(store: PreparedStore) -> str | None:
-    """The class called positive where nobody says: the last in order; None unless there are two."""
-    found = sorted({str(row["label"]) for row in store.rows if row.get("label")})
-    return found[-1] if len(found) == 2 else None
+    """The class called positive where nobody says: as `labels.last_of_two`."""
+    return last_of_two([row.get("label") for row in store.rows])
 
 
 def identity(store: PreparedStore) -> str:

@@ -74,7 +74,7 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Pa
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], run: str, *, keep: int) -> Path:
-    """Write one checkpoint, then delete all but the newest `keep`.
+    """Write one checkpoint, then delete all but the newest `keep`, and later ones: those steps are done again.
 
     Args:
         folder: The run's folder of checkpoints.
@@ -98,8 +98,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], run: str, *, keep:
     }
     files.write_json(temporary / _MANIFEST, manifest)
     files.publish_folder(temporary, final)
-    for old in _folders(folder)[keep:]:
-        files.remove_folder(old)
+    found = _folders(folder)
+    written = found.index(final)
+    for other in (*found[:written], *found[written + keep :]):
+        files.remove_folder(other)
     return final
 
 

@@ -136,7 +136,8 @@ def prepare(
         total=total,
     )
     if fabric.is_global_zero:
-        run.start(config, used(store), fabric.world_size)
+        compiled = kernel.describe() if fabric.device.type == "cpu" else None
+        run.start(config, used(store), fabric.world_size, compiled)
         leakage.record([store.rows[row] for row in train], run.folder)
     fabric.barrier()
     seed = config.optimisation.seed
@@ -185,7 +186,8 @@ def resume(job: Job) -> int:
     elif rows:
         job.say(f"no checkpoint was finished: {len(rows)} steps are done again from the start")
     if job.fabric.is_global_zero:
-        rows = job.run.rewind(start)
+        job.run.rewind(start)
+    rows = [row for row in rows if row["step"] <= start]  # on every rank, whatever the first has rewound by now
     job.skipped, job.skipped_in_a_row = (
         (rows[-1]["skipped"], rows[-1]["skipped_in_a_row"]) if rows and rows[-1]["step"] == start else (0, 0)
     )
