@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -167,6 +168,20 @@ def test_check_lists_scans_and_problems_and_writes_nothing(chain: Path, tmp_path
     assert sorted(tmp_path.iterdir()) == before
     as_json = json.loads(called("check", tmp_path, "--json").stdout)
     assert [len(as_json[key]) for key in ("scans", "problems")] == [1, 1]
+
+
+@pytest.mark.parametrize("buffered", ["0", "1"])
+def test_whoever_stops_reading_ends_nothing_badly(chain: Path, buffered: str) -> None:
+    """As in `dagman check SCANS | head -0`."""
+    command = [sys.executable, "-m", "dagman", "check", str(chain / "phantoms" / "images")]
+    environment = os.environ | {"PYTHONUNBUFFERED": buffered.replace("0", "")}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as running:
+        assert running.stdout is not None
+        running.stdout.close()
+        assert running.stderr is not None
+        said = running.stderr.read().decode()
+    assert running.returncode == 0, said
+    assert "Pipe" not in said
 
 
 def test_a_folder_with_other_things_is_no_place_for_a_store(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_a_changed_setting_store_or_number_of_devices_is_refused_and_nothing_is_
     assert (run.config_file.read_bytes(), run.environment_file.read_bytes()) == before
 
 
+def test_a_damaged_environment_is_one_line(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.start(DataConfig(), {"store": "a"}, 1)
+    run.environment_file.write_text("")
+    with pytest.raises(DagmanError, match=r"E-RESUME .*environment.json: is damaged") as caught:
+        run.start(DataConfig(), {"store": "a"}, 1)
+    assert caught.value.exit_code is ExitCode.REFUSED
+
+
 def test_rewinding_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step in (1, 2, 3):

@@ -47,10 +47,23 @@ class Run:
         return config.read_yaml(self.config_file)
 
     def environment(self) -> dict[str, Any]:
-        """Machine, versions and data of the latest start; empty for a run that was never started."""
+        """Machine, versions and data of the latest start; empty for a run that was never started.
+
+        Raises:
+            DagmanError: `E-RESUME`, exit code 4, where the file is damaged.
+        """
         if not self.environment_file.exists():
             return {}
-        values: dict[str, Any] = json.loads(self.environment_file.read_text())
+        try:
+            values: dict[str, Any] = json.loads(self.environment_file.read_text())
+        except ValueError:
+            raise DagmanError(
+                "RESUME",
+                self.environment_file,
+                "is damaged, so that nobody knows what the run was started with",
+                "restore it from a backup, or choose another output folder",
+                exit_code=ExitCode.REFUSED,
+            ) from None
         return values
 
     def metrics(self) -> list[dict[str, Any]]:

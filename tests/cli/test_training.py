@@ -5,11 +5,12 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from dagman import cli, demo
-from dagman.cli import run
+from dagman.cli import run, training
 from dagman.ct.store import MANIFEST, SETTINGS
 from dagman.errors import DagmanError, ExitCode
 from dagman.train.pretrain import Result
@@ -51,6 +52,18 @@ def test_a_run_folder_is_no_store_and_lies_in_none(verb, organ_store, tmp_path, 
             f"E-OUTPUT {output}: {told}; choose an output folder beside the store\n"
         )
         assert (content(tmp_path), content(organ_store.folder)) == before
+
+
+def test_a_run_in_the_folder_one_stands_in_is_moved_aside_too(tmp_path, monkeypatch, capsys):
+    """`-o .` has no name of its own, and `../store` does not lie in it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("a: 1")
+    (tmp_path / "store").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    training._move_aside(Path(), [Path("../store")])
+    (aside,) = (path for path in tmp_path.iterdir() if path.name.startswith("run."))
+    assert (aside / "config.yaml").read_text() == "a: 1"
+    assert f"moved the earlier run to {aside}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["trained on", "labelled", "a link"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dagman.cli import app, run
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 from dagman.train import engine
 
 NEEDED = {
@@ -116,6 +116,31 @@ def test_it_is_one_line_with_the_way_out(command, told, tmp_path, monkeypatch, c
     said = capsys.readouterr()
     assert said.err == told + "\n"
     assert not said.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*PRETRAIN, "--workers=-1"],
+        [*PRETRAIN, "--devices=0"],
+        [*PRETRAIN, "--checkpoint-every=0"],
+        ["check", "scans", "--workers=0"],
+        ["prepare", "-i", "scans", "-o", "out", "--workers=0"],
+        ["segment", "train", "--weights=none", "-i", "store", "-o", "out", "--workers=-1"],
+        ["classify", "predict", "--weights", "run", "-i", "scans", "-o", "out", "--workers=0"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_numbers_that_cannot_be_are_refused(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flag, _, number = command[-1].partition("=")
+    assert run(command) == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert said.startswith("E-USAGE ")
+    assert said.count("\n") == 1
+    assert flag in said
+    assert f"cannot be {number}" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -382,6 +382,22 @@ def test_other_columns_are_left_alone_and_noted(tmp_path: Path) -> None:
     assert note.problem == "5 columns are not used (one without a name, patient_id, age, note, one without a name)"
 
 
+def test_two_tables_of_one_name_are_two_tables(tmp_path: Path) -> None:
+    """Rows are told apart by where their table lies, and one image may stand in tables of two folders."""
+    write(tmp_path, "site1/a.nii.gz", "site1/m.nii.gz", "site2/b.nii.gz", "site2/n.nii.gz")
+    for site, image, mask in (("site1", "a", "m"), ("site2", "b", "n")):
+        row = {"case_id": "case1", "image": f"{image}.nii.gz", "mask": f"{mask}.nii.gz"}
+        table(tmp_path / site / "cases.csv", [row])
+    scans, problems = index([tmp_path / site / "cases.csv" for site in ("site1", "site2")])
+    assert [scan.files[0].name for scan in scans] == ["a.nii.gz"]
+    told = f"case_id is the same as in row 2 of cases.csv ({tmp_path / 'site1'})"
+    assert [problem.problem for problem in problems] == [told]
+    row = {"case_id": "other", "image": "../site1/a.nii.gz", "mask": "n.nii.gz"}
+    scans, problems = index([tmp_path / "site1" / "cases.csv", table(tmp_path / "site2" / "cases.csv", [row])])
+    assert [scan.case_id for scan in scans] == ["case1", "other"]
+    assert problems == []
+
+
 def test_table_from_a_spreadsheet_with_byte_order_mark(tmp_path: Path) -> None:
     write(tmp_path, "a.nii.gz")
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfcase_id,image\r\nq,a.nii.gz\r\n,,\r\n")

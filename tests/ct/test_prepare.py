@@ -1,6 +1,7 @@
 """Preparation end to end: real files through the real readers, killed, resumed, fanned out, and told apart."""
 
 import ast
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -25,7 +26,7 @@ from dagman.ct import prepare as prepare_module
 from dagman.ct.index import index
 from dagman.ct.prepare import PrepareConfig, prepare, prepare_volume
 from dagman.ct.read import read, read_mask
-from dagman.ct.store import PreparedStore
+from dagman.ct.store import SETTINGS, PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.types import Volume
 
@@ -569,6 +570,77 @@ def test_another_scan_of_the_same_name_is_refused_and_the_first_kept(mine, tmp_p
     assert summary.codes == {"DUPCASE": 1}
     PreparedStore(output).verify()
     assert len(PreparedStore(output)) == 3
+
+
+def test_a_scan_that_was_moved_is_made_anew_where_its_mask_is_another(tmp_path):
+    """Of the same bytes it is not; names of labels are taken from what is given now."""
+
+    def written(folder, label, names=("a", "b")):
+        save(folder / "a.nii.gz", phantom())
+        mask = np.zeros(phantom().hu.shape, np.uint8)
+        mask[5:15, 5:15, 5:15] = label
+        save(folder / "m.nii.gz", dataclasses.replace(phantom(), hu=mask))
+        (folder / "t.csv").write_text("case_id,image,mask\nc,a.nii.gz,m.nii.gz\n")
+        return folder / "t.csv"
+
+    first, second = written(tmp_path / "v1", 1), written(tmp_path / "v2", 2)
+    output = tmp_path / "out"
+    assert prepare([first], output, workers=1).stored == 1
+    assert prepare([written(tmp_path / "v3", 1)], output, workers=1).stored == 0
+    assert prepare([second], output, workers=1).stored == 1
+    assert set(PreparedStore(output).rows[0]["mask"]["voxels"]) == {"2"}
+    assert prepare([second], output, workers=1).stored == 0
+    assert prepare([tmp_path / "v2" / "a.nii.gz"], tmp_path / "bare", workers=1).stored == 1
+    (tmp_path / "v2" / "t.csv").write_text("case_id,image,mask\na,a.nii.gz,m.nii.gz\n")
+    assert prepare([second], tmp_path / "bare", workers=1).stored == 1
+    assert set(PreparedStore(tmp_path / "bare").rows[0]["mask"]["voxels"]) == {"2"}
+
+
+def test_a_mask_of_the_same_name_and_time_from_another_folder_is_another(tmp_path):
+    save(tmp_path / "a.nii", phantom())
+    for folder, label in (("r1", 1), ("r2", 2)):
+        mask = np.zeros(phantom().hu.shape, np.uint8)
+        mask[5:15, 5:15, 5:15] = label
+        save(tmp_path / folder / "m.nii", dataclasses.replace(phantom(), hu=mask))
+        os.utime(tmp_path / folder / "m.nii", (1e9, 1e9))
+    for folder, label in (("r1", "1"), ("r2", "2")):
+        (tmp_path / "t.csv").write_text(f"case_id,image,mask\nc,a.nii,{folder}/m.nii\n")
+        assert prepare([tmp_path / "t.csv"], tmp_path / "out", workers=1).stored == 1
+        assert set(PreparedStore(tmp_path / "out").rows[0]["mask"]["voxels"]) == {label}
+
+
+def test_corrected_names_of_labels_reach_the_store(tmp_path):
+    for folder, name in (("imagesTr", "c_0000.nii"), ("labelsTr", "c.nii")):
+        hu = (
+            phantom().hu
+            if folder == "imagesTr"
+            else np.pad(np.ones((9, 9, 9), np.uint8), [(0, n - 9) for n in phantom().hu.shape])
+        )
+        save(tmp_path / "Dataset001_X" / folder / name, dataclasses.replace(phantom(), hu=hu))
+    for name in ("tumour", "liver"):
+        told = {
+            "channel_names": {"0": "CT"},
+            "labels": {"background": 0, name: 1},
+            "numTraining": 1,
+            "file_ending": ".nii",
+        }
+        (tmp_path / "Dataset001_X" / "dataset.json").write_text(json.dumps(told))
+        prepare([tmp_path / "Dataset001_X"], tmp_path / "out", workers=1)
+        assert PreparedStore(tmp_path / "out").rows[0]["mask"]["names"] == {"1": name}
+
+
+def test_one_store_hashes_its_patients_with_one_key(real_data, tmp_path, monkeypatch):
+    series = real_data / "dicom_series" / "lung_dx_A0002_B40f"
+    output = tmp_path / "out"
+    monkeypatch.setenv("DAGMAN_PATIENT_KEY", "secret")
+    prepare([series], output, workers=1)
+    assert "secret" not in (output / SETTINGS).read_text()
+    prepare([series], output, workers=1)
+    monkeypatch.delenv("DAGMAN_PATIENT_KEY")
+    with pytest.raises(DagmanError, match=r"E-SETTINGS .*another DAGMAN_PATIENT_KEY") as caught:
+        prepare([series], output, workers=1)
+    assert caught.value.exit_code == ExitCode.REFUSED
+    assert len(PreparedStore(output)) == 1
 
 
 def test_a_mistyped_source_leaves_nothing(tmp_path):

@@ -64,6 +64,17 @@ def test_file_of_the_catalogue(name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_paths_count_from_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that reads began in another: a notebook changes its folder."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        FILES["good.nii.gz"][1](tmp_path / name / f"{name}.nii.gz")
+        monkeypatch.chdir(tmp_path / name)
+        (scan,), problems = index([Path(f"{name}.nii.gz")])
+        assert problems == []
+        assert read(scan).hu.shape
+
+
 @pytest.mark.parametrize("name", SERIES)
 def test_series_of_the_catalogue(name: str, tmp_path: Path) -> None:
     code, write = SERIES[name]

@@ -191,3 +191,7 @@ def test_labels_of_new_cases_are_spelt_as_the_classes_and_strange_ones_are_named
     assert labels.numbers_of(["benign", ""], ("benign", "malignant")) == [0, None]
     with pytest.raises(DagmanError, match=r"E-LABEL.*3 cases .*\(2: 2, x: 1\); known: 0, 1"):
         labels.numbers_of(["1", "2", "2.0", "x"], ("0", "1"))
+
+
+def test_what_is_missing_is_of_no_class():
+    assert labels.classes_of(["met", "none", None, "met ", "", "nomet"]) == ["met", "nomet"]

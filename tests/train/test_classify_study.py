@@ -483,6 +483,9 @@ def test_the_verbs_chain_from_a_table_to_predictions_of_new_scans(store, tmp_pat
         assert cli.run(embed) == 0
         untrained = ["classify", "probe", "-i", table, "--positive", "bright", "--folds", "2", "-o"]
         assert cli.run([*untrained, str(tmp_path / f"untrained{seed}")]) == 0
+    assert (tmp_path / "few" / "classifier").is_dir()
+    assert cli.run([*untrained, str(tmp_path / "few")]) == 0
+    assert not (tmp_path / "few" / "classifier").exists(), "none stands beside results of other features"
     beside = ["compare", str(tmp_path / "lp"), *(str(tmp_path / f"untrained{seed}") for seed in (0, 1))]
     capfd.readouterr()
     assert cli.run([*beside, "-o", str(tmp_path / "cmp")]) == 0

@@ -283,6 +283,22 @@ def test_a_store_that_keeps_no_masks_as_drawn_is_scored_on_its_own_voxels_and_sa
     assert [dict(zip(lines[0].split(","), line.split(","), strict=True))["grid"] for line in lines[1:]] == ["store"] * 2
 
 
+def test_no_prediction_replaces_what_it_is_made_from(short, tmp_path, capsys, monkeypatch):
+    table = small_study.write_cases(tmp_path / "raw", {"c0": small_study.case(0)})
+    scan, mask = tmp_path / "raw" / "c0.nii.gz", tmp_path / "raw" / "masks" / "c0.nii.gz"
+    before = scan.read_bytes(), mask.read_bytes()
+    monkeypatch.chdir(tmp_path / "raw")
+    for source, output in ((scan.name, "."), (".", "."), (".", "out"), (str(table), "masks")):
+        command = ["segment", "predict", "--weights", str(short[0] / "fold-0"), "-i", source, "-o", output]
+        assert run(command) == ExitCode.REFUSED
+        assert "E-OUTPUT" in capsys.readouterr().err
+    (found,), _ = index([scan])
+    with pytest.raises(DagmanError, match=r"E-OUTPUT .*c0.nii.gz: is one of the inputs"):
+        segment.predict(segmenter.load(short[0] / "fold-0"), found, scan.parent)
+    assert (scan.read_bytes(), mask.read_bytes()) == before
+    assert sorted(path.name for path in scan.parent.iterdir()) == ["c0.nii.gz", "cases.csv", "masks"]
+
+
 def test_ctrl_c_between_two_scans_loses_nothing_and_says_so(short, tmp_path, capsys, monkeypatch):
     small_study.write_cases(tmp_path / "raw", {f"c{number}": small_study.case(number) for number in range(2)})
     scans = [str(tmp_path / "raw" / f"c{number}.nii.gz") for number in range(2)]

@@ -64,12 +64,16 @@ def run(arguments: list[str]) -> int:
     """Run one verb; every error becomes one line on standard error and an exit code."""
     try:
         code = _parsed(arguments)
+        sys.stdout.flush()
     except DagmanError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         print("stopped; run the same command again", file=sys.stderr)
         return int(ExitCode.STOPPED)
+    except BrokenPipeError:  # whoever read what is printed has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.OK)
     except MemoryError:
         advice = "close other programs, or lower --optimisation.batch-size, then --data.crop"
         print(f"E-MEMORY dagman: out of memory; {advice}", file=sys.stderr)

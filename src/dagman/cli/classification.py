@@ -6,18 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from dagman.cli.predicting import predict, say_result
-from dagman.cli.watching import (
-    STOPPED,
-    Crop,
-    Device,
-    Output,
-    Switch,
-    claim,
-    next_step,
-    progress,
-    require,
-    say,
-)
+from dagman.cli.watching import STOPPED, Crop, Device, Output, Readers, Switch, claim, next_step, progress, require, say
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -153,12 +142,17 @@ def _spread(results: list[dict[str, Any]], output: Path) -> None:
 def _save_probe(
     table: "Table", protocol: "Protocol", output: Path, given: dict[str, Any], origin: "Origin | None"
 ) -> Path | None:
-    """A classifier from a probe of all labelled cases; None where the encoder is not known or gone."""
+    """A classifier from a probe of all labelled cases; None where the encoder is not known or gone.
+
+    That of an earlier probe in this folder goes first: it would stand beside results of another.
+    """
+    from dagman.files import remove_folder, sha256_file
+
+    remove_folder(output / "classifier")
     if origin is None or origin.weights is None:
         why = "is untrained" if origin else "is not known (its JSON file is not beside them, or tells of others)"
         say(f"no classifier was saved: the encoder of these features {why}")
         return None
-    from dagman.files import sha256_file
     from dagman.nets.weights import load_encoder
     from dagman.tasks import classifier, leakage
     from dagman.tasks import classify as classifying
@@ -208,7 +202,7 @@ def finetune(
     seed: int = 0,
     device: Device | None = None,
     precision: Literal["bf16", "float32"] = "float32",
-    workers: int = 0,
+    workers: Readers = 0,
 ) -> int:
     """Fine-tune an encoder on labelled cases in folds by patient, and test each fold on patients it never saw.
 

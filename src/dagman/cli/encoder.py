@@ -43,6 +43,7 @@ def embed(
     from dagman.nets.weights import load_encoder
     from dagman.tasks import embed as embedding
     from dagman.tasks import leakage
+    from dagman.tasks.labels import classes_of, last_of_two
     from dagman.tasks.origin import Origin, write_origin
     from dagman.tasks.table import write_csv
 
@@ -80,9 +81,11 @@ def embed(
     if masks := sum(store.rows[row]["mask"] is not None for row in rows):
         size = f" of {by(origin.crop_mm)} mm" if origin.crop_mm else ""
         say(f"{masks} of them by a crop{size} around {origin.crops_around}")
-    if len(classes := {label for label in table.labels if label}) > 1:
-        words = len(classes) == 2 and not all(label.replace(".", "", 1).isdigit() for label in classes)
-        positive = f" --positive {max(classes)}" if words else ""
+    if len(classes := classes_of(table.labels)) > 1:
+        last = last_of_two(table.labels)
+        positive = f" --positive {last}" if last else ""
+        if last:
+            say(f"--positive says which class counts as positive: {classes[0]} or {classes[1]}")
         grouped = "" if all(table.patients) else " --group-by case"
         next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe{positive}{grouped}")
     return ExitCode.OK if len(rows) == len(store) else ExitCode.REJECTED

@@ -50,9 +50,11 @@ def attention(
         device: `cpu` or `cuda`.
     """
     from dagman.ct.index import index
+    from dagman.ct.prepare import refuse_inside
     from dagman.tasks import leakage, pointing, statistics
     from dagman.tasks.attention import explain
 
+    refuse_inside(sources, output)
     claim(output, "attention")
     encoders = _loaded(weights)
     scans, problems = index(sources)

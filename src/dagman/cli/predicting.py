@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagman.cli.watching import PREDICT, Device, Output, Sources, by, claim, next_step, progress, say
+from dagman.cli.watching import PREDICT, Device, Number, Output, Sources, by, claim, next_step, progress, say
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ MOST_NAMED = 10
 """Of scans that cannot be used."""
 
 
-def predict(*, weights: Path, sources: Sources, output: Output, workers: int = 1, device: Device = "cpu") -> int:
+def predict(*, weights: Path, sources: Sources, output: Output, workers: Number = 1, device: Device = "cpu") -> int:
     """Classify new CTs; those that cannot be used are named, and the rest goes on.
 
     Args:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Output, Sources, next_step, progress, require, say
-from dagman.errors import ExitCode
+from dagman.cli.watching import Number, Output, Sources, next_step, progress, require, say
+from dagman.errors import ExitCode, printable
 
 if TYPE_CHECKING:
     from dagman.ct.prepare import Summary
@@ -20,7 +20,7 @@ MOST_DUPLICATES = 5
 def check(
     *sources: Path,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
-    workers: int = 2,
+    workers: Number = 2,
 ) -> int:
     """List every scan and every problem of some sources at once; write nothing.
 
@@ -40,7 +40,7 @@ def check(
     else:
         for row in rows:
             shape, spacing = ("x".join(map(str, row[key])) for key in ("shape", "spacing_mm"))
-            print(f"{row['case_id']}: {row['format']}, {shape} voxels of {spacing} mm, {row['source']}")
+            print(f"{row['case_id']}: {row['format']}, {shape} voxels of {spacing} mm, {printable(row['source'])}")
         for problem in problems:
             print(problem)
     lost = sum(not problem.ignored for problem in problems)
@@ -59,7 +59,7 @@ def prepare(
     spacing_mm: float = 2.0,
     resampling: Literal["antialiased", "linear"] = "antialiased",
     storage: Literal["blosc2", "npy"] = "blosc2",
-    workers: int | None = None,
+    workers: Number | None = None,
 ) -> int:
     """Bring CTs into one form: RAS+, cubic voxels, cropped to the body, int16 HU, a manifest with checksums.
 
@@ -95,7 +95,7 @@ def lidc(
     sources: Sources | None = None,
     database: Path | None = None,
     rule: Literal["median", "drop3", "mean"] = "median",
-    workers: int = 2,
+    workers: Number = 2,
 ) -> int:
     """Write the malignancy labels of all LIDC-IDRI nodules; where CTs are given, also masks and a table for `prepare`.
 

@@ -12,6 +12,7 @@ from dagman.cli.watching import (
     Crop,
     Device,
     Output,
+    Readers,
     Sources,
     Switch,
     claim,
@@ -63,7 +64,7 @@ def train(
     seed: int = 0,
     device: Device | None = None,
     precision: Literal["bf16", "float32"] = "float32",
-    workers: int = 0,
+    workers: Readers = 0,
 ) -> int:
     """Learn to segment in folds by patient, and test each fold on patients it never saw; run again, it continues.
 
@@ -186,13 +187,16 @@ def predict(
         device: `cpu` or `cuda`.
     """
     from dagman.ct.index import index
+    from dagman.ct.prepare import refuse_inside
     from dagman.ct.survey import count
     from dagman.tasks import leakage, segmenter
     from dagman.tasks import segment as segmenting
 
+    refuse_inside(sources, output)
     claim(output, "segment predict")
     loaded = segmenter.load(weights)
     scans, problems = index(sources)
+    segmenting.refuse_inputs(scans, output, to=to)
     failed = say_problems(problems)
     networks = count(len(loaded), "network", "networks")
     say(f"{count(len(scans), 'scan', 'scans')}; segmenting {', '.join(loaded[0].classes.names)} with {networks}")

@@ -1,6 +1,7 @@
 """The verbs that train: pretrain, and the demo of the whole chain."""
 
 import inspect
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Device, Output, Switch, Watcher, next_step, progress, require, say
+from dagman.cli.watching import Device, Number, Output, Readers, Switch, Watcher, next_step, progress, require, say
 from dagman.errors import DagmanError, ExitCode
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def pretrain(
     config: Annotated[Path | None, Parameter(name=["--config", "-c"])] = None,
     seed: int | None = None,
     device: Device | None = None,
-    devices: int = 1,
-    workers: int = 0,
-    checkpoint_every: int = 100,
+    devices: Number = 1,
+    workers: Readers = 0,
+    checkpoint_every: Number = 100,
     labelled: Path | None = None,
     compiled: Switch = False,
     fresh: Switch = False,
@@ -169,9 +170,14 @@ def _refuse_unknown(chosen: "PretrainConfig", values: dict[str, Any]) -> None:
 def _refuse_moving(output: Path, stores: Sequence[Path]) -> None:
     """What is needed is not moved away."""
     for store in stores:
-        if store.resolve().is_relative_to(output.resolve()) or store.absolute().is_relative_to(output.absolute()):
+        if any(path.is_relative_to(place) for path, place in zip(_places(store), _places(output), strict=True)):
             problem = f"holds the store {store}, which --fresh would move away with the run"
             raise DagmanError("OUTPUT", output, problem, "choose another output folder", exit_code=ExitCode.REFUSED)
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    """Where a path leads, and where it stands."""
+    return path.resolve(), Path(os.path.normpath(path.absolute()))
 
 
 def _move_aside(output: Path, stores: Sequence[Path]) -> None:
@@ -179,6 +185,7 @@ def _move_aside(output: Path, stores: Sequence[Path]) -> None:
     from dagman.files import folder_lock
 
     _refuse_moving(output, stores)
+    output = output.resolve()
     aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     with folder_lock(output):
         output.rename(aside)
@@ -224,8 +231,8 @@ def ablate(
     names: Path | None = None,
     scan: Path | None = None,
     device: Device | None = None,
-    devices: int = 1,
-    workers: int = 0,
+    devices: Number = 1,
+    workers: Readers = 0,
     dry_run: Switch = False,
 ) -> int:
     """Take DAGMaN apart: train a family of recipes that differ in one thing, and compare them; run again, it continues.

@@ -44,6 +44,21 @@ def _present(_: Any, device: str | None) -> None:
             raise DagmanError("DEVICE", "--device cuda", "no CUDA device is here", "leave --device out, or give cpu")
 
 
+def _at_least(least: int) -> Parameter:
+    """Refuse a smaller number."""
+
+    def check(_: Any, number: int | None) -> None:
+        if number is not None and number < least:
+            raise ValueError(f"cannot be {number}; give at least {least}")
+
+    return Parameter(validator=check)
+
+
+Readers = Annotated[int, _at_least(0)]
+"""Processes that read ahead of one that trains, which reads itself where there are none."""
+Number = Annotated[int, _at_least(1)]
+
+
 Device = Annotated[Literal["cpu", "cuda"], Parameter(validator=_present)]
 """Where a verb computes."""
 

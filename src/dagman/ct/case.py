@@ -164,7 +164,7 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
             "source_sha256": source_sha256([scan.mask] if scan.mask else []),
             "tiny_labels": list(prepared.tiny_labels),
             **({"rois": list(scan.rois)} if scan.rois else {}),
-            **({"names": {str(label): name for label, name in scan.called.items()}} if scan.called else {}),
+            **({"names": names_of(scan)} if scan.called else {}),
             "voxels": {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label},
             **({} if prepared.centroid is None else {"centroid": _plain(prepared.centroid)}),
             **_written(store.array_path(output, "masks", scan.case_id, config.storage), prepared.mask),
@@ -253,10 +253,37 @@ def fingerprint(scan: Scan) -> Row:
         problem = f"is no longer there ({error.strerror})"
         raise DagmanError("GONE", scan.source, problem, "put it back and run the command again") from None
     return {
-        "place": hashlib.sha256(bytes(scan.source.absolute())).hexdigest()[:16],
+        "place": _place(scan.source),
+        "mask_place": _place(scan.mask) if scan.mask else None,
         "files": [[printable(name), state.st_size, state.st_mtime_ns] for name, state in states]
         + [[roi, 0, 0] for roi in scan.rois],
     }
+
+
+def _place(path: Path) -> str:
+    return hashlib.sha256(bytes(path.absolute())).hexdigest()[:16]
+
+
+def is_of(scan: Scan, row: Row) -> bool:
+    """Whether a stored mask is the scan's, by content: a scan that was moved, or its mask, is not made anew."""
+    stored = row["mask"]
+    if scan.mask is None or stored is None:
+        return scan.mask is None and stored is None
+    return bool(stored["source_sha256"] == source_sha256([scan.mask]) and stored.get("rois", []) == list(scan.rois))
+
+
+def named_anew(row: Row, scan: Scan) -> Row:
+    """What a table or data set says of a stored case now: patient, label, split, and what labels are called."""
+    said = row | table_values(scan)
+    if row["mask"]:
+        mask = {key: value for key, value in row["mask"].items() if key != "names"}
+        said["mask"] = mask | ({"names": names_of(scan)} if scan.called else {})
+    return said
+
+
+def names_of(scan: Scan) -> dict[str, str]:
+    """What the labels of its mask are called, as a manifest writes it."""
+    return {str(label): name for label, name in scan.called.items()}
 
 
 def source_sha256(files: Iterable[Path]) -> str:

@@ -97,6 +97,7 @@ def run(task: str, subject: Path, arguments: dict[str, Any], limits: Limits) -> 
     server = _take()
     with _shared_file() as note, _shared_file() as voxels:
         request = {"task": task, "arguments": arguments, "memory_bytes": limits.memory_bytes, "subject": str(subject)}
+        request["folder"] = str(Path.cwd())  # from which paths count, wherever this process was when it began the other
         note.write(json.dumps(request).encode())
         note.flush()
         try:
@@ -262,6 +263,7 @@ def _answer(tasks: dict[str, Any], request: dict[str, Any], voxels: int) -> dict
     warnings.simplefilter("ignore")
     subject = request["subject"]
     try:
+        os.chdir(request["folder"])
         value, array = tasks[request["task"]](**request["arguments"])
         if array is None:
             return {"value": value, "dtype": None}

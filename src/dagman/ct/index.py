@@ -35,7 +35,7 @@ def index(
     Raises:
         DagmanError: `E-GONE` when a source does not exist.
     """
-    key = key or os.environ.get("DAGMAN_PATIENT_KEY") or PATIENT_KEY
+    key = key or patient_key()
     survey = Survey(key=key, limits=limits or guard.Limits())
     refuse_missing(sources)
     tables = [source for source in sources if source.suffix.lower() == ".csv" and source.is_file()]
@@ -52,6 +52,11 @@ def index(
     taken = {scan.case_id for scan in scans}
     scans += [_named(each, case_id) for each, case_id in zip(found, _case_ids(found, taken), strict=True)]
     return sorted(scans, key=lambda scan: scan.case_id), survey.problems
+
+
+def patient_key() -> str:
+    """What PatientIDs are hashed with where nobody gives another key."""
+    return os.environ.get("DAGMAN_PATIENT_KEY") or PATIENT_KEY
 
 
 def refuse_missing(sources: Sequence[Path]) -> None:

@@ -296,6 +296,6 @@ def _named(path: Path, items: list[tuple[str, Item]], survey: Survey) -> list[tu
     uses = Counter(stem.lower() for stem in stems)
     for stem, (_, item) in zip(stems, items, strict=True):
         taken = uses[stem.lower()] > 1 or f"case_id is {stem.lower()}" in survey.rows
-        own = f"{path.parent.absolute().name}/{item['image']}\n{item.get('mask', '')}"
+        own = f"{path.parent.absolute()}/{item['image']}\n{item.get('mask', '')}"
         item["case_id"] = f"{stem}-{short_hash(own)}" if taken else stem
     return items

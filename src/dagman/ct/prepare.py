@@ -6,6 +6,7 @@ again; so does the manifest, apart from `seconds`. What is finished is noted in 
 (`.done.jsonl`), which knows source files by size and time, and is no part of what the store holds.
 """
 
+import hmac
 import json
 import shutil
 import time
@@ -24,17 +25,18 @@ from dagman.ct.case import (
     Prepared,
     Row,
     fingerprint,
+    is_of,
     is_stored,
+    named_anew,
     prepare_case,
     prepare_volume,
     refuse_other_case,
     rejected_row,
     relative,
     source_name,
-    table_values,
 )
 from dagman.ct.fanout import stoppable, unordered
-from dagman.ct.index import index, refuse_missing
+from dagman.ct.index import index, patient_key, refuse_missing
 from dagman.ct.survey import count
 from dagman.errors import DagmanError, ExitCode
 from dagman.files import (
@@ -53,6 +55,8 @@ from dagman.types import Scan
 __all__ = ["PrepareConfig", "Prepared", "Summary", "prepare", "prepare_volume"]
 
 REJECTED = "rejected.jsonl"
+_KEY = "patient_key"
+"""Setting that tells keys of patients apart, and not what they are."""
 JOURNAL = ".done.jsonl"
 Tell = Callable[[int, int, str], None]
 
@@ -124,6 +128,8 @@ def prepare(
                     given = ", ".join(map(str, sources))
                     advice = f"see what each file is with `dagman check -i {sources[0]}`"
                     raise DagmanError("NODATA", given, "holds no scan", advice, exit_code=ExitCode.NOTHING_USABLE)
+                if any(scan.kind == "dicom" for scan in run.scans.values()):
+                    _adopt_key(output)
                 run.work(workers, progress or _silent)
                 return run.finish(started)
         except KeyboardInterrupt:
@@ -207,7 +213,7 @@ class _Run:
                 now = fingerprint(scan)
                 if self._is_finished(scan, now):
                     entry = self.journal[scan.case_id]
-                    self.done[scan.case_id] = {**entry, **now, "row": entry["row"] | table_values(scan)}
+                    self.done[scan.case_id] = {**entry, **now, "row": named_anew(entry["row"], scan)}
                 else:
                     pending.append(scan)
             except DagmanError as error:
@@ -222,8 +228,9 @@ class _Run:
             return False
         if entry["place"] != now["place"]:
             refuse_other_case(scan, entry["row"])
-            return True
-        return bool(entry["files"] == now["files"])
+            return is_of(scan, entry["row"])
+        moved = "mask_place" in entry and entry["mask_place"] != now["mask_place"]  # not said by earlier versions
+        return bool(entry["files"] == now["files"]) and (not moved or is_of(scan, entry["row"]))
 
     def _kept(self) -> dict[str, Row]:
         """Stored cases that this run has no say on."""
@@ -270,17 +277,22 @@ class _Run:
 
 def refuse_overlap(sources: Sequence[Path], output: Path) -> None:
     """Sources are never written to, and a store is no source."""
-    place = output.resolve()
+    refuse_inside(sources, output)
     for source in (Path(source).resolve() for source in sources):
-        inside, around = source.is_dir() and place.is_relative_to(source), source.is_relative_to(place)
-        if inside or around:
-            raise DagmanError(
-                "OUTPUT",
-                output,
-                f"lies inside the source {source}" if inside else f"holds the source {source}",
-                "choose an output folder beside the sources",
-                exit_code=ExitCode.REFUSED,
-            )
+        if source.is_relative_to(output.resolve()):
+            raise _overlap(output, f"holds the source {source}")
+
+
+def refuse_inside(sources: Sequence[Path], output: Path) -> None:
+    """Folders of scans are never written to: what is written there would be read as a scan."""
+    for source in (Path(source).resolve() for source in sources):
+        if source.is_dir() and output.resolve().is_relative_to(source):
+            raise _overlap(output, f"lies inside the source {source}")
+
+
+def _overlap(output: Path, problem: str) -> DagmanError:
+    advice = "choose an output folder beside the sources"
+    return DagmanError("OUTPUT", output, problem, advice, exit_code=ExitCode.REFUSED)
 
 
 def _adopt_settings(output: Path, config: PrepareConfig) -> None:
@@ -305,10 +317,20 @@ def _adopt_settings(output: Path, config: PrepareConfig) -> None:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         raise _settings_error(output, f"has an unreadable {store.SETTINGS}") from None
-    if lines := difference(known, wanted):
+    if lines := difference({name: value for name, value in known.items() if name != _KEY}, wanted):
         if "format" not in known or any(read_lines(output / name) for name in (JOURNAL, store.MANIFEST)):
             raise _settings_error(output, f"was prepared otherwise ({', '.join(lines)})")
         write_json(path, wanted)
+
+
+def _adopt_key(output: Path) -> None:
+    """One key hashes the patients of a store: two would make two patients of one, in two folds."""
+    path = output / store.SETTINGS
+    known = json.loads(path.read_text())
+    own = hmac.new(patient_key().encode(), b"key", "sha256").hexdigest()[:8]
+    if known.setdefault(_KEY, own) != own:
+        raise _settings_error(output, "hashes its patients with another DAGMAN_PATIENT_KEY")
+    write_json(path, known)
 
 
 def _settings_error(output: Path, problem: str) -> DagmanError:

@@ -102,7 +102,11 @@ def _filter_first(volume: np.ndarray, axis: Taps) -> np.ndarray:
 def nearest(
     labels: Num[np.ndarray, "x y z"], spacing_mm: tuple[float, float, float], target_mm: float
 ) -> Num[np.ndarray, "new_x new_y new_z"]:
-    """A label map on the grid that `resample` gives, each voxel the old one nearest to it."""
+    """A label map on the grid that `resample` gives, each voxel the old one nearest to it.
+
+    Of two as near (all are, halfway from 1 mm to 2 mm) it is the first, so that sizes stay; what is drawn then comes to
+    lie up to half an old voxel further on. Segmentations are judged on the mask as it was drawn.
+    """
     index = [
         np.clip(np.floor(positions(num, axis_mm, target_mm) + 0.5 - 1e-6).astype(np.int64), 0, num - 1)
         for num, axis_mm in zip(labels.shape, spacing_mm, strict=True)

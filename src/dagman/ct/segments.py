@@ -210,7 +210,10 @@ def _filled(path: Path, lines: Sequence[np.ndarray], shape: Sequence[int], apart
     apart = _regular(places) or apart
     slices = np.arange(shape[2])
     nearest = np.abs(slices[:, None] - places).argmin(axis=1)
-    near = np.abs(slices - places[nearest]) <= max(1.0, apart) / 2 + 0.01
+    away = np.abs(slices - places[nearest])
+    near = away <= apart / 2 + 0.01
+    if not near.any():  # finer planes, all of them between the same two slices
+        near = away <= 0.51
     found = []
     for k in slices[near].tolist():
         layer = np.argwhere(contours.fill(planes[nearest[k]], (shape[0], shape[1])))

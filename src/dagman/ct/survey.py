@@ -70,8 +70,8 @@ class Survey:
     limits: guard.Limits
     visited: set[tuple[int, int]] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
-    rows: dict[str, str] = field(default_factory=dict)
-    """Case names and image-mask pairs of all tables, and the row that used each first."""
+    rows: "dict[str, tuple[Path, str]]" = field(default_factory=dict)
+    """Case names and image-mask pairs of all tables, and the table and row that used each first."""
     images: "dict[Path, Found | None]" = field(default_factory=dict)
     """What each image of a table holds."""
 

@@ -67,9 +67,10 @@ def _scan(row: dict[str, str], path: Path, here: str, survey: Survey) -> Scan | 
     _check_cells(row, survey, path, here)
     image = _existing(path, row["image"])
     mask, rois = _mask(path, row.get("mask") or "")
-    if image not in survey.images:
-        survey.images[image] = _only(image, survey)
-    found = survey.images[image]
+    place = image.resolve()  # tables of several folders may name one image
+    if place not in survey.images:
+        survey.images[place] = _only(image, survey)
+    found = survey.images[place]
     if found is None:
         return None
     if mask is not None:
@@ -139,9 +140,10 @@ def _check_cells(row: dict[str, str], survey: Survey, path: Path, here: str) -> 
         raise ValueError(f"case_id {printable(case_id)[:60]} may hold letters, digits, '-', '_' and '.' only")
     place = "\n".join(str((path.parent / row.get(name, "")).absolute()) for name in ("image", "mask"))
     for what, value in (("case_id is", case_id.lower()), ("image and mask are", place)):
-        earlier = survey.rows.setdefault(f"{what} {value}", here)
-        if earlier != here:
-            raise ValueError(f"{what} the same as in {earlier}")
+        table, earlier = survey.rows.setdefault(f"{what} {value}", (path.absolute(), here))
+        if (table, earlier) != (path.absolute(), here):
+            of = f" ({printable(table.parent)})" if table.name == path.name and table != path.absolute() else ""
+            raise ValueError(f"{what} the same as in {earlier}{of}")
 
 
 def _mask(table: Path, cell: str) -> tuple[Path | None, tuple[str, ...]]:

@@ -126,13 +126,18 @@ def numbers_of(labels: Sequence[str | None], names: Sequence[str]) -> list[int |
     return [None if word is None else list(names).index(word) for word in words]
 
 
+def classes_of(labels: Sequence[str | None]) -> list[str]:
+    """What labels say that are not missing, each once, sorted."""
+    return sorted({label.strip() for label in labels if label is not None and not _is_missing(label)})
+
+
 def last_of_two(labels: Sequence[str | None]) -> str | None:
     """The word that stands last of two; None for other numbers of classes, and for two numbers: the larger is positive.
 
     Args:
         labels: One per case; those that are missing are of no class.
     """
-    words = sorted({label.strip() for label in labels if label is not None and not _is_missing(label)})
+    words = classes_of(labels)
     both_numbers = all(_number(word) is not None for word in words)
     return words[-1] if len(words) == 2 and not both_numbers else None
 

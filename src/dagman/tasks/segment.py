@@ -16,7 +16,7 @@ from dagman import files
 from dagman.ct import crops
 from dagman.ct.prepare import PrepareConfig, prepare_volume
 from dagman.ct.read import read
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 from dagman.nets.unetr import SegmentationNetwork
 from dagman.tasks.attention import onto
 from dagman.tasks.embed import Progress, crops_at_once, in_turn
@@ -61,8 +61,9 @@ def predict(
         progress: Hears of each finished batch of crops.
 
     Raises:
-        DagmanError: As `ct.read.read`; `E-FORMAT` for `dicom-seg` of what is no DICOM series.
+        DagmanError: As `ct.read.read` and `refuse_inputs`; `E-FORMAT` for `dicom-seg` of what is no DICOM series.
     """
+    refuse_inputs([scan], folder, to=to)
     if to == "dicom-seg" and scan.kind != "dicom":
         raise DagmanError("FORMAT", scan.source, "is no DICOM, so there is nothing to refer to", "leave out --to")
     volume = read(scan)
@@ -105,6 +106,24 @@ def before(segmenters: Sequence[Segmenter], scan: Scan, folder: Path, *, to: To 
         return None
     identity = _identity(segmenters, scan)
     return Outputs(path, found[0]["volumes_cc"]) if identity.items() <= found[0].items() else None
+
+
+def refuse_inputs(scans: Sequence[Scan], folder: Path, *, to: To = "nifti") -> None:
+    """Predictions are never written over what is read.
+
+    Raises:
+        DagmanError: `E-OUTPUT`, exit code 4, naming a scan or mask that a prediction would replace.
+    """
+    read_from = {path.resolve() for scan in scans for path in (*scan.files, *([scan.mask] if scan.mask else []))}
+    for scan in scans:
+        if (path := _place(folder, scan, to)).resolve() in read_from:
+            raise DagmanError(
+                "OUTPUT",
+                path,
+                "is one of the inputs, which a prediction would replace",
+                "choose another output folder",
+                exit_code=ExitCode.REFUSED,
+            )
 
 
 def _place(folder: Path, scan: Scan, to: To) -> Path:

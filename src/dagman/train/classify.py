@@ -235,7 +235,7 @@ class _Study:
     weights: Path | None
     resnet: Path | None
     seen: leakage.Seen
-    num_empty: int
+    num_empty: int = 0
     """Cases left out for their empty mask."""
 
     def rows(self, cases: Sequence[int]) -> tuple[int, ...]:
