@@ -398,6 +398,22 @@ def test_two_tables_of_one_name_are_two_tables(tmp_path: Path) -> None:
     assert problems == []
 
 
+def test_three_data_sets_of_one_name_keep_all_their_cases(tmp_path: Path) -> None:
+    """Names do not depend on where the first two lie."""
+    told = '{"channel_names": {"0": "CT"}, "labels": {"background": 0}, "numTraining": 1, "file_ending": ".nii.gz"}'
+    for site in ("site1", "site2", "site3"):
+        write(tmp_path / site / "Dataset001_X", "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+        (tmp_path / site / "Dataset001_X" / "dataset.json").write_text(told)
+    sources = [tmp_path / site / "Dataset001_X" for site in ("site1", "site2", "site3")]
+    scans, problems = index(sources)
+    assert problems == []
+    assert len({scan.case_id for scan in scans}) == len(scans) == 3
+    (tmp_path / "elsewhere").mkdir()
+    moved = [path.parent.rename(tmp_path / "elsewhere" / path.parent.name) / path.name for path in sources]
+    kept = {scan.case_id for scan in scans} & {scan.case_id for scan in index(moved)[0]}
+    assert len(kept) == 2
+
+
 def test_table_from_a_spreadsheet_with_byte_order_mark(tmp_path: Path) -> None:
     write(tmp_path, "a.nii.gz")
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfcase_id,image\r\nq,a.nii.gz\r\n,,\r\n")

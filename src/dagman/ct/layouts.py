@@ -296,6 +296,9 @@ def _named(path: Path, items: list[tuple[str, Item]], survey: Survey) -> list[tu
     uses = Counter(stem.lower() for stem in stems)
     for stem, (_, item) in zip(stems, items, strict=True):
         taken = uses[stem.lower()] > 1 or f"case_id is {stem.lower()}" in survey.rows
-        own = f"{path.parent.absolute()}/{item['image']}\n{item.get('mask', '')}"
-        item["case_id"] = f"{stem}-{short_hash(own)}" if taken else stem
+        own = f"{path.parent.absolute().name}/{item['image']}\n{item.get('mask', '')}"
+        name = f"{stem}-{short_hash(own)}" if taken else stem
+        if taken and f"case_id is {name.lower()}" in survey.rows:  # data sets of one name: their place tells them apart
+            name = f"{stem}-{short_hash(f'{path.parent.absolute()}/{own}')}"
+        item["case_id"] = name
     return items
