@@ -155,6 +155,11 @@ def test_a_structure_asked_for_that_nobody_would_see_is_refused(
         mask_of(*ct, path, *order)
 
 
+def test_planes_finer_than_slices_fill_no_slice_beyond_them(ct: tuple[Scan, Volume], tmp_path: Path) -> None:
+    path = rtstruct(tmp_path / "rt.dcm", ct[1], {"fine": at(*np.arange(2, 5, 0.5))})
+    assert seen(mask_of(*ct, path, "fine")) == [2, 3, 4]
+
+
 def test_planes_on_every_other_slice_fill_those_between(ct: tuple[Scan, Volume], tmp_path: Path) -> None:
     disc = np.zeros((22, 18, 16), bool)
     disc[5:12, 4:9, 3:12] = True
@@ -164,7 +169,7 @@ def test_planes_on_every_other_slice_fill_those_between(ct: tuple[Scan, Volume],
     assert (found[:, :, 3:12] == disc[:, :, 3:12]).all()
 
 
-def at(*places: int) -> list[np.ndarray]:
+def at(*places: float) -> list[np.ndarray]:
     """A square on each of some planes."""
     return [np.array([[5, 4, k], [11, 4, k], [11, 8, k], [5, 8, k]]) + np.array([0.5, 0.5, 0]) for k in places]
 

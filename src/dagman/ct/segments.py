@@ -207,7 +207,7 @@ def _filled(path: Path, lines: Sequence[np.ndarray], shape: Sequence[int], apart
     places, planes = _planes(lines)
     if places[0] < -0.51 or places[-1] > shape[2] - 0.49:
         raise DagmanError("MASK", path, "has contours beyond the slices of this CT", _GRID)
-    apart = _regular(places) or apart
+    apart = _regular(places) or max(1.0, apart)  # planes of others, finer than slices, leave no holes in these
     slices = np.arange(shape[2])
     nearest = np.abs(slices[:, None] - places).argmin(axis=1)
     away = np.abs(slices - places[nearest])
