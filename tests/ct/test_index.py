@@ -83,6 +83,20 @@ def test_one_series_spread_over_folders_is_one_case(tmp_path: Path) -> None:
     assert np.array_equal(read(scan).hu, PHANTOM_HU)
 
 
+def test_one_series_given_as_several_sources_is_one_case(tmp_path: Path) -> None:
+    series(tmp_path / "all", "5")
+    files = sorted((tmp_path / "all").iterdir())
+    (scan,), problems = index(files)
+    assert rejected(problems) == []
+    assert np.array_equal(read(scan).hu, PHANTOM_HU)
+    for number, path in enumerate(files):
+        (tmp_path / str(number % 2)).mkdir(exist_ok=True)
+        path.rename(tmp_path / str(number % 2) / path.name)
+    (again,), _ = index([tmp_path / "0", tmp_path / "1"])
+    assert again.case_id == scan.case_id
+    assert np.array_equal(read(again).hu, PHANTOM_HU)
+
+
 def test_same_series_uid_of_two_patients_is_two_cases(tmp_path: Path) -> None:
     series(tmp_path / "a", "5", patient="one")
     series(tmp_path / "b", "5", patient="two")

@@ -572,6 +572,23 @@ def test_another_scan_of_the_same_name_is_refused_and_the_first_kept(mine, tmp_p
     assert len(PreparedStore(output)) == 3
 
 
+def test_a_scan_that_has_another_name_now_is_in_the_store_once(tmp_path):
+    save(tmp_path / "one" / "ct.nii.gz", phantom(1))
+    save(tmp_path / "two" / "ct.nii.gz", phantom(2))
+    output = tmp_path / "out"
+    prepare([tmp_path / "one"], output, workers=1)
+    assert [row["case_id"] for row in PreparedStore(output).rows] == ["ct"]
+    summary = prepare([tmp_path / "one", tmp_path / "two"], output, workers=1)
+    assert (summary.stored, summary.kept, summary.duplicates) == (2, 0, ())
+    store = PreparedStore(output)
+    store.verify()
+    assert len({row["voxel_sha256"] for row in store.rows}) == len(store) == 2
+    assert [note for note in summary.notes if "was ct" in note] == [summary.notes[-1]]
+    assert sorted(path.name for path in output.glob("volumes/*")) == [f"{row['case_id']}.b2nd" for row in store.rows]
+    assert prepare([tmp_path / "one"], output, workers=1).kept == 1
+    assert len({row["voxel_sha256"] for row in PreparedStore(output).rows}) == 2
+
+
 def test_a_scan_that_was_moved_is_made_anew_where_its_mask_is_another(tmp_path):
     """Of the same bytes it is not; names of labels are taken from what is given now."""
 
@@ -635,6 +652,8 @@ def test_one_store_hashes_its_patients_with_one_key(real_data, tmp_path, monkeyp
     monkeypatch.setenv("DAGMAN_PATIENT_KEY", "secret")
     prepare([series], output, workers=1)
     assert "secret" not in (output / SETTINGS).read_text()
+    key = json.loads((output / SETTINGS).read_text())["patient_key"]
+    assert [row["patient_key"] for row in PreparedStore(output).rows] == [key]
     prepare([series], output, workers=1)
     monkeypatch.delenv("DAGMAN_PATIENT_KEY")
     with pytest.raises(DagmanError, match=r"E-SETTINGS .*another DAGMAN_PATIENT_KEY") as caught:

@@ -142,6 +142,19 @@ def test_patients_that_cannot_tell_are_not_called_none(tmp_path, patient):
     )
 
 
+@pytest.mark.parametrize(
+    ("theirs", "known"), [("11111111", True), ("22222222", False), (None, True)], ids=["same", "other", "not noted"]
+)
+def test_patients_hashed_with_another_key_cannot_be_told(tmp_path, theirs, known):
+    store = made(tmp_path, 2)
+    store.rows = [
+        {**row, "patient": f"0123456789a{row['patient'][-1]}", "patient_key": "11111111"} for row in store.rows
+    ]
+    other = {"case_id": "other", "patient": "ffffffffffff", "voxel_sha256": "ff", "patient_key": theirs}
+    leakage.record([other], tmp_path / "run")
+    assert leakage.seen(store.rows, tmp_path / "run").patients_known is known
+
+
 def test_labels_learnt_in_another_preparation_or_of_another_ct_of_the_patient_are_told(tmp_path):
     store = made(tmp_path, 6)
     again = [{**store.rows[0], "voxel_sha256": "resampled otherwise", "source_sha256": "a"}]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int16, Integer
 
 from dagman.ct import crops, read, resample, store
+from dagman.ct.index import patient_key_id
 from dagman.ct.sources import medmnist, medmnist_files
 from dagman.ct.survey import Problem
 from dagman.errors import DagmanError, ExitCode, printable
@@ -225,8 +226,9 @@ def _plain(array: np.ndarray) -> Any:
 
 
 def table_values(scan: Scan) -> Row:
-    """What a CSV says of a case, which may change without the scan."""
-    return {"patient": scan.patient, "label": scan.label, "split": scan.split}
+    """What a CSV says of a case, which may change without the scan; of DICOM, the key that hashes its patient."""
+    hashed = {"patient_key": patient_key_id()} if scan.kind == "dicom" and scan.patient else {}
+    return {"patient": scan.patient, "label": scan.label, "split": scan.split} | hashed
 
 
 def source_name(scan: Scan, sources: Iterable[Path]) -> str:
@@ -258,6 +260,13 @@ def fingerprint(scan: Scan) -> Row:
         "files": [[printable(name), state.st_size, state.st_mtime_ns] for name, state in states]
         + [[roi, 0, 0] for roi in scan.rois],
     }
+
+
+def origin_of(entry: Row) -> str | None:
+    """What two journal entries of one scan and mask share whatever they are called; None for items of a file."""
+    return (
+        None if entry["row"].get("window_hu") else repr([entry.get(name) for name in ("place", "mask_place", "files")])
+    )
 
 
 def _place(path: Path) -> str:

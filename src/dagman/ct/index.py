@@ -1,5 +1,6 @@
 """Files, folders and tables to a list of named scans."""
 
+import hmac
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -48,7 +49,7 @@ def index(
     for source in walked:
         if source.is_dir() and not any(path.is_file() for path in source.rglob("*")):
             survey.reject("NODATA", source, "holds no file", "give the folder that holds the scans")
-    found = [each for source in walked for each in look_through(source, survey)]
+    found = look_through(walked, survey)
     taken = {scan.case_id for scan in scans}
     scans += [_named(each, case_id) for each, case_id in zip(found, _case_ids(found, taken), strict=True)]
     return sorted(scans, key=lambda scan: scan.case_id), survey.problems
@@ -57,6 +58,11 @@ def index(
 def patient_key() -> str:
     """What PatientIDs are hashed with where nobody gives another key."""
     return os.environ.get("DAGMAN_PATIENT_KEY") or PATIENT_KEY
+
+
+def patient_key_id() -> str:
+    """Eight hexadecimal digits that tell keys of patients apart, and not what they are."""
+    return hmac.new(patient_key().encode(), b"key", "sha256").hexdigest()[:8]
 
 
 def refuse_missing(sources: Sequence[Path]) -> None:

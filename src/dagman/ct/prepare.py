@@ -6,7 +6,6 @@ again; so does the manifest, apart from `seconds`. What is finished is noted in 
 (`.done.jsonl`), which knows source files by size and time, and is no part of what the store holds.
 """
 
-import hmac
 import json
 import shutil
 import time
@@ -28,6 +27,7 @@ from dagman.ct.case import (
     is_of,
     is_stored,
     named_anew,
+    origin_of,
     prepare_case,
     prepare_volume,
     refuse_other_case,
@@ -36,7 +36,7 @@ from dagman.ct.case import (
     source_name,
 )
 from dagman.ct.fanout import stoppable, unordered
-from dagman.ct.index import index, patient_key, refuse_missing
+from dagman.ct.index import index, patient_key_id, refuse_missing
 from dagman.ct.survey import count
 from dagman.errors import DagmanError, ExitCode
 from dagman.files import (
@@ -56,7 +56,7 @@ __all__ = ["PrepareConfig", "Prepared", "Summary", "prepare", "prepare_volume"]
 
 REJECTED = "rejected.jsonl"
 _KEY = "patient_key"
-"""Setting that tells keys of patients apart, and not what they are."""
+"""Setting of a store that holds DICOM: the `patient_key_id` of its patients."""
 JOURNAL = ".done.jsonl"
 Tell = Callable[[int, int, str], None]
 
@@ -234,10 +234,21 @@ class _Run:
 
     def _kept(self) -> dict[str, Row]:
         """Stored cases that this run has no say on."""
+        gone = self.attempted | self._renamed().keys()
         return {
             case_id: entry
             for case_id, entry in self.journal.items()
-            if case_id not in self.attempted and is_stored(self.output, entry["row"], self.config.storage)
+            if case_id not in gone and is_stored(self.output, entry["row"], self.config.storage)
+        }
+
+    def _renamed(self) -> dict[str, str]:
+        """Old and new names of what this run has done under another name: a store holds no scan twice."""
+        names = {origin_of(entry): case_id for case_id, entry in self.done.items()}
+        names.pop(None, None)
+        return {
+            case_id: names[origin]
+            for case_id, entry in self.journal.items()
+            if case_id not in self.scans and (origin := origin_of(entry)) in names
         }
 
     def _commit(self) -> list[Row]:
@@ -248,6 +259,7 @@ class _Run:
 
     def finish(self, started: float) -> Summary:
         """Write manifest and rejections, remove what they do not list, and count."""
+        renamed = self._renamed()
         entries = self._commit()
         fault_point("prepare.after_manifest")
         rejected = sorted(self.rejected, key=lambda row: (row["source"], row["code"], row["problem"]))
@@ -263,6 +275,10 @@ class _Run:
             more = ", ..." if len(empty) > 5 else ""
             named = f"{count(len(empty), 'mask is', 'masks are')} empty ({', '.join(empty[:5])}{more})"
             self.notes = (*self.notes, f"{named}: no crop can be cut around an empty mask")
+        if renamed:
+            old, new = min(renamed.items())
+            counted = count(len(renamed), "case has another name now", "cases have other names now")
+            self.notes = (*self.notes, f"{counted}, such as {new}, which was {old}")
         return Summary(
             stored=self.num_stored,
             already_there=len(self.done) - self.num_stored,
@@ -327,7 +343,7 @@ def _adopt_key(output: Path) -> None:
     """One key hashes the patients of a store: two would make two patients of one, in two folds."""
     path = output / store.SETTINGS
     known = json.loads(path.read_text())
-    own = hmac.new(patient_key().encode(), b"key", "sha256").hexdigest()[:8]
+    own = patient_key_id()
     if known.setdefault(_KEY, own) != own:
         raise _settings_error(output, "hashes its patients with another DAGMAN_PATIENT_KEY")
     write_json(path, known)

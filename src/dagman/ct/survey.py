@@ -95,31 +95,39 @@ def clean_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:80] or "scan"
 
 
-def look_through(source: Path, survey: Survey) -> list[Found]:
-    """Every scan in one file or folder; what is not used goes to `survey.problems`."""
-    single = not source.is_dir()
-    files = [source] if single else _walk(source, survey)
-    if single and not _is_regular(source, survey):
-        return []
-    facts = sniff_files(files, survey.limits, survey.key)
+def look_through(sources: Sequence[Path], survey: Survey) -> list[Found]:
+    """Every scan in files and folders; what is not used goes to `survey.problems`.
+
+    The files of a DICOM series may lie in several sources, as `*.dcm` gives them.
+    """
+    files = [(source, path) for source in sources for path in _files(source, survey)]
+    facts = sniff_files([path for _, path in files], survey.limits, survey.key)
     found: list[Found] = []
     series: dict[tuple[str, str, str], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
-    others: list[Path] = []
-    for path, fact in zip(files, facts, strict=True):
+    others: dict[Path, list[Path]] = defaultdict(list)
+    for (source, path), fact in zip(files, facts, strict=True):
         place = _place(source, path)
         if fact["kind"] == "error":
             code, problem, advice = fact["error"]
             survey.reject(code, path, problem, advice)
         elif fact["kind"] == "other":
-            others.append(path)
+            others[source].append(path)
         elif fact["kind"] == "dicom":
             name = fact["series"] or short_hash(str(Path(place).parent))
             series[name, fact["patient"] or "", fact["modality"]].append((path, fact))
         else:
             found.append(Found(files=(path,), kind=fact["kind"], stem=_ENDINGS.sub("", place)))
     found += [each for name, slices in sorted(series.items()) if (each := _series(name, slices, survey))]
-    _report_others(source, others, survey, ignored=not single)
+    for source, paths in others.items():
+        _report_others(source, paths, survey, ignored=source.is_dir())
     return found
+
+
+def _files(source: Path, survey: Survey) -> list[Path]:
+    """The regular files of one source."""
+    if source.is_dir():
+        return _walk(source, survey)
+    return [source] if _is_regular(source, survey) else []
 
 
 def _series(name: tuple[str, str, str], slices: list[tuple[Path, dict[str, Any]]], survey: Survey) -> Found | None:
@@ -142,13 +150,12 @@ def _series(name: tuple[str, str, str], slices: list[tuple[Path, dict[str, Any]]
 
 
 def _report_others(source: Path, others: list[Path], survey: Survey, *, ignored: bool) -> None:
-    if others:
-        endings = Counter(path.suffix.lower()[:12] or "without ending" for path in others)
-        listed = ", ".join(f"{number} {ending}" for ending, number in sorted(endings.items())[:5])
-        problem = f"{count(len(others), 'file is no scan', 'files are no scans')} ({listed})"
-        one = "it" if len(others) == 1 else "one of them"
-        advice = f"give .nii, .nii.gz, .nrrd, .mha or DICOM files if {one} should be"
-        survey.reject("FORMAT", source, problem, advice, ignored=ignored)
+    endings = Counter(path.suffix.lower()[:12] or "without ending" for path in others)
+    listed = ", ".join(f"{number} {ending}" for ending, number in sorted(endings.items())[:5])
+    problem = f"{count(len(others), 'file is no scan', 'files are no scans')} ({listed})"
+    one = "it" if len(others) == 1 else "one of them"
+    advice = f"give .nii, .nii.gz, .nrrd, .mha or DICOM files if {one} should be"
+    survey.reject("FORMAT", source, problem, advice, ignored=ignored)
 
 
 def _place(source: Path, path: Path) -> str:

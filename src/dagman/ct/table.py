@@ -172,7 +172,7 @@ def _existing(table: Path, cell: str) -> Path:
 def _only(image: Path, survey: Survey) -> Found | None:
     """The one scan of a row; None when its own problem has been noted."""
     before = len(survey.problems)
-    found = look_through(image, survey)
+    found = look_through([image], survey)
     if len(found) > 1:
         raise ValueError(f"{image.name} holds {len(found)} scans, name the file or folder of one")
     if not found and all(problem.ignored for problem in survey.problems[before:]):

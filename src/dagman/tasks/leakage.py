@@ -20,6 +20,7 @@ CASES = "cases.jsonl"
 VOXELS, PATIENT = "voxels", "patient"
 _HASH = re.compile(r"[0-9a-f]{12}")
 """Of a DICOM PatientID, as `ct.index` gives it."""
+_NAMED, _UNSAID = "by name", "by a key that an earlier version did not note"
 
 
 class Seen(NamedTuple):
@@ -32,7 +33,8 @@ class Seen(NamedTuple):
     learnt: dict[str, list[str]]
     """Case to the tasks whose labels, of it or of another CT of its patient, the weights were trained on."""
     patients_known: bool = True
-    """False where patients cannot tell: some case has none, or one side has DICOM's hashes and the other names."""
+    """False where patients cannot tell: some case has none, or the two sides have names and DICOM's hashes, or hashes
+    by different keys."""
 
 
 UNKNOWN = Seen(False, {}, {}, patients_known=False)
@@ -64,7 +66,8 @@ def record(
 
 def told(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a list of cases keeps of a manifest's row."""
-    return {name: row.get(name) for name in ("case_id", "patient", "voxel_sha256")} | {"source_sha256": _source(row)}
+    names = ("case_id", "patient", "voxel_sha256", *(["patient_key"] if row.get("patient_key") else []))
+    return {name: row.get(name) for name in names} | {"source_sha256": _source(row)}
 
 
 def _source(row: Mapping[str, Any]) -> str | None:
@@ -134,9 +137,20 @@ def scan_rows(scans: Iterable[Scan]) -> list[dict[str, Any]]:
 
 def _share_patients(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every case has a patient, named in one way on both sides."""
-    sides = [[str(row.get("patient") or "") for row in rows] for rows in (one, other)]
-    kinds = [{bool(_HASH.fullmatch(patient)) for patient in patients} for patients in sides]
-    return all(patient for patients in sides for patient in patients) and bool(kinds[0] & kinds[1])
+    ways, others = ({_way(row) for row in rows} for rows in (one, other))
+    if None in ways | others:
+        return False
+    hashed = (ways - {_NAMED}, others - {_NAMED})
+    unsaid = all(hashed) and _UNSAID in hashed[0] | hashed[1]
+    return unsaid or bool(ways & others)
+
+
+def _way(row: Mapping[str, Any]) -> str | None:
+    """How a row names its patient: the id of the key that hashed it, or by a name; None where it names none."""
+    patient = str(row.get("patient") or "")
+    if not patient:
+        return None
+    return str(row.get("patient_key") or _UNSAID) if _HASH.fullmatch(patient) else _NAMED
 
 
 def twins(store: PreparedStore) -> list[list[str]]:
@@ -244,8 +258,8 @@ def line(found: dict[str, Any]) -> str:
         said = "whether pretraining saw the tested cases is unknown: no list of its cases is there"
     elif not found["patients_known"]:
         said = (
-            "whether it saw other CTs of their patients is unknown: cases lack a patient, or names differ in kind "
-            "(prepare them from tables with a column `patient`)"
+            "whether it saw other CTs of their patients is unknown: cases lack a patient, or names differ in kind or "
+            "in DAGMAN_PATIENT_KEY (prepare them from tables with a column `patient`, or with the same key)"
         )
     if voxels["count"] or patient["count"]:
         names = ", ".join((voxels["cases"] + patient["cases"])[:5])
