@@ -28,6 +28,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
 
 
+def count(number: int, one: str, several: str) -> str:
+    """A number and what is counted, in the singular or the plural."""
+    return f"{number} {one if number == 1 else several}"
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: 45 s, 12 min, 3.5 h, 20 days."""
     for unit, size, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48), ("days", 86400, math.inf)):

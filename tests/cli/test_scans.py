@@ -1,5 +1,7 @@
 """The verbs about scans and stores, as a user calls them."""
 
+import json
+
 import nibabel
 import numpy as np
 
@@ -48,8 +50,24 @@ def test_prepare_says_which_labels_it_found(tmp_path, capsys):
         save(tmp_path / "scans" / f"{seed}.nii.gz", seed)
         rows.append(f"c{seed},{seed}.nii.gz,{label}")
     (tmp_path / "scans" / "cases.csv").write_text("\n".join(rows))
+    assert run(["check", str(tmp_path / "scans" / "cases.csv")]) == 0
+    assert "\nlabels: 2 metastasis, 1 without (none says that there is none)\n" in capsys.readouterr().err
     assert run(["prepare", "-i", str(tmp_path / "scans" / "cases.csv"), "-o", str(tmp_path / "store")]) == 0
     assert "labels: 2 metastasis, 1 without (none says that there is none)" in capsys.readouterr().err
+
+
+def test_check_names_empty_masks(tmp_path, capsys):
+    save(tmp_path / "a.nii.gz")
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    for name, label in (("empty", 0), ("full", 1)):
+        mask = np.zeros(image.shape, np.uint8)
+        mask[10:20, 10:20, 10:20] = label
+        nibabel.save(nibabel.Nifti1Image(mask, image.affine), tmp_path / f"{name}.nii")
+    (tmp_path / "t.csv").write_text("case_id,image,mask\ne,a.nii.gz,empty.nii\nf,a.nii.gz,full.nii\n")
+    assert run(["check", str(tmp_path / "t.csv")]) == 0
+    assert "Note: 1 mask is empty (e): no crop can be cut around an empty mask\n" in capsys.readouterr().err
+    assert run(["check", "--json", str(tmp_path / "t.csv")]) == 0
+    assert [row["mask"] for row in json.loads(capsys.readouterr().out)["scans"]] == [{}, {"1": 1000}]
 
 
 def test_columns_of_a_table_that_are_not_used_are_said_once(tmp_path, capsys):

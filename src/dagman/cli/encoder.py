@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dagman.cli.watching import Device, Output, Switch, by, next_step, progress, require, say
-from dagman.errors import ExitCode
+from dagman.errors import ExitCode, count
 
 
 def embed(
@@ -77,7 +77,7 @@ def embed(
         table = embedding.embed(encoder, store, **asked, progress=tell)
     write_csv(table, output)
     write_origin(origin, output)
-    say(f"{len(table.case_ids)} cases, {table.features.shape[1]} features each; wrote {output}")
+    say(f"{count(len(table.case_ids), 'case', 'cases')}, {table.features.shape[1]} features each; wrote {output}")
     if masks := sum(store.rows[row]["mask"] is not None for row in rows):
         size = f" of {by(origin.crop_mm)} mm" if origin.crop_mm else ""
         say(f"{masks} of them by a crop{size} around {origin.crops_around}")
@@ -109,7 +109,7 @@ def export(*, weights: Path, output: Output, to: Literal["monai"] = "monai") -> 
 
 
 def info(thing: str, /) -> int:
-    """Say what a recipe, a run folder, a weights file or a prepared store is.
+    """Say what a recipe, a run folder, a weights file, a classifier, a segmenter or a prepared store is.
 
     Args:
         thing: A recipe's name or a path.
@@ -117,11 +117,12 @@ def info(thing: str, /) -> int:
     from dagman import config as configs
     from dagman import recipes
     from dagman.ct.store import MANIFEST, PreparedStore
-    from dagman.ct.survey import count
     from dagman.nets.weights import load_encoder
     from dagman.run import Run
+    from dagman.tasks import classifier, segmenter
 
     path = Path(thing)
+    cards = [place / module.CARD for module in (classifier, segmenter) for place in module.places(path)]
     if thing in (*recipes.RECIPES, recipes.ALIAS):
         print(configs.to_yaml(recipes.get(thing)), end="")
     elif (path / MANIFEST).is_file():
@@ -132,6 +133,9 @@ def info(thing: str, /) -> int:
         cases = count(len(store), "prepared case", "prepared cases")
         print(f"{cases}{named}, {labelled} with a label, store {store.store_id}")
         print(json.dumps(store.settings))
+    elif cards:
+        print(f"{count(len(cards), 'network', 'networks')}: {', '.join(map(str, cards))}")
+        print(cards[0].read_text(), end="")
     elif Run(path).config_file.is_file():
         rows = Run(path).metrics()
         print(f"run after {rows[-1]['step'] if rows else 0} steps")

@@ -19,7 +19,7 @@ from dagman.cli.watching import (
     say_problems,
     short_names,
 )
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError, ExitCode, count
 
 if TYPE_CHECKING:
     from dagman.nets.encoder import Encoder
@@ -194,7 +194,7 @@ def diversity(
         with progress(f"Heads of {name}") as tell:
             runs[name] = heads.head_diversity(encoder, store, num_crops=crops, seed=seed, device=device, progress=tell)
     cases = {look.case_id for look in next(iter(runs.values()))}
-    say(f"{crops} crops of {len(cases)} cases, seed {seed}")
+    say(f"{count(crops, 'crop', 'crops')} of {count(len(cases), 'case', 'cases')}, seed {seed}")
     say("mean over crops with 95 % interval: distance in mm; entropy of the heads' distances, and of their rows, over")
     say("the largest possible")
     rows = heads.summary(runs, group_by=group_by, seed=seed)

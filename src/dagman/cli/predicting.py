@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagman.cli.watching import PREDICT, Device, Number, Output, Sources, by, claim, next_step, progress, say
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError, ExitCode, count
 
 if TYPE_CHECKING:
     from dagman.ct.store import PreparedStore
@@ -36,7 +36,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: Number 
     claim(output, PREDICT)
     loaded = classifiers.load(weights)
     first = loaded[0]
-    say(f"{len(loaded)} classifiers of {', '.join(first.names)}")
+    say(f"{count(len(loaded), 'classifier', 'classifiers')} of {', '.join(first.names)}")
     given = len(sources) == 1 and (sources[0] / MANIFEST).is_file()
     stored = sources[0] if given else output / "prepared"
     rejected = 0 if given else _prepared(sources, stored, first.network.preparation, workers)
@@ -50,7 +50,8 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: Number 
     with progress("Classifying") as tell:
         table, called = classifiers.predict(loaded, store, rows, device=device, progress=tell)
     path = classifiers.write_predictions(table, called, first.names, output)
-    say(f"{len(called)} cases: " + ", ".join(f"{called.count(name)} {name}" for name in first.names))
+    found = ", ".join(f"{called.count(name)} {name}" for name in first.names)
+    say(f"{count(len(called), 'case', 'cases')}: {found}")
     say(f"wrote {path}")
     _tested(table, loaded, store, weights, output / "tested")
     if isinstance(first.network, EncoderClassifier) and first.network.encoder.config.has_cls:
@@ -77,9 +78,10 @@ def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", 
         say(f"the classifier learnt from labels of {len(learnt)} of these cases or their patients: they test nothing")
     if not found:
         return
+    learners = count(len(loaded), "classifier", "classifiers")
     more = {
         "made_by": PREDICT,
-        "method": f"{len(loaded)} classifiers of {weights}, tested on cases that they did not learn from",
+        "method": f"{learners} of {weights}, tested on cases that they did not learn from",
         "protocol": "frozen classifier and threshold",
         "crop_mm": crops.sides_mm(store, loaded[0].network.preparation.crop),
         "crops_around": crops.around(store),
@@ -99,7 +101,8 @@ def _prepared(sources: list[Path], stored: Path, preparation: "Preparation", wor
         config = PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
         summary = prepare(sources, stored, config, workers=workers, progress=tell)
     for row in read_lines(stored / REJECTED)[:MOST_NAMED]:
-        say(f"E-{row['code']} {row['case_id'] or row['source']}: {row['problem']}; {row['advice']}")
+        where = f"{row['case_id']} ({row['source']})" if row["case_id"] else row["source"]
+        say(f"E-{row['code']} {where}: {row['problem']}; {row['advice']}")
     if summary.rejected > MOST_NAMED:
         say(f"and {summary.rejected - MOST_NAMED} more: see {stored / REJECTED}")
     return summary.rejected

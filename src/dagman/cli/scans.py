@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from dagman.cli.watching import Number, Output, Sources, next_step, progress, require, say
-from dagman.errors import ExitCode, printable
+from dagman.errors import ExitCode, count, printable
 
 if TYPE_CHECKING:
     from dagman.ct.prepare import Summary
@@ -30,8 +30,8 @@ def check(
         as_json: Print one JSON object instead of lines.
         workers: Scans read at a time.
     """
-    from dagman.ct import read
-    from dagman.ct.survey import count
+    from dagman.ct import crops, read
+    from dagman.tasks import labels
 
     require(sources, "dagman check", "was given no source", "give files, folders or CSV tables")
     rows, problems = read.check(sources, num_workers=workers)
@@ -46,6 +46,10 @@ def check(
     lost = sum(not problem.ignored for problem in problems)
     notes = count(len(problems) - lost, "note", "notes")
     say(f"{count(len(rows), 'scan', 'scans')} can be used; {count(lost, 'problem', 'problems')}; {notes}")
+    if said := labels.told([row["label"] for row in rows]):
+        say(said)
+    if empty := [row["case_id"] for row in rows if row["mask"] == {}]:
+        say(f"Note: {crops.told_empty(empty)}")
     if not rows:
         return ExitCode.NOTHING_USABLE
     next_step(f"dagman prepare -i {shlex.join(map(str, sources))} -o prepared")
@@ -145,8 +149,7 @@ def _describe(summary: "Summary", output: Path) -> None:
     from dagman.tasks import labels
 
     there = f", {summary.already_there} were there already" if summary.already_there else ""
-    cases = "case" if summary.stored == 1 else "cases"
-    say(f"{summary.stored} {cases} prepared in {duration(summary.seconds)}{there}; wrote {output}")
+    say(f"{count(summary.stored, 'case', 'cases')} prepared in {duration(summary.seconds)}{there}; wrote {output}")
     if summary.kept:
         held = summary.stored + summary.already_there + summary.kept
         say(f"Note: the store holds {held} cases, {summary.kept} of them from other sources than those given now")

@@ -22,7 +22,7 @@ from dagman.cli.watching import (
     say,
     say_problems,
 )
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError, ExitCode, count
 
 if TYPE_CHECKING:
     from dagman.ct.store import PreparedStore
@@ -188,7 +188,6 @@ def predict(
     """
     from dagman.ct.index import index
     from dagman.ct.prepare import refuse_inside
-    from dagman.ct.survey import count
     from dagman.tasks import leakage, segmenter
     from dagman.tasks import segment as segmenting
 
@@ -297,7 +296,8 @@ def _tell_left_out(found: "Scored", output: Path) -> None:
     for split, number in found.left_out.items():
         say(f"{number} references of the split {split} are left out: no prediction is of that split")
     if found.unmatched:
-        say(f"{len(found.unmatched)} predictions have no reference, such as {found.unmatched[0].name}")
+        alone = count(len(found.unmatched), "prediction has", "predictions have")
+        say(f"{alone} no reference, such as {found.unmatched[0].name}")
     if found.missing:
         dice = ", ".join(f"{name} {value:.3f}" for name, value in found.dice_of_predicted.items()) or "none"
         say(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dagman.cli.watching import Device, Number, Output, Readers, Switch, Watcher, next_step, progress, require, say
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError, ExitCode, count
 
 if TYPE_CHECKING:
     from dagman.ablation import Left
@@ -211,7 +211,7 @@ def _forecast(
     print(configs.to_yaml(config), end="")
     module = cost.built(config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     which = f"the last {steps - done} of {steps} steps of the run in {output}" if done else f"{steps} steps"
-    say(f"{len(train)} volumes, {which}; {cost.size_line(module)}")
+    say(f"{count(len(train), 'volume', 'volumes')}, {which}; {cost.size_line(module)}")
     say(cost.time_line(config, cost.measure(module, config), steps - done, len(train), devices))
 
 

@@ -160,13 +160,12 @@ def _stored_case(scan: Scan, source: str, output: Path, config: PrepareConfig) -
     }
     if prepared.mask is not None and drawn is not None:
         fault_point("prepare.before_mask")
-        labels, counts = np.unique(prepared.mask, return_counts=True)
         row["mask"] = {
             "source_sha256": source_sha256([scan.mask] if scan.mask else []),
             "tiny_labels": list(prepared.tiny_labels),
             **({"rois": list(scan.rois)} if scan.rois else {}),
             **({"names": names_of(scan)} if scan.called else {}),
-            "voxels": {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label},
+            "voxels": read.labels_of(prepared.mask),
             **({} if prepared.centroid is None else {"centroid": _plain(prepared.centroid)}),
             **_written(store.array_path(output, "masks", scan.case_id, config.storage), prepared.mask),
             "drawn": _drawn(store.array_path(output, "drawn", scan.case_id, config.storage), drawn),

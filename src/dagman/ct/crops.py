@@ -1,14 +1,14 @@
 """Where to cut a prepared volume, and how a crop becomes what a network sees."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int16, Num
 
 from dagman.ct.store import PreparedStore, Triple, padded_crop
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, count
 
 LUNG_HU = -950
 """Lung and everything denser is body, the air around the patient is not."""
@@ -118,6 +118,13 @@ def croppable(store: PreparedStore) -> tuple[list[int], list[str]]:
     return rows, [f"E-NOMASK {store.rows[row]['case_id']}: its mask is empty; {EMPTY_MASK_ADVICE}" for row in empty]
 
 
+def told_empty(cases: Sequence[str]) -> str:
+    """What is said of cases whose masks are empty, where nothing is lost yet."""
+    more = ", ..." if len(cases) > 5 else ""
+    named = f"{count(len(cases), 'mask is', 'masks are')} empty ({', '.join(cases[:5])}{more})"
+    return f"{named}: no crop can be cut around an empty mask"
+
+
 def refuse_empty_masks(store: PreparedStore, rows: Iterable[int]) -> None:
     """Find all cases at once around whose mask no crop can be cut, before the work begins.
 
@@ -126,7 +133,7 @@ def refuse_empty_masks(store: PreparedStore, rows: Iterable[int]) -> None:
     """
     if empty := [str(store.rows[row]["case_id"]) for row in rows if has_empty_mask(store, row)]:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        which = f"{len(empty)} case{'s'[: len(empty) - 1]} with an empty mask ({', '.join(empty[:5])}{more})"
+        which = f"{count(len(empty), 'case', 'cases')} with an empty mask ({', '.join(empty[:5])}{more})"
         raise DagmanError("NOMASK", store.folder, f"holds {which}", EMPTY_MASK_ADVICE)
 
 

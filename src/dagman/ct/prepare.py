@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 from dagman.config import difference, to_dict
-from dagman.ct import store
+from dagman.ct import crops, store
 from dagman.ct.case import (
     PrepareConfig,
     Prepared,
@@ -37,8 +37,7 @@ from dagman.ct.case import (
 )
 from dagman.ct.fanout import stoppable, unordered
 from dagman.ct.index import index, patient_key_id, refuse_missing
-from dagman.ct.survey import count
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError, ExitCode, count
 from dagman.files import (
     TEMPORARY_SUFFIX,
     append_line,
@@ -272,9 +271,7 @@ class _Run:
             same.setdefault(row["voxel_sha256"], []).append(row["case_id"])
         empty = [str(row["case_id"]) for row in rows if row["mask"] and not row["mask"]["voxels"]]
         if empty:
-            more = ", ..." if len(empty) > 5 else ""
-            named = f"{count(len(empty), 'mask is', 'masks are')} empty ({', '.join(empty[:5])}{more})"
-            self.notes = (*self.notes, f"{named}: no crop can be cut around an empty mask")
+            self.notes = (*self.notes, crops.told_empty(empty))
         if renamed:
             old, new = min(renamed.items())
             counted = count(len(renamed), "case has another name now", "cases have other names now")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Integer
 
 from dagman.ct import grid, guard
 from dagman.ct.guard import Limits
@@ -146,8 +147,8 @@ def check(
         num_workers: Reading processes at a time.
 
     Returns:
-        One row per usable scan (`case_id`, `format`, `shape`, `spacing_mm`, `slices`, `patient`, `source`), and all
-        problems. Nothing is written.
+        One row per usable scan (`case_id`, `format`, `shape`, `spacing_mm`, `slices`, `patient`, `label`, `mask`,
+        `source`), and all problems. `mask` is the voxels of each of its labels, None without one. Nothing is written.
     """
     limits = limits or Limits()
     scans, problems = index(sources, limits=limits)
@@ -157,10 +158,16 @@ def check(
     return rows, problems + [outcome for outcome in outcomes if isinstance(outcome, Problem)]
 
 
+def labels_of(mask: Integer[np.ndarray, "x y z"]) -> dict[str, int]:
+    """Voxels of each label, as a manifest writes them."""
+    labels, counts = np.unique(mask, return_counts=True)
+    return {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label}
+
+
 def _row(scan: Scan, limits: Limits) -> dict[str, Any] | Problem:
     try:
         volume = read(scan, limits)
-        read_mask_of(scan, volume, limits)
+        mask = read_mask_of(scan, volume, limits)
     except DagmanError as error:
         return dataclasses.replace(Problem.of(error), case_id=scan.case_id)
     return {
@@ -170,5 +177,7 @@ def _row(scan: Scan, limits: Limits) -> dict[str, Any] | Problem:
         "spacing_mm": [round(size, 4) for size in volume.spacing_mm],
         "slices": volume.hu.shape[2],
         "patient": scan.patient,
+        "label": scan.label,
+        "mask": None if mask is None else labels_of(mask.hu),
         "source": str(scan.source),
     }

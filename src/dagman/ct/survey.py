@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dagman.ct import guard
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, count
 
 PATIENT_KEY = "dagman patient hash 1"
 """The default key of `patient`. It is public: see `index`."""
@@ -78,11 +78,6 @@ class Survey:
     def reject(self, code: str, source: object, problem: str, advice: str, *, ignored: bool = False) -> None:
         """Note something that is not used."""
         self.problems.append(Problem.of(DagmanError(code, source, problem, advice), ignored=ignored))
-
-
-def count(number: int, one: str, several: str) -> str:
-    """A number and what is counted, in the singular or the plural."""
-    return f"{number} {one if number == 1 else several}"
 
 
 def short_hash(text: str) -> str:

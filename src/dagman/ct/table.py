@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from dagman.ct.survey import Found, Survey, count, look_through
-from dagman.errors import DagmanError, printable
+from dagman.ct.survey import Found, Survey, look_through
+from dagman.errors import DagmanError, count, printable
 from dagman.types import Scan
 
 _COLUMNS = ("case_id", "image", "label", "mask", "split", "patient")

@@ -16,7 +16,7 @@ from dagman import config as configs
 from dagman import files
 from dagman.ct.datasets import Pairs, SampleOrder, SharedCollate, ViewsDataset, mean_intensity
 from dagman.ct.store import PreparedStore
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError, ExitCode, count
 from dagman.nets import kernel
 from dagman.nets.encoder import checkpoint_blocks
 from dagman.nets.weights import save_encoder
@@ -164,7 +164,7 @@ def describe(job: Job) -> str:
     slow = " (this processor has no instructions for it: `--optimisation.precision float32` is faster)"
     precision = optimisation.precision + slow * engine.slow_bf16(job.fabric.device, optimisation.precision)
     return (
-        f"{len(job.train_rows)} volumes to train on, {len(job.validation_rows)} for validation; "
+        f"{count(len(job.train_rows), 'volume', 'volumes')} to train on, {len(job.validation_rows)} for validation; "
         f"{job.devices} x {job.fabric.device.type}, {precision}, "
         f"{optimisation.volumes_per_step(job.devices)} pairs a step, {job.total} steps; {cost.size_line(job.module)}"
         + (f"; {kernel.describe()}" if job.fabric.device.type == "cpu" else "")
