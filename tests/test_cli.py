@@ -228,7 +228,6 @@ def test_embed_probe_attention_export_and_info(chain: Path) -> None:
         (chain / "run", "run after 2 steps"),
         (chain / "prepared", "12 prepared cases of 9 patients, 12 with a label"),
         (chain / "swin.safetensors", "loaded"),
-        (probe, f"1 network: {probe / 'classifier' / 'classifier.json'}"),
         (probe / "classifier", '"method": "linear probe"'),
     ):
         assert words in called("info", thing).stdout

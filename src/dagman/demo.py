@@ -23,6 +23,7 @@ from dagman.run import Run, describe_environment
 from dagman.tasks import classify, predictions
 from dagman.tasks.attention import explain
 from dagman.tasks.embed import embed, in_turn, untrained, voxels
+from dagman.tasks.labels import classes_of, last_of_two
 from dagman.train.pretrain import Listener, Result, pretrain
 
 NUM_PHANTOMS = 48
@@ -150,7 +151,8 @@ def _training(run: Run) -> dict[str, Any]:
 
 def _probe(encoder: Encoder, store: PreparedStore, folder: Path, say: Say, progress: Show) -> list[dict[str, Any]]:
     """Probe the pretrained encoder, the same encoder untrained, and raw voxels; empty without usable labels."""
-    classes = {row.get("label") for row in store.rows} - {None}
+    labels = [row.get("label") for row in store.rows]
+    classes = classes_of(labels)
     if len(classes) != 2:
         say(f"    no probe: {len(classes)} classes of labels; a CSV with a label column of two classes gives one")
         return []
@@ -165,7 +167,7 @@ def _probe(encoder: Encoder, store: PreparedStore, folder: Path, say: Say, progr
             for number, one in enumerate(encoders)
         ]
     tables = {"pretrained": first, "untrained": second, "raw voxels": voxels(store, encoder.preparation)}
-    probe = partial(classify.probe, positive=max(map(str, classes)), unlabelled="leave_out")
+    probe = partial(classify.probe, positive=last_of_two(labels), unlabelled="leave_out")
     try:
         results = {name: probe(table) for name, table in tables.items()}
         alike = [results["untrained"], *map(probe, others)]

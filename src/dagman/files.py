@@ -8,13 +8,15 @@ import contextlib
 import fcntl
 import gc
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,16 @@ def disk_error(path: Path, error: OSError) -> DagmanError:
         "free space or choose another output folder, then run the same command again",
         exit_code=ExitCode.RESOURCES,
     )
+
+
+def names_in_files(names: Sequence[str]) -> list[str]:
+    """Each name as it can stand in a file's name (letters, digits, `.`, `_`, `-`), and none twice."""
+    found: list[str] = []
+    for name in names:
+        plain = re.sub(r"[^\w.-]+", "_", name)
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        found.append(next(each for each in itertools.chain([plain], numbered) if each not in found))
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

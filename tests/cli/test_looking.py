@@ -51,6 +51,13 @@ def test_weights_are_named_as_shortly_as_they_can_be_told_apart(tmp_path):
         watching.short_names([one, one])
 
 
+def test_no_two_weights_have_one_name_and_none_has_a_baselines(tmp_path):
+    spaced, scored = tmp_path / "my run", tmp_path / "my_run"
+    assert len(set(watching.short_names([spaced, scored]))) == 2
+    assert watching.short_names([tmp_path / "untrained"], taken=["untrained"]) == [f"{tmp_path.name}-untrained"]
+    assert watching.short_names([tmp_path / "raw_voxels"], taken=["raw voxels"]) == [f"{tmp_path.name}-raw_voxels"]
+
+
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
     """A table of two small scans of two patients with masks, one without mask, and one that is broken."""

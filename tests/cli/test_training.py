@@ -1,5 +1,6 @@
 """The verbs that train, as a user calls them."""
 
+import contextlib
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import small_study
 from dagman import cli, demo
 from dagman.cli import run, training
 from dagman.ct.store import MANIFEST, SETTINGS
@@ -31,6 +33,23 @@ def test_the_demo_goes_no_further_once_a_stop_was_asked_for(status, tmp_path):
     with pytest.raises(DagmanError, match="E-STOPPED") as caught:
         demo._require_finished(ended)
     assert caught.value.exit_code == ExitCode.STOPPED
+
+
+@pytest.mark.parametrize(("labels", "positive"), [(("2", "10", "n/a"), "10"), (("no", "yes", ""), "yes")])
+def test_the_demo_reads_labels_as_the_probe_does(labels, positive, tmp_path):
+    cases = {f"c{number}": small_study.case(number) for number in range(18)}
+    store = small_study.store(tmp_path, cases, patients={case: case for case in cases})
+    store.rows = [{**row, "label": labels[number % 3]} for number, row in enumerate(store.rows)]
+    said = []
+
+    @contextlib.contextmanager
+    def quietly(_what):
+        yield lambda *_: None
+
+    rows = demo._probe(small_study.encoder(), store, tmp_path, said.append, quietly)
+    assert said == []
+    assert [row["positive_label"] for row in rows] == [positive] * 3
+    assert [row["cases"] for row in rows] == [12] * 3
 
 
 @pytest.mark.parametrize("verb", [["pretrain"], ["pretrain", "--dry-run"], ["pretrain", "--fresh"], ["ablate"]])

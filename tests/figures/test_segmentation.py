@@ -32,6 +32,14 @@ def test_the_patients_right_is_on_the_left():
     assert reference.max() < predicted.min()
 
 
+def test_what_fills_the_picture_has_an_outline():
+    full = np.ones((40, 30, 20), np.uint8)
+    empty = {"hu": None, "predicted": np.zeros_like(full)}
+    picture = imread(io.BytesIO(png([scene(reference=full, **empty)], "title")))
+    found = places(picture, (0x37, 0xD6, 0x7A))
+    assert found.max() - found.min() > 0.5
+
+
 @pytest.mark.parametrize("changes", [{"hu": None}, {"reference": np.zeros((40, 30, 20), np.uint8)}])
 def test_it_draws_what_there_is(changes):
     one, three = png([scene(**changes)], "title"), png([scene(**changes)] * 3, "title")

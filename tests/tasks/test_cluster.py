@@ -228,6 +228,8 @@ def test_encoders_stand_beside_the_untrained_one_and_voxels(organ_store, two_run
     assert result["rows"][3]["knn"]["value"] > 0.6, "the organs are plain to see"
     assert "first_minus_this_knn" in result["rows"][1]
     assert "first_minus_this_knn" not in result["rows"][0]
+    with pytest.raises(DagmanError, match="E-USAGE encoder untrained: bears the name of a baseline"):
+        cluster.compare({"untrained": encoders["first"]}, organ_store, found.places)
     whole = cluster.compare(encoders, organ_store, group_by="case")
     assert sorted(set(whole["first"].table.labels)) == ["even", "odd"]
     assert len(set(whole["first"].groups)) == 5

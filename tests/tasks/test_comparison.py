@@ -51,12 +51,40 @@ def test_p_takes_the_cases_of_a_patient_together(each):
 )
 def test_it_says_of_how_many(tmp_path, changes, counts, said):
     found = {name: predicted(seed, each=2, **changes) for seed, name in enumerate(("a", "b", "c"))}
-    told = comparison.rows(found, untrained=["b", "c"])
+    told = comparison.rows(found, untrained=[["b", "c"]])
     assert comparison.lines(told)[0] == said
     written = list(csv.DictReader(comparison.write(told, tmp_path).read_text().splitlines()))
     assert len(written) == 4
     assert {(row["cases"], row["patients"], row["positive"]) for row in written} == {counts}
     assert [row["difference"] == "" for row in written] == [True, False, False, False]
+
+
+def test_untrained_ones_of_two_kinds_are_two_rows(tmp_path):
+    found = {name: predicted(seed, each=2) for seed, name in enumerate("abcdef")}
+    told = comparison.rows(found, untrained=[["b", "c"], ["d"], ["e", "f"]])
+    assert [row.name for row in told[6:]] == ["any of 2 untrained of kind 1", "any of 2 untrained of kind 2"]
+    assert told[6].difference.value == pytest.approx(np.mean([row.difference.value for row in told[1:3]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "pooled"),
+    [
+        ({}, True),
+        ({"method": "fine-tuning"}, False),
+        ({"encoder": {"kind": "vit"}}, False),
+        ({"which": "cls"}, False),
+        ({"source": "runs/a"}, False),
+    ],
+)
+def test_only_probes_that_differ_by_random_weights_are_pooled(tmp_path, capsys, changes, pooled):
+    probe = {"method": "linear probe", "source": "new random weights", "encoder": {"kind": "swin"}, "which": "all"}
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for seed, (folder, more) in enumerate(zip(folders, ({"source": "runs/a"}, {}, changes), strict=True)):
+        predictions.write(predicted(seed), folder, {"pretraining_overlap": None} | probe | more)
+    assert run(["compare", *map(str, folders)]) == 0
+    said = capsys.readouterr()
+    assert ("any of 2 untrained" in said.out) == pooled
+    assert (comparison.ONE_DRAW in said.err) == (not pooled)
 
 
 def test_a_result_that_does_not_say_what_pretraining_saw_is_named(tmp_path, capsys):

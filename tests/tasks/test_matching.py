@@ -99,8 +99,12 @@ def test_a_missing_prediction_counts_as_missed_and_one_without_reference_is_told
     command = ["segment", "score", "-i", str(tmp_path / "found"), "--reference", str(tmp_path / "truth")]
     assert run([*command, "-o", str(tmp_path / "out")]) == 3
     told = capsys.readouterr().err
-    assert "1 references have no prediction, such as b, and count as missed; mean Dice of the others: label 1 1" in told
-    assert "1 predictions have no reference, such as c.nii.gz" in told
+    words = (
+        "1 reference has no prediction, such as b; what they hold counts as missed; mean Dice of the others: label 1 1"
+    )
+    assert words in told
+    assert "1 prediction has no reference, such as c.nii.gz" in told
+    assert "2 of 2 references were scored" in told
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["classes"]["label 1"]["states"] == {"both": 1, "neither": 0, "missed": 1, "invented": 0}
     assert result["classes"]["label 1"]["all"]["dice"]["value"] == 0.5
@@ -115,12 +119,40 @@ def test_missing_predictions_alone_are_no_result(tmp_path):
         matching.score([tmp_path / "found"], tmp_path / "truth")
 
 
-def test_no_prediction_of_an_empty_reference_is_no_merit(tmp_path):
+def test_no_prediction_of_an_empty_reference_is_no_merit(tmp_path, capsys):
     for name, mask in {"a": TRUTH, "b": np.zeros_like(TRUTH)}.items():
         save(tmp_path / "truth" / f"{name}.nii.gz", mask)
     save(tmp_path / "found" / "a.nii.gz")
     found = matching.score([tmp_path / "found"], tmp_path / "truth")
     assert ([row.case_id for row in found.rows], found.missing) == (["a"], ("b",))
+    command = ["segment", "score", "-i", str(tmp_path / "found"), "--reference", str(tmp_path / "truth")]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 3
+    assert "1 of 2 references were scored" in capsys.readouterr().err
+
+
+def test_pictures_bear_the_dice_that_their_cases_are_ranked_by(tmp_path, monkeypatch):
+    for name, labels in {"a": (1, 2), "b": (1,), "c": (1,)}.items():
+        truth = sum(label * small_study.ball(SHAPE, (12 * label, 15, 8), 5) for label in labels)
+        save(tmp_path / "truth" / f"{name}.nii.gz", truth.astype(np.uint8))
+        found = sum(label * small_study.ball(SHAPE, (12 * label + ord(name) % 3, 15, 8), 5) for label in labels)
+        save(tmp_path / "found" / f"{name}.nii.gz", found.astype(np.uint8))
+    scored = matching.score([tmp_path / "found"], tmp_path / "truth")
+    drawn = []
+    monkeypatch.setattr(matching.figure, "png", lambda scenes, _title: drawn.extend(scenes) or b"")
+    matching.draw(scored, tmp_path)
+    told = {scene.title.split(":")[0]: float(scene.title.split()[-1]) for scene in drawn}
+    assert list(told) == segmentation_scores.ranked(scored.rows)
+    assert sorted(told.values()) == list(told.values())
+    for case, dice in told.items():
+        rows = [row for row in scored.rows if row.case_id == case]
+        assert dice == pytest.approx(segmentation_scores.mean_dice(rows), abs=6e-4)
+
+
+def test_masks_of_a_single_slice_are_scored_and_drawn(tmp_path):
+    for name in ("truth", "found"):
+        save(tmp_path / name / "a.nii.gz", TRUTH[:, :, 8:9])
+    scored = matching.score([tmp_path / "found"], tmp_path / "truth")
+    assert matching.draw(scored, tmp_path).stat().st_size > 1000
 
 
 def test_rows_of_a_table_that_cannot_be_used_are_named(tmp_path, capsys):

@@ -72,6 +72,15 @@ def test_n_is_of_the_class_and_the_score():
     assert "other, lesion sensitivity of " in "\n".join(comparison.lines(found))
 
 
+def test_a_case_without_the_class_may_lack_a_prediction():
+    """Its row is written where a tool predicted, and says nothing where none did."""
+    first, other = scored(0), scored(2)
+    assert not first[-1].scores.lesions
+    assert comparison.differences({"a": first, "b": other[:-1]}) == comparison.differences({"a": first, "b": other})
+    with pytest.raises(DagmanError, match="E-COMPARE a: no reference holds any class"):
+        comparison.differences({"a": first[-1:], "b": other[-1:]})
+
+
 @pytest.mark.parametrize("what", ["case", "patient", "reference"])
 def test_other_cases_are_no_comparison(what):
     first, other = scored(0), scored(2)

@@ -117,7 +117,7 @@ def _probed(
         "pretraining_overlap": leakage.report(seen, found.case_ids),
     }
     if origin and origin.preparation:
-        shown = ("preparation", "crop_mm", "crops_around")
+        shown = ("preparation", "crop_mm", "crops_around", "encoder", "which")
         more |= {name: getattr(origin, name) for name in shown}
     written = classifying.write(found, place, more)
     files.write_bytes(place / "roc.png", roc.png({f"{place.name}: {found.auc()}": found}))

@@ -35,13 +35,12 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
     names = short_names(runs, "compare")
     found = {name: predictions.read(run) for name, run in zip(names, runs, strict=True)}
     told = [_result(run) for run in runs]
-    alike = [result.get("source") == "new random weights" for result in told]
-    untrained = [name for name, random in zip(names[1:], alike[1:], strict=True) if random]
+    untrained = _untrained(dict(zip(names[1:], told[1:], strict=True)))
     rows = comparison.rows(found, untrained)
     for line in comparison.lines(rows):
         print(line)
     say(comparison.NOTE)
-    if len(untrained) == 1:
+    if any(len(alike) == 1 for alike in untrained):
         say(comparison.ONE_DRAW)
     shown = {str((how, result.get("crops_around"))) for result in told if (how := result.get("preparation"))}
     if len(shown) > 1:
@@ -56,6 +55,16 @@ def compare(runs: list[Path], /, *, output: Annotated[Path | None, Parameter(nam
         files.write_json(output / OVERLAP, overlap)
         say(f"wrote {output / 'comparison.csv'}, {output / 'roc.png'} and {output / OVERLAP}")
     return ExitCode.OK
+
+
+def _untrained(told: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Names of probes of encoders with random weights, those together that differ by these weights alone."""
+    groups: dict[str, list[str]] = {}
+    for name, result in told.items():
+        if result.get("source") == "new random weights" and result.get("method") == "linear probe":
+            settings = [result.get(key) for key in ("encoder", "which", "preparation", "crops_around")]
+            groups.setdefault(json.dumps(settings), []).append(name)
+    return list(groups.values())
 
 
 def _compare_segmentations(runs: list[Path], output: Path | None) -> int:

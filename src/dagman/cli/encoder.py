@@ -64,6 +64,7 @@ def embed(
         preparation=to_dict(preparation),
         crop_mm=crops.sides_mm(store, preparation.crop),
         crops_around=crops.around(store),
+        encoder=to_dict(encoder.config),
     )
     if untrained:
         encoder = embedding.untrained(encoder, seed)

@@ -1,6 +1,6 @@
 """The verbs that look into encoders, one or several side by side: attention, cluster, diversity."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -130,7 +130,7 @@ def cluster(
 
     claim(output, "cluster")
     clusters.require_umap()
-    encoders, store, found, places = _loaded(weights), PreparedStore(data), {}, None
+    encoders, store, found, places = _loaded(weights, clusters.BASELINES), PreparedStore(data), {}, None
     if of == "structures":
         named = structures.read_names(names) if names else None
         crops = structures.structures(store, named, smallest_mm3=smallest_mm3, crops_each=crops_each, seed=seed)
@@ -219,12 +219,12 @@ def _overlap(encoders: Iterable[str], weights: list[Path], rows: list[dict[str, 
     return {"pretraining_overlap": found}
 
 
-def _loaded(weights: list[Path]) -> "dict[str, Encoder]":
-    """Encoders by name: the run folder's or the file's, with what lies above it where two are alike."""
+def _loaded(weights: list[Path], taken: Sequence[str] = ()) -> "dict[str, Encoder]":
+    """Encoders by name: the run folder's or the file's, with what lies above it where one is not the only one."""
     from dagman.nets.weights import load_encoder
 
     found = {}
-    for path, name in zip(weights, short_names(weights), strict=True):
+    for path, name in zip(weights, short_names(weights, taken=taken), strict=True):
         found[name] = load_encoder(path)
         say(str(found[name].report))
     return found

@@ -280,8 +280,7 @@ def score(
         print(line)
     _tell_left_out(found, output)
     _warn(result)
-    num_scored = len(found.scored)
-    say(f"{num_scored} of {num_scored + len(found.rejected)} references were scored")
+    say(f"{result['cases']} of {len(found.scored) + len(found.rejected)} references were scored")
     say(f"wrote {output / 'result.json'}, {output / 'cases.csv'}" + (f" and {picture}" if picture else ""))
     next_step(f"look at the lowest rows of {output / 'cases.csv'}")
     return ExitCode.REJECTED if found.rejected or found.unmatched or found.missing else ExitCode.OK
@@ -301,8 +300,8 @@ def _tell_left_out(found: "Scored", output: Path) -> None:
     if found.missing:
         dice = ", ".join(f"{name} {value:.3f}" for name, value in found.dice_of_predicted.items()) or "none"
         say(
-            f"{len(found.missing)} references have no prediction, such as {found.missing[0]}, and count as missed; "
-            f"mean Dice of the others: {dice}"
+            f"{count(len(found.missing), 'reference has', 'references have')} no prediction, such as "
+            f"{found.missing[0]}; what they hold counts as missed; mean Dice of the others: {dice}"
         )
     for case, values in list(found.strange.items())[:MOST_LINES]:
         say(f"{case}: its prediction holds label {', '.join(map(str, values))}, which no reference does")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 
 from cyclopts import Parameter, Token
 
+from dagman import files
 from dagman.config import convert
 from dagman.errors import DagmanError, ExitCode
 
@@ -81,8 +82,13 @@ def require(holds: object, subject: str, problem: str, advice: str) -> None:
         raise DagmanError("USAGE", subject, problem, advice)
 
 
-def short_names(paths: list[Path], subject: str = "--weights") -> list[str]:
+def short_names(paths: list[Path], subject: str = "--weights", taken: Sequence[str] = ()) -> list[str]:
     """A short name for each path that no other has, which can stand in a file's name.
+
+    Args:
+        paths: Files or folders.
+        subject: Where they were given.
+        taken: Names that stand for something else.
 
     Raises:
         DagmanError: `E-USAGE` for a path that is given twice.
@@ -90,10 +96,12 @@ def short_names(paths: list[Path], subject: str = "--weights") -> list[str]:
     whole = [path.resolve().with_suffix("") if path.suffix == ".safetensors" else path.resolve() for path in paths]
     twice = [str(path) for path, count in Counter(whole).items() if count > 1]
     require(not twice, subject, f"names {', '.join(twice)} twice", "name each once")
-    depth = 1
-    while len({path.parts[-depth:] for path in whole}) < len(whole):
-        depth += 1
-    return ["-".join(path.parts[-depth:]).replace(" ", "_") for path in whole]
+    for depth in range(1, max(len(path.parts) for path in whole) + 1):
+        wanted = [*taken, *("-".join(path.parts[-depth:]) for path in whole)]
+        names = files.names_in_files(wanted)
+        if names == [files.names_in_files([each])[0] for each in wanted]:
+            break
+    return names[len(taken) :]
 
 
 def by(sides: Sequence[float]) -> str:

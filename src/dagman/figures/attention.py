@@ -173,10 +173,8 @@ def _draw(axes: "Axes", plane: Plane, scene: Scene, cut: np.ndarray | None) -> N
         octaves = np.where(cut > 0, np.log2(np.maximum(cut, 1e-6)), 0)
         style = {"cmap": colours(), "vmin": -limit, "vmax": limit, "interpolation": "bilinear"}
         axes.imshow(octaves, extent=box, aspect="auto", **style)
-    if scene.mask is not None and (outline := shown(scene.mask, plane, scene.centre)).any():
-        rows, columns = outline.shape
-        x, y = (np.arange(columns) + 0.5) * across / columns, (rows - np.arange(rows) - 0.5) * down / rows
-        axes.contour(x, y, outline.astype(float), levels=[0.5], colors="lime", linewidths=1.0)
+    if scene.mask is not None and (region := shown(scene.mask, plane, scene.centre)).any():
+        image.outline(axes, region, across, down, colors="lime", linewidths=1.0)
 
 
 def _mark(axes: "Axes", plane: Plane, scene: Scene) -> None:

@@ -85,8 +85,6 @@ def _draw(axes: "Axes", plane: Plane, scene: Scene, centre: tuple[int, int, int]
         )
     for region, colour in ((scene.reference, REFERENCE), (scene.predicted, PREDICTION)):
         cut = shown(region, plane, centre)
-        rows, columns = cut.shape
-        x, y = (np.arange(columns) + 0.5) * across / columns, (rows - np.arange(rows) - 0.5) * down / rows
         for number in np.unique(cut[cut > 0]):
-            axes.contour(x, y, (cut == number).astype(float), levels=[0.5], colors=colour, linewidths=1.2)
+            image.outline(axes, cut == number, across, down, colors=colour, linewidths=1.2)
     axes.text(0.02, 0.97, plane.edges[0], color="white", transform=axes.transAxes, va="top", fontsize=9)

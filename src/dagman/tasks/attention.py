@@ -7,7 +7,6 @@ smooth picture does not pretend to edges that are only those of the cells' grid.
 """
 
 import gzip
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -93,10 +92,11 @@ def explain(
     mask = labels.hu > 0 if labels else None
     body, own = body_of(volume), volume.own_grid or Grid(_triple(volume.hu.shape), volume.affine)
     maps, looks = {}, {}
-    for number, (name, encoder) in enumerate(encoders.items()):
+    for number, (name, plain) in enumerate(zip(encoders, files.names_in_files([*encoders]), strict=True)):
+        encoder = encoders[name]
         tell = progress and partial(in_turn, progress, number, len(encoders))
         maps[name] = values = attention_map(encoder, volume, device=device, progress=tell)
-        whose = re.sub(r"[^\w.-]+", "-", name) + "_" if len(encoders) > 1 else ""
+        whose = f"{plain}_" if len(encoders) > 1 else ""
         nifti = folder / f"{scan.case_id}_{whose}attention.nii.gz"
         write_nifti(values, volume.affine, own, nifti)
         seen, (found, why) = values[body & (values > 0)], shares(values, mask, body)

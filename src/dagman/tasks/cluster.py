@@ -49,6 +49,7 @@ MEANINGS = {
     "knn": f"{NEIGHBOURS}-NN accuracy among other patients",
 }
 VALUES = tuple(MEANINGS)
+BASELINES = ("untrained", "raw voxels")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,11 +127,13 @@ def compare(
         progress: Hears of each finished set of features.
 
     Raises:
-        DagmanError: As `cluster` and `embed.embed`.
+        DagmanError: As `cluster` and `embed.embed`; `E-USAGE` for an encoder with the name of a baseline.
     """
     require_umap()
+    if taken := [name for name in BASELINES if name in encoders]:
+        raise DagmanError("USAGE", f"encoder {taken[0]}", "bears the name of a baseline", "give it another name")
     first = next(iter(encoders.values()))
-    plan = {**encoders, "untrained": embedding.untrained(first), "raw voxels": None}
+    plan = {**encoders, **dict(zip(BASELINES, (embedding.untrained(first), None), strict=True))}
     runs = {}
     for number, (name, encoder) in enumerate(plan.items(), 1):
         if encoder:
@@ -320,7 +323,7 @@ def write(
         group_by: As in `cluster`.
         found: What else the result should say of the crops, as plain values.
     """
-    paths = [folder / f"embeddings-{name.replace(' ', '_')}.csv" for name in runs]
+    paths = [folder / f"embeddings-{name}.csv" for name in files.names_in_files([*runs])]
     for path, one in zip(paths, runs.values(), strict=True):
         write_csv(one.table, path)
     others = [folder / name for name in ("crops.csv", "result.json", "clusters.png")]

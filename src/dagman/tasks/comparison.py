@@ -1,6 +1,6 @@
 """Classifications of the same cases side by side."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,13 +42,13 @@ class Row(NamedTuple):
     """Cases of the positive class; None of more than two."""
 
 
-def rows(found: Mapping[str, Predictions], untrained: Collection[str] = ()) -> list[Row]:
-    """One row each; a last one for those that are alike.
+def rows(found: Mapping[str, Predictions], untrained: Sequence[Sequence[str]] = ()) -> list[Row]:
+    """One row each; at the end one for those that are alike.
 
     Args:
         found: Classifications by name; the first is held against all others.
-        untrained: Names of those others that differ by their random weights alone; of two or more the last row says
-            how much the first lies above one of them.
+        untrained: Names of those others that differ by their random weights alone, in groups; of each group of two or
+            more a row at the end says how much the first lies above one of them.
 
     Raises:
         DagmanError: `E-COMPARE`, exit code 4, when they do not share cases, labels and folds.
@@ -70,13 +70,14 @@ def rows(found: Mapping[str, Predictions], untrained: Collection[str] = ()) -> l
             scores = first.probability, one.probability
             test = delong.compare(*scores, one.positive, one.fold, len(one.thresholds), patients=one.groups)
         made.append(Row(name, one.auc(), predictions.difference(first, one), test.p if test else None, *counts))
-    alike = [found[name] for name in untrained]
-    if len(alike) > 1:
+    groups = [[found[name] for name in names] for names in untrained if len(names) > 1]
+    for number, alike in enumerate(groups, 1):
         values = [one.auc().value for one in alike]
         mean = sum(value for value in values if value is not None) / len(alike) if None not in values else None
         auc = Estimate(value=mean, why=f"mean of {len(alike)}")
         more = predictions.difference_from_one_of(first, alike)
-        made.append(Row(f"any of {len(alike)} untrained", auc, more, None, *counts))
+        which = f" of kind {number}" if len(groups) > 1 else ""
+        made.append(Row(f"any of {len(alike)} untrained{which}", auc, more, None, *counts))
     return made
 
 

@@ -338,7 +338,7 @@ def draw(found: Scored, folder: Path) -> Path | None:
     for case in segmentation_scores.shown(found.rows):
         pair = found.scored[case]
         predicted, truth = read_pair(pair)
-        dice = np.mean([row.scores.dice for row in found.rows if row.case_id == case])
+        dice = segmentation_scores.mean_dice([row for row in found.rows if row.case_id == case])
         scenes.append(
             figure.Scene(
                 title=f"{case}: Dice {dice:.3f}" + ("" if pair.prediction else ", no prediction"),

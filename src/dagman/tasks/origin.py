@@ -35,6 +35,8 @@ class Origin(NamedTuple):
     """As `crops.sides_mm`."""
     crops_around: str | None = None
     """As `crops.around`; None where an earlier version wrote it, too."""
+    encoder: dict[str, Any] | None = None
+    """Its sizes; None where an earlier version wrote it, too."""
 
 
 def write_origin(origin: Origin, features: Path) -> None:

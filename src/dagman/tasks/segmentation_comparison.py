@@ -76,7 +76,7 @@ def _overlap(row: Mapping[str, str]) -> Overlap:
 
 
 def differences(found: Mapping[str, Sequence[Row]], *, seed: int = 0) -> list[Difference]:
-    """Every score of `TOLD`, class by class.
+    """Every score of `TOLD`, class by class, over the cases whose reference holds the class.
 
     Args:
         found: Name to rows; the first is compared with the others.
@@ -85,8 +85,14 @@ def differences(found: Mapping[str, Sequence[Row]], *, seed: int = 0) -> list[Di
     Raises:
         DagmanError: `E-COMPARE`, exit code 4, when they do not share cases, patients, classes and references.
     """
-    ordered = {name: sorted(rows, key=lambda row: (row.name, row.case_id)) for name, rows in found.items()}
+    held = {name: [row for row in rows if row.scores.lesions] for name, rows in found.items()}
+    ordered = {name: sorted(rows, key=lambda row: (row.name, row.case_id)) for name, rows in held.items()}
     first = next(iter(ordered.values()))
+    if not first:
+        advice = "score cases that have something to find"
+        raise DagmanError(
+            "COMPARE", next(iter(found)), "no reference holds any class", advice, exit_code=ExitCode.REFUSED
+        )
     made = []
     for name, rows in ordered.items():
         if [_same(row) for row in rows] != [_same(row) for row in first]:
@@ -98,7 +104,7 @@ def differences(found: Mapping[str, Sequence[Row]], *, seed: int = 0) -> list[Di
                 exit_code=ExitCode.REFUSED,
             )
         for label in dict.fromkeys(row.name for row in rows):
-            mine, others = ([row for row in some if row.name == label and row.scores.lesions] for some in (rows, first))
+            mine, others = ([row for row in some if row.name == label] for some in (rows, first))
             patients = np.array([row.patient for row in mine])
             for score in TOLD:
                 here, there = (segmentation_scores.statistics_of(some)[score] for some in (mine, others))

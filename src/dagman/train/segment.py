@@ -373,7 +373,7 @@ class _Work:
         fold = next(number for number, result in done.items() if case in result["identity"]["test"])
         row = next(number for number, said in enumerate(self.store.rows) if said["case_id"] == case)
         side = float(self.store.settings["spacing_mm"])
-        dice = np.mean([row.scores.dice for row in rows if row.case_id == case])
+        dice = segmentation_scores.mean_dice([row for row in rows if row.case_id == case])
         return figure.Scene(
             title=f"{case}: Dice {dice:.3f}",
             hu=self.store.hu(row),
