@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from dagman import cli
+from dagman.cli import watching
 from dagman.ct import phantom
 from dagman.errors import ExitCode
 
@@ -184,6 +185,25 @@ def test_whoever_stops_reading_ends_nothing_badly(chain: Path, buffered: str) ->
     assert "Pipe" not in said
 
 
+def test_no_verb_imports_from_the_folder_it_is_called_in(tmp_path: Path) -> None:
+    """A project has a `random.py` or `copy.py`: training starts anew, and must find Python's."""
+    for name in ("random", "copy", "queue", "types"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from here')")
+    script = Path(sys.executable).with_name("dagman")
+    untuned = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    for verb in ("check", "pretrain"):
+        result = subprocess.run(
+            [script, verb, "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False, env=untuned
+        )
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.startswith("E-"), result.stderr
+
+
+def test_what_to_run_next_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    watching.next_step("dagman prepare -i", Path("my scans"), Path("b"), "-o prepared")
+    assert capsys.readouterr().err == "Next: dagman prepare -i 'my scans' b -o prepared\n"
+
+
 def test_a_folder_with_other_things_is_no_place_for_a_store(tmp_path: Path) -> None:
     (tmp_path / "out" / "volumes").mkdir(parents=True)
     (tmp_path / "out" / "volumes" / "mine.npy").write_bytes(b"mine")
@@ -209,7 +229,10 @@ def test_embed_probe_attention_export_and_info(chain: Path) -> None:
     features, probe = chain / "features.csv", chain / "probe"
     result = dagman("embed", "--weights", chain / "run", "-i", chain / "prepared", "-o", features, "--which", "all")
     assert result.returncode == 0, result.stderr
-    assert "12 cases, 288 features each" in result.stderr
+    assert f"12 cases, 288 features each; wrote {features} and {chain / 'features.json'}" in result.stderr
+    some = ("embed", "--weights", chain / "run", "-i", chain / "prepared", "-o", features)
+    assert called(*some, "--batch-size", "-1").returncode == 2
+    assert called(*some[:-1], chain / "phantoms" / "cases.csv").returncode == 4
     result = called("classify", "probe", "-i", features, "-o", probe, "--positive", "malignant")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("auc")

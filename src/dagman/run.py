@@ -26,8 +26,8 @@ class Run:
         folder: Where it stands, or shall stand.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = folder = Path(folder)
         self.config_file = folder / "config.yaml"
         self.environment_file = folder / "environment.json"
         self.metrics_file = folder / "metrics.jsonl"

@@ -139,8 +139,10 @@ def test_oblique_scan_keeps_every_voxel_in_its_place(degrees: float, tmp_path: P
         assert volume.hu[tuple(np.rint(there).astype(int))] == PHANTOM_HU[tuple(voxel)]
 
 
-def test_metaimage_and_nrrd_agree_with_simpleitk_when_rotated(tmp_path: Path) -> None:
-    image = SimpleITK.GetImageFromArray(PHANTOM_HU.T.copy())
+@pytest.mark.parametrize("dtype", [np.int16, np.int64])
+def test_metaimage_and_nrrd_agree_with_simpleitk_when_rotated(dtype: type, tmp_path: Path) -> None:
+
+    image = SimpleITK.GetImageFromArray(PHANTOM_HU.T.astype(dtype))
     rotation = SimpleITK.VersorRigid3DTransform()
     rotation.SetRotation((0.2, 0.3, 0.9), 0.5)
     image.SetDirection(rotation.GetMatrix())

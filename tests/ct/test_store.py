@@ -134,10 +134,25 @@ def test_a_damaged_file_is_refused_at_reading_never_zeros(tmp_path, volume, stor
     path.write_bytes({"missing": data, "empty": b"", "cut": data[:-1], "longer": data + b"x"}[damage])
     if damage == "missing":
         path.unlink()
-    with pytest.raises(DagmanError, match=r"E-CHECKSUM .*case.*delete this file"):
+    advice = "run the same" if damage == "missing" else "delete this file"
+    with pytest.raises(DagmanError, match=rf"E-CHECKSUM .*case.*; {advice}"):
         store.hu(0, (0, 0, 0), (4, 4, 4))
     with pytest.raises(DagmanError, match="E-CHECKSUM"):
         store.verify()
+
+
+def test_arrays_are_corners_too_and_a_store_stays_where_it_was(stores, volume, tmp_path, monkeypatch):
+    for store in stores.values():
+        crop = store.hu(0, np.array([1, 2, 3]), np.array([4, 5, 6]))
+        assert np.array_equal(crop, volume[1:5, 2:7, 3:9])
+    make_store(tmp_path / "store", {"a": volume})
+    monkeypatch.chdir(tmp_path)
+    store = PreparedStore("store")
+    monkeypatch.chdir("/")
+    assert np.array_equal(store.hu(0), volume)
+    store.path(0).unlink()
+    with pytest.raises(DagmanError, match="is missing; run the same `dagman prepare` again"):
+        PreparedStore(tmp_path / "store").hu(0)
 
 
 def test_no_store_and_an_unfinished_one_are_refused(tmp_path):

@@ -33,7 +33,7 @@ from dagman.tasks.origin import Origin
 from dagman.tasks.protocol import Protocol
 from dagman.train import classify
 from dagman.train.classify import ClassifyConfig, finetune
-from dagman.train.finetune import FinetuneConfig
+from dagman.train.finetune import FinetuneConfig, start_of
 from dagman.types import Preparation
 
 CROP = (32, 32, 64)
@@ -107,6 +107,17 @@ def test_a_finished_study_is_not_learnt_again_and_other_settings_are_refused(stu
     other = dataclasses.replace(STUDY, finetune=dataclasses.replace(QUICK, seed=1))
     with pytest.raises(DagmanError, match=r"E-RESUME.*settings.finetune.seed"):
         finetune(small_study.encoder(), store, folder, other)
+
+
+def test_what_an_encoder_was_loaded_from_is_known_without_being_named(store, tmp_path):
+    save_encoder(small_study.encoder(), tmp_path / "run" / "weights" / "model.safetensors", {})
+    leakage.record(store.rows, tmp_path / "run")
+    loaded = load_encoder(tmp_path / "run")
+    result = finetune(loaded, store, str(tmp_path / "study"), STUDY)
+    assert result["pretraining_overlap"]["same_voxels"]["count"] == result["cases"]
+    resnet = dataclasses.replace(STUDY, network="resnet50")
+    assert start_of(None if resnet.network == "resnet50" else loaded, None) is None, "a ResNet starts from no encoder"
+    assert start_of(small_study.encoder(), None) is None
 
 
 def test_a_stopped_study_goes_on_to_the_same_bits(study, store, tmp_path):

@@ -104,6 +104,19 @@ def test_test_cases_that_pretraining_saw_are_listed(short, store, tmp_path):
     assert not unknown["pretraining_overlap"]["known"]
 
 
+def test_what_an_encoder_was_loaded_from_is_known_without_being_named(store, tmp_path):
+    save_encoder(small_study.encoder(), tmp_path / "run" / "weights" / "model.safetensors", {})
+    leakage.record(store.rows[:2], tmp_path / "run")
+    loaded = load_encoder(tmp_path / "run")
+    result = training.train(loaded, store, str(tmp_path / "study"), SHORT, only=[0])
+    assert result["source"] == [str(tmp_path / "run" / "weights" / "model.safetensors")]
+    named = training.train(loaded, store, tmp_path / "named", SHORT, only=[0], weights=str(tmp_path / "run"))
+    assert result["pretraining_overlap"] == named["pretraining_overlap"]
+    listed = files.read_lines(tmp_path / "study" / "fold-0" / "cases.jsonl")
+    assert [row["case_id"] for row in listed[:2]] == ["c0", "c1"]
+    assert not any(row.get("task") for row in listed[:2])
+
+
 def test_one_ct_with_two_masks_is_refused(store, tmp_path):
     rows = [dict(row) for row in store.rows]
     rows[1] |= {name: rows[0][name] for name in ("voxel_sha256", "source_sha256", "patient")}

@@ -54,7 +54,9 @@ def main() -> None:
     training = {"pretrain", "ablate", "demo", "classify", "segment"}.intersection(sys.argv[1:2])
     own = any(name.startswith("MALLOC_") for name in os.environ)  # as in what begins here
     if training and sys.platform == "linux" and not own:
-        again = [sys.executable, "-m", "dagman", *sys.argv[1:]]
+        # As the installed command has it, the folder it is called in is no place to import from.
+        safe = [] if Path(sys.argv[0]).name == "__main__.py" else ["-P"]
+        again = [sys.executable, *safe, "-m", "dagman", *sys.argv[1:]]
         os.execve(sys.executable, again, KEEP_MEMORY | os.environ)  # noqa: S606
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop a job so: as Ctrl-C does
     sys.exit(run(sys.argv[1:]))

@@ -76,11 +76,10 @@ def probe(
         results.append(_probed(table, protocol, place, given, origin))
     _spread(results, output)
     saved = _save_probe(table, protocol, output, given, origin)
-    next_step(
-        f"dagman classify predict --weights {saved} -i SCANS -o predicted"
-        if saved
-        else f"dagman compare {output} OTHER"
-    )
+    if saved:
+        next_step("dagman classify predict --weights", saved, "-i SCANS -o predicted")
+    else:
+        next_step("dagman compare", output, "OTHER")
     return ExitCode.OK
 
 
@@ -306,5 +305,5 @@ def finetune(
         say_result(result)
         say(f"wrote {place / 'predictions.csv'}, {place / 'result.json'} and {place / 'roc.png'}")
     _spread(results, output)
-    next_step(f"dagman classify predict --weights {place} -i SCANS -o {output / 'predicted'}")
+    next_step("dagman classify predict --weights", place, "-i SCANS -o", output / "predicted")
     return ExitCode.REJECTED if results[0]["empty_masks_left_out"] else ExitCode.OK

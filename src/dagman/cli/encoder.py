@@ -1,12 +1,13 @@
 """The verbs that use an encoder: embed, attention, export, info."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Device, Output, Switch, by, next_step, progress, require, say
+from dagman.cli.watching import Device, Number, Output, Switch, by, next_step, progress, require, say
 from dagman.errors import ExitCode, count
 
 
@@ -19,7 +20,7 @@ def embed(
     untrained: Switch = False,
     seed: int = 0,
     device: Device = "cpu",
-    batch_size: int | None = None,
+    batch_size: Number | None = None,
 ) -> int:
     """Turn every case of a prepared store into one vector; write a CSV.
 
@@ -44,11 +45,12 @@ def embed(
     from dagman.tasks import embed as embedding
     from dagman.tasks import leakage
     from dagman.tasks.labels import classes_of, last_of_two
-    from dagman.tasks.origin import Origin, write_origin
+    from dagman.tasks.origin import Origin, origin_file, refuse_foreign, write_origin
     from dagman.tasks.table import write_csv
 
     require(untrained or seed == 0, "--seed", "is of new random weights", "add --untrained")
     refuse_inside(output)
+    refuse_foreign(output)
     encoder, store = load_encoder(weights), PreparedStore(data)
     say(f"new random weights, of the sizes of {weights}" if untrained else str(encoder.report))
     start, preparation = None if untrained else weights, embedding.suited(store, encoder.preparation)
@@ -78,17 +80,19 @@ def embed(
         table = embedding.embed(encoder, store, **asked, progress=tell)
     write_csv(table, output)
     write_origin(origin, output)
-    say(f"{count(len(table.case_ids), 'case', 'cases')}, {table.features.shape[1]} features each; wrote {output}")
+    cases = f"{count(len(table.case_ids), 'case', 'cases')}, {table.features.shape[1]} features each"
+    say(f"{cases}; wrote {output} and {origin_file(output)}")
     if masks := sum(store.rows[row]["mask"] is not None for row in rows):
         size = f" of {by(origin.crop_mm)} mm" if origin.crop_mm else ""
         say(f"{masks} of them by a crop{size} around {origin.crops_around}")
     if len(classes := classes_of(table.labels)) > 1:
         last = last_of_two(table.labels)
-        positive = f" --positive {last}" if last else ""
+        positive = ["--positive", shlex.quote(last)] if last else []
         if last:
             say(f"--positive says which class counts as positive: {classes[0]} or {classes[1]}")
-        grouped = "" if all(table.patients) else " --group-by case"
-        next_step(f"dagman classify probe -i {output} -o {output.with_suffix('')}-probe{positive}{grouped}")
+        grouped = [] if all(table.patients) else ["--group-by case"]
+        place = output.with_name(f"{output.stem}-probe")
+        next_step("dagman classify probe -i", output, "-o", place, *positive, *grouped)
     return ExitCode.OK if len(rows) == len(store) else ExitCode.REJECTED
 
 

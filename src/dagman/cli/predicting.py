@@ -56,7 +56,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: Number 
     _tested(table, loaded, store, weights, output / "tested")
     if isinstance(first.network, EncoderClassifier) and first.network.encoder.config.has_cls:
         place = classifiers.places(weights)[0]
-        next_step(f"dagman attention --weights {place} -i SCANS -o {output / 'attention'}")
+        next_step("dagman attention --weights", place, "-i SCANS -o", output / "attention")
     return ExitCode.REJECTED if rejected or len(rows) < len(store) else ExitCode.OK
 
 

@@ -2,13 +2,12 @@
 
 import json
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Number, Output, Sources, next_step, progress, require, say
+from dagman.cli.watching import Number, Output, Sources, next_step, progress, require, say, shown
 from dagman.errors import ExitCode, count, printable
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def check(
         say(f"Note: {crops.told_empty(empty)}")
     if not rows:
         return ExitCode.NOTHING_USABLE
-    next_step(f"dagman prepare -i {shlex.join(map(str, sources))} -o prepared")
+    next_step("dagman prepare -i", *sources, "-o prepared")
     return ExitCode.REJECTED if lost else ExitCode.OK
 
 
@@ -87,9 +86,9 @@ def prepare(
         summary = prepare_all(sources, output, config, workers=workers or os.cpu_count(), progress=tell)
     _describe(summary, output)
     if summary.exit_code is not ExitCode.NOTHING_USABLE:
-        next_step(f"dagman pretrain dagman-tiny --data {output} -o runs/first")
+        next_step("dagman pretrain dagman-tiny --data", output, "-o runs/first")
         if any(row.get("label") is not None for row in PreparedStore(output).rows):
-            say(f"To judge pretraining by these labels, train on other scans: --data OTHER --labelled {output}")
+            say(shown("To judge pretraining by these labels, train on other scans: --data OTHER --labelled", output))
     return summary.exit_code
 
 
@@ -127,7 +126,7 @@ def lidc(
     say(f"{rule}: {classes.count(0):,} benign, {classes.count(1):,} malignant, {classes.count(None):,} left out")
     say(f"wrote {path}")
     if not sources:
-        next_step(f"dagman lidc -i LIDC-IDRI -o {output}")
+        next_step("dagman lidc -i LIDC-IDRI -o", output)
         return ExitCode.OK
     with progress("Drawing masks") as tell:
         written = lidc_files.write_masks(nodules, sources, output, rule, workers=workers, progress=tell)
@@ -138,7 +137,7 @@ def lidc(
     say(f"{written.nodules} nodules of {written.scans} CTs have masks; {len(written.problems)} problems; wrote {both}")
     if not written.nodules:
         return ExitCode.NOTHING_USABLE
-    next_step(f"dagman prepare -i {table} -o prepared")
+    next_step("dagman prepare -i", table, "-o prepared")
     return ExitCode.REJECTED if written.problems else ExitCode.OK
 
 

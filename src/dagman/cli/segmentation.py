@@ -143,7 +143,7 @@ def train(
         print(line)
     _warn(result)
     say(f"wrote {output / 'result.json'}, {output / 'cases.csv'} and {output / 'cases.png'}")
-    next_step(f"dagman segment predict --weights {output} -i SCANS -o {output / 'predicted'}")
+    next_step("dagman segment predict --weights", output, "-i SCANS -o", output / "predicted")
     return ExitCode.OK
 
 
@@ -220,7 +220,7 @@ def predict(
     if not done:
         return ExitCode.NOTHING_USABLE
     if to == "nifti":
-        next_step(f"dagman segment score -i {output} --reference MASKS -o {output}-scores")
+        next_step("dagman segment score -i", output, "--reference MASKS -o", output.with_name(f"{output.name}-scores"))
     return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
 
 
@@ -282,7 +282,7 @@ def score(
     _warn(result)
     say(f"{result['cases']} of {len(found.scored) + len(found.rejected)} references were scored")
     say(f"wrote {output / 'result.json'}, {output / 'cases.csv'}" + (f" and {picture}" if picture else ""))
-    next_step(f"look at the lowest rows of {output / 'cases.csv'}")
+    next_step("look at the lowest rows of", output / "cases.csv")
     return ExitCode.REJECTED if found.rejected or found.unmatched or found.missing else ExitCode.OK
 
 
@@ -360,7 +360,6 @@ def export_nnunet(
     else:
         say(f"nnUNetv2_train {number} 3d_fullres 0   (and the other folds)")
         found = f"nnUNet_results/{folder.name}/nnUNetTrainer__nnUNetPlans__3d_fullres/fold_*/validation"
-    next_step(
-        f"the commands above, then dagman segment score -i {found} --reference {folder / 'cases.csv'} -o nnunet-scores"
-    )
+    score = f"the commands above, then dagman segment score -i {found} --reference"
+    next_step(score, folder / "cases.csv", "-o nnunet-scores")
     return ExitCode.OK

@@ -98,7 +98,7 @@ def pretrain(
             "do as the ALARM lines of its log.txt say, and start anew with --fresh",
             exit_code=ExitCode.UNHEALTHY,
         )
-    next_step(f"dagman embed --weights {output} -i {labelled or data} -o {output / 'features.csv'} --which all")
+    next_step("dagman embed --weights", output, "-i", labelled or data, "-o", output / "features.csv", "--which all")
     return ExitCode.OK
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections import Counter
@@ -154,9 +155,14 @@ def claim(output: Path, verb: str) -> None:
         raise DagmanError("OUTPUT", output, problem, "choose another output folder", exit_code=ExitCode.REFUSED)
 
 
-def next_step(command: str) -> None:
-    """The last line of a verb: what to run next."""
-    say(f"Next: {command}")
+def next_step(*words: str | Path) -> None:
+    """The last line of a verb: what to run next. A path is quoted where a shell would take it apart."""
+    say(f"Next: {shown(*words)}")
+
+
+def shown(*words: str | Path) -> str:
+    """A command as it can be pasted into a shell."""
+    return " ".join(shlex.quote(str(word)) if isinstance(word, Path) else word for word in words)
 
 
 FEWEST = 3

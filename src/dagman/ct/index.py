@@ -14,7 +14,7 @@ from dagman.types import Scan
 
 
 def index(
-    sources: Sequence[Path], *, key: str | None = None, limits: guard.Limits | None = None
+    sources: Sequence[Path | str], *, key: str | None = None, limits: guard.Limits | None = None
 ) -> tuple[list[Scan], list[Problem]]:
     """List every CT in files, folders, DICOM trees, data sets and tables, in an order that no file system decides.
 
@@ -36,14 +36,14 @@ def index(
     Raises:
         DagmanError: `E-GONE` when a source does not exist.
     """
-    key = key or patient_key()
-    survey = Survey(key=key, limits=limits or guard.Limits())
-    refuse_missing(sources)
-    tables = [source for source in sources if source.suffix.lower() == ".csv" and source.is_file()]
+    given = [Path(source) for source in sources]
+    survey = Survey(key=key or patient_key(), limits=limits or guard.Limits())
+    refuse_missing(given)
+    tables = [source for source in given if source.suffix.lower() == ".csv" and source.is_file()]
     scans = [scan for source in tables for scan in table.read(source, survey)]
-    packed = [source for source in sources if source.suffix.lower() == ".npz" and source.is_file()]
+    packed = [source for source in given if source.suffix.lower() == ".npz" and source.is_file()]
     scans += [scan for source in packed for scan in medmnist.scans(source, survey)]
-    lists = {source: layouts.lists(source) for source in sources if source not in tables + packed}
+    lists = {source: layouts.lists(source) for source in given if source not in tables + packed}
     scans += [scan for listed in lists.values() for path in listed for scan in layouts.read(path, survey)]
     walked = [source for source, listed in lists.items() if not layouts.is_whole(source, listed)]
     for source in walked:

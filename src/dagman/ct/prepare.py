@@ -88,8 +88,8 @@ class Summary:
 
 
 def prepare(
-    sources: Sequence[Path],
-    output: Path,
+    sources: Sequence[Path | str] | Path | str,
+    output: Path | str,
     config: PrepareConfig | None = None,
     *,
     workers: int | None = None,
@@ -101,7 +101,7 @@ def prepare(
     no longer given stays.
 
     Args:
-        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, data sets, tables (`index`).
+        sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, data sets, tables (`index`); or one of them.
         output: The store; outside of all sources.
         config: Settings; those of the paper, but anti-aliased, by default.
         workers: Processes; None: those a surrounding `joblib.parallel_config` names, else 1, in this process.
@@ -113,20 +113,21 @@ def prepare(
     """
     started = time.monotonic()
     config = config or PrepareConfig()
+    given = [Path(source) for source in ([sources] if isinstance(sources, Path | str) else sources)]
     output = Path(output)
-    refuse_missing(sources)
-    refuse_overlap(sources, output)
+    refuse_missing(given)
+    refuse_overlap(given, output)
     store.require_storage(config.storage, output)
     with folder_lock(output):
         _adopt_settings(output, config)
         _remove_leftovers(output)
         try:
             with stoppable():
-                run = _Run(sources, output, config)
+                run = _Run(given, output, config)
                 if not run.scans and not run.rejected:
-                    given = ", ".join(map(str, sources))
-                    advice = f"see what each file is with `dagman check -i {sources[0]}`"
-                    raise DagmanError("NODATA", given, "holds no scan", advice, exit_code=ExitCode.NOTHING_USABLE)
+                    named = ", ".join(map(str, given))
+                    advice = f"see what each file is with `dagman check {given[0]}`"
+                    raise DagmanError("NODATA", named, "holds no scan", advice, exit_code=ExitCode.NOTHING_USABLE)
                 if any(scan.kind == "dicom" for scan in run.scans.values()):
                     _adopt_key(output)
                 run.work(workers, progress or _silent)

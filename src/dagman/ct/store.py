@@ -95,6 +95,10 @@ def refuse_inside(output: Path) -> None:
             raise DagmanError("OUTPUT", output, where, advice, exit_code=ExitCode.REFUSED)
 
 
+Voxel = Triple | Integer[np.ndarray, "3"]
+"""Three numbers (x, y, z)."""
+
+
 class PreparedStore:
     """A folder written by `prepare`, read by row number. Cheap to open and to send to worker processes.
 
@@ -105,8 +109,8 @@ class PreparedStore:
         DagmanError: `E-STORE` when the folder is no finished store; `E-MANIFEST` with the line that is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder).absolute()  # whoever changes the working directory reads on
         if not (self.folder / MANIFEST).is_file():
             begun = (self.folder / SETTINGS).is_file()
             scans = self.folder if self.folder.is_file() else "SCANS"
@@ -151,7 +155,7 @@ class PreparedStore:
         """Where an array of a row lies."""
         return array_path(self.folder, kind, str(self.rows[row]["case_id"]), self.settings["storage"])
 
-    def hu(self, row: int, corner: Triple | None = None, size: Triple | None = None) -> Int16[np.ndarray, "x y z"]:
+    def hu(self, row: int, corner: Voxel | None = None, size: Voxel | None = None) -> Int16[np.ndarray, "x y z"]:
         """A crop in Hounsfield units, padded with air (-1024) where it leaves the volume; the whole without `corner`.
 
         Args:
@@ -164,7 +168,7 @@ class PreparedStore:
         """
         return self._crop(row, "volumes", corner, size, AIR_HU)
 
-    def mask(self, row: int, corner: Triple | None = None, size: Triple | None = None) -> np.ndarray | None:
+    def mask(self, row: int, corner: Voxel | None = None, size: Voxel | None = None) -> np.ndarray | None:
         """The same crop of the case's label map, padded with 0; None for a case without one."""
         if self.rows[row]["mask"] is None:
             return None
@@ -185,16 +189,20 @@ class PreparedStore:
         width, height, depth = self.rows[row]["source_shape"]
         return self._crop(row, "drawn", (x, y, z), (width, height, depth), 0)
 
-    def _crop(self, row: int, kind: Kind, corner: Triple | None, size: Triple | None, outside: int) -> np.ndarray:
+    def _crop(self, row: int, kind: Kind, corner: Voxel | None, size: Voxel | None, outside: int) -> np.ndarray:
         path = self.path(row, kind)
         try:
             if path not in self._checked:
                 self._check(path, recorded(self.rows[row])[kind])
             if self._last is None or self._last[0] != path:
                 self._last = path, _open_array(path)
-            return padded_crop(
-                self._last[1], corner or (0, 0, 0), size if size is not None else self.shape(row), outside
-            )
+            low = (0, 0, 0) if corner is None else tuple(map(int, corner))
+            sides = self.shape(row) if size is None else tuple(map(int, size))
+            return padded_crop(self._last[1], low, sides, outside)
+        except FileNotFoundError as error:
+            raise _damaged(
+                path, "is missing", "run the same `dagman prepare` again: it makes this case anew"
+            ) from error
         except (OSError, RuntimeError, ValueError) as error:
             raise _damaged(path, f"cannot be read ({type(error).__name__})") from error
 
@@ -264,14 +272,12 @@ def padded_crop(array: Any, corner: Sequence[int], size: Sequence[int], outside:
     return result
 
 
-def _damaged(path: Path, problem: str) -> DagmanError:
-    return DagmanError(
-        "CHECKSUM",
-        path,
-        problem,
-        "delete this file and run the same `dagman prepare` again: it makes this case anew",
-        exit_code=ExitCode.REFUSED,
-    )
+def _damaged(
+    path: Path,
+    problem: str,
+    advice: str = "delete this file and run the same `dagman prepare` again: it makes this case anew",
+) -> DagmanError:
+    return DagmanError("CHECKSUM", path, problem, advice, exit_code=ExitCode.REFUSED)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

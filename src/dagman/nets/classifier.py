@@ -1,7 +1,7 @@
 """From a crop to classes: an encoder with a linear layer, or a 3D ResNet-50 to be compared with."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,13 @@ def width_of(config: EncoderConfig, which: Which) -> int:
 
 
 def vector(features: Features, which: Which) -> Float[Tensor, "batch width"]:
-    """What a crop is told by: mean of the final tokens, mean of the cells, [CLS], or all side by side."""
+    """What a crop is told by: mean of the final tokens, mean of the cells, [CLS], or all side by side.
+
+    Raises:
+        DagmanError: `E-USAGE` for another word.
+    """
+    if which not in get_args(Which):
+        raise DagmanError("USAGE", "which", f"cannot be {which}", f"give one of {', '.join(get_args(Which))}")
     parts = {"pooled": features.pooled, "cells": features.tokens.mean(dim=1), "cls": features.cls}
     chosen = [part for name, part in parts.items() if which in (name, "all") and part is not None]
     return torch.cat(chosen, dim=1) if len(chosen) > 1 else chosen[0]

@@ -100,7 +100,7 @@ def load_encoder(path: Path | str) -> Encoder:
     return encoder.eval()
 
 
-def export_monai(source: Encoder | Path | str, path: Path) -> LoadReport:
+def export_monai(source: Encoder | Path | str, path: Path | str) -> LoadReport:
     """Write the Swin for MONAI's `SwinUNETR`, every `swinViT.*` tensor that it wants and no other.
 
     Args:
@@ -110,7 +110,7 @@ def export_monai(source: Encoder | Path | str, path: Path) -> LoadReport:
     Raises:
         DagmanError: `E-WEIGHTS`, exit code 4, for a ViT; and as `load_encoder`.
     """
-    encoder = load_encoder(source) if isinstance(source, (Path, str)) else source
+    encoder, path = load_encoder(source) if isinstance(source, (Path, str)) else source, Path(path)
     if not isinstance(encoder, SwinEncoder):
         raise _refused(
             encoder.report.source if encoder.report else path,

@@ -166,8 +166,10 @@ def mean_per_case(
         rows: Of the store; all where None.
 
     Raises:
-        DagmanError: `E-NOMASK` for cases with an empty mask.
+        DagmanError: `E-NOMASK` for cases with an empty mask; `E-USAGE` for batches of nothing.
     """
+    if batch_size is not None and batch_size < 1:
+        raise DagmanError("USAGE", "batch_size", f"cannot be {batch_size}", "give at least 1")
     chosen = range(len(store)) if rows is None else rows
     crops.refuse_empty_masks(store, chosen)
     queue = itertools.chain.from_iterable(_crops_of(store, row, place, preparation) for place, row in enumerate(chosen))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagman import files
+from dagman.errors import DagmanError, ExitCode
 from dagman.tasks.leakage import Seen
 
 if TYPE_CHECKING:
@@ -39,17 +40,43 @@ class Origin(NamedTuple):
     """Its sizes; None where an earlier version wrote it, too."""
 
 
+def origin_file(features: Path) -> Path:
+    """Beside a feature table."""
+    return features.with_suffix(".json")
+
+
+def refuse_foreign(features: Path) -> None:
+    """Refuse to write features, and where they come from, over something else.
+
+    Raises:
+        DagmanError: `E-OUTPUT`, exit code 4.
+    """
+    beside, advice = origin_file(features), "choose another name, such as features.csv"
+    if beside == features:
+        raise DagmanError("OUTPUT", features, "cannot end in .json", advice, exit_code=ExitCode.REFUSED)
+    if features.is_file() and not _has_features(features):
+        raise DagmanError("OUTPUT", features, "is no table of features", advice, exit_code=ExitCode.REFUSED)
+    if beside.exists() and b'"features_sha256"' not in beside.read_bytes():
+        problem = "does not say where features come from, and would be written over"
+        raise DagmanError("OUTPUT", beside, problem, advice, exit_code=ExitCode.REFUSED)
+
+
+def _has_features(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return b"f0" in stream.readline().strip().split(b",")
+
+
 def write_origin(origin: Origin, features: Path) -> None:
     """Write where features come from, beside their CSV, which is there already."""
     place = str(origin.weights.absolute()) if origin.weights else None
     values = origin._asdict() | {"weights": place, "seen": origin.seen._asdict()}
-    files.write_json(features.with_suffix(".json"), {"features_sha256": files.sha256_file(features), **values})
+    files.write_json(origin_file(features), {"features_sha256": files.sha256_file(features), **values})
 
 
 def read_origin(features: Path) -> Origin | None:
     """Where features come from; None where nobody wrote it down, it cannot be read, or it tells of other features."""
     try:
-        values = json.loads(features.with_suffix(".json").read_text())
+        values = json.loads(origin_file(features).read_text())
         if values.pop("features_sha256") != files.sha256_file(features):
             return None
         place = Path(values["weights"]) if values["weights"] else None

@@ -39,7 +39,7 @@ from dagman.tasks.embed import suited
 from dagman.tasks.labels import Unlabelled
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
-from dagman.train.finetune import FinetuneConfig, Fitted, to_training, weights_digest
+from dagman.train.finetune import FinetuneConfig, Fitted, start_of, to_training, weights_digest
 from dagman.train.parts import learn, place, refuse_mirrored_sides
 
 MADE_BY = "classify finetune"
@@ -154,10 +154,10 @@ class ClassifyLesson:
 def finetune(
     encoder: Encoder,
     store: PreparedStore,
-    folder: Path,
+    folder: Path | str,
     config: ClassifyConfig | None = None,
     *,
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     resnet: Path | None = None,
     device: Literal["cpu", "cuda"] | None = None,
     workers: int = 0,
@@ -172,7 +172,8 @@ def finetune(
             cut around it.
         folder: Of the study.
         config: How.
-        weights: Whence the encoder comes, for the card and for what pretraining saw; None for new random weights.
+        weights: Whence the encoder comes, for the card and for what pretraining saw; without, what its `report` names;
+            new random weights where it has none.
         resnet: Weights file that a ResNet starts from.
         device: Where to compute; the GPU where there is one.
         workers: Processes that read crops ahead.
@@ -189,7 +190,8 @@ def finetune(
     Reference:
         Section 4.3: fine-tuning of all layers.
     """
-    config = config or ClassifyConfig()
+    config, folder = config or ClassifyConfig(), Path(folder)
+    start = start_of(None if config.network == "resnet50" else encoder, weights)
     encoder = copy.deepcopy(encoder)
     encoder.preparation = suited(store, encoder.preparation)
     rows, empty = crops.croppable(store)
@@ -205,9 +207,9 @@ def finetune(
         cohort=cohorts.cohort(table, config.protocol, **options),
         folder=folder,
         config=config,
-        weights=weights,
+        weights=start,
         resnet=resnet,
-        seen=leakage.seen(store.rows, resnet or weights),
+        seen=leakage.seen(store.rows, resnet or start),
         num_empty=len(empty),
     )
     refuse_mirrored_sides(study.cohort.classes.names, keep_sides=config.keep_sides, say=say)

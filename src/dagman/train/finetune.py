@@ -336,6 +336,13 @@ def _best_file(folder: Path, step: int) -> Path:
     return folder / BEST.replace("*", f"{step:08d}")
 
 
+def start_of(encoder: encoders.Encoder | None, weights: Path | str | None) -> Path | None:
+    """Weights that a training starts from: those the caller names, else those the encoder was loaded from, if any."""
+    if weights or encoder is None or encoder.report is None:
+        return Path(weights) if weights else None
+    return encoder.report.source
+
+
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 of all tensors of a module."""
     digest = hashlib.sha256()

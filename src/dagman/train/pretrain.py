@@ -67,7 +67,7 @@ class Result:
 def pretrain(
     config: PretrainConfig,
     store: PreparedStore,
-    folder: Path,
+    folder: Path | str,
     *,
     devices: int = 1,
     device: Literal["cpu", "cuda"] | None = None,
@@ -101,6 +101,7 @@ def pretrain(
     Reference:
         DAGMaN section 3 and figure 1.
     """
+    folder = Path(folder)
     refuse_inside(folder)
     check_fit(config.encoder, config.method)
     if labelled is not None:

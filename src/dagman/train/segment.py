@@ -38,7 +38,7 @@ from dagman.tasks.protocol import BY_PATIENT, Part, Protocol
 from dagman.tasks.segmentation_scores import Row
 from dagman.tasks.segmenter import Segmenter
 from dagman.tasks.study import Study, parts, stored, study
-from dagman.train.finetune import FinetuneConfig, Fitted, weights_digest
+from dagman.train.finetune import FinetuneConfig, Fitted, start_of, weights_digest
 from dagman.train.parts import learn, place, refuse_mirrored_sides
 from dagman.types import Precision
 
@@ -125,12 +125,12 @@ def _rows(result: dict[str, Any]) -> list[Row]:
 def train(
     encoder: Encoder,
     store: PreparedStore,
-    folder: Path,
+    folder: Path | str,
     config: SegmentConfig | None = None,
     *,
-    source: str = "new random weights",
+    source: str | None = None,
     only: Sequence[int] | None = None,
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     device: Literal["cpu", "cuda"] | None = None,
     workers: int = 0,
     progress: Tell | None = None,
@@ -143,10 +143,10 @@ def train(
         store: Volumes with masks, on the encoder's grid.
         folder: Of the study.
         config: How.
-        source: Where the encoder's weights come from, for the card.
+        source: Where the encoder's weights come from, for the card; `weights` without.
         only: Folds to do now; all without.
         weights: The file or run folder that the encoder was loaded from, so that the result says which test cases
-            pretraining has seen; None for new random weights.
+            pretraining has seen; without, what its `report` names; new random weights where it has none.
         device: Where to compute; the GPU where there is one.
         workers: Processes that read crops ahead.
         progress: Hears of each step.
@@ -159,7 +159,8 @@ def train(
         DagmanError: `E-GRID`, `E-CROP`, `E-NODATA`, `E-LABEL`, `E-PATIENT`, `E-LEAK`, `E-FOLDS`; `E-RESUME`, exit code
             4, for a fold that was learnt with other settings; and as `finetune.fit`.
     """
-    config = config or SegmentConfig()
+    config, folder = config or SegmentConfig(), Path(folder)
+    start = start_of(encoder, weights)
     suited(store, encoder.preparation)
     plan = study(store.folder, stored(store), labels=config.labels, group_by=config.protocol.group_by)
     refuse_mirrored_sides(plan.classes.names, keep_sides=config.keep_sides, say=say)
@@ -167,7 +168,7 @@ def train(
     names, group_of = [str(row["case_id"]) for row in store.rows], dict(zip(plan.rows, plan.groups, strict=True))
     together = protocols.together(names, group_of, chosen, config.protocol)
     same = leakage.twins(store)
-    leakage.refuse(leakage.seen(store.rows, weights), same, together, TASK)
+    leakage.refuse(leakage.seen(store.rows, start), same, together, TASK)
     _refuse_two_truths(store, same)
     _tell_grid(store, plan, say)
     work = _Work(
@@ -177,8 +178,8 @@ def train(
         parts=chosen,
         folder=folder,
         config=config,
-        source=source,
-        weights=weights,
+        source=source or str(start or "new random weights"),
+        weights=start,
         progress=progress,
     )
     if only is not None and (not only or not set(only) <= {part.number for part in work.parts}):
