@@ -59,6 +59,11 @@ def test_dotted_flags_replace_one_field_each() -> None:
     )
 
 
+@pytest.mark.parametrize("given", [2**53 + 1, str(2**53 + 1), -(2**63), 10**400, "1e3", 1e3, "7"])
+def test_whole_numbers_are_taken_digit_for_digit(given: object) -> None:
+    assert config.override(OuterConfig(), {"count": given}).count == int(float(given) if "e" in str(given) else given)  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -66,6 +71,8 @@ def test_dotted_flags_replace_one_field_each() -> None:
         ({"inner.kind": "c"}, "give one of a, b"),
         ({"rate": "fast"}, "cannot be 'fast'"),
         ({"count": "1.5"}, "cannot be '1.5'"),
+        ({"count": "1e400"}, "cannot be '1e400'"),
+        ({"rate": 10**400}, "cannot be 1000"),
         ({"on": "perhaps"}, "cannot be 'perhaps'"),
         ({"inner.sizes": "1,2"}, "cannot be '1,2'"),
         ({"rate": True}, "cannot be True"),

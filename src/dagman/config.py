@@ -9,6 +9,7 @@ nothing that is computed.
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -175,13 +176,24 @@ def _scalar(kind: Any, value: Any) -> Any:
         return value if isinstance(value, str) else None
     if isinstance(value, bool):
         return None
+    return _whole(value) if kind is int else _finite(value)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number digit for digit, which a float would round above 2^53; or one written as `1e3` or `2.0`."""
+    try:
+        return int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
+        number = _finite(value)
+        return int(number) if number is not None and number.is_integer() else None
+
+
+def _finite(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    if kind is int:
-        return int(number) if number.is_integer() else None
-    return number if kind is float and math.isfinite(number) else None
+    return number if math.isfinite(number) else None
 
 
 def override(config: Config, values: Mapping[str, Any], where: str = "") -> Config:

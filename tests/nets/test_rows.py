@@ -34,6 +34,19 @@ def exactly(module: LayerNorm, x: Tensor, probe: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad((out * probe.double()).sum(), given_)]
 
 
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernel), False])
+def test_gradients_of_bfloat16_are_summed_in_float32(compiled, monkeypatch):
+    """Over a million tokens' worth of rounding, a sum in bfloat16 stands still."""
+    if not compiled:
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    torch.manual_seed(0)
+    module, x = norm(48), torch.randn(30_000, 48).bfloat16().requires_grad_()
+    probe = torch.randn(30_000, 48).bfloat16() + 0.5
+    found = torch.autograd.grad((module(x) * probe).float().sum(), [x, module.weight, module.bias])
+    for ours, exact in zip(found, exactly(module, x, probe)[1:], strict=True):
+        assert gap(ours, exact) < 5e-3
+
+
 @needs_kernel
 @settings(deadline=None, max_examples=60)
 @given(

@@ -298,6 +298,7 @@ def test_crops_that_cannot_be_divided_are_refused(crop, word):
         ("depth", 0, "at least 1"),
         ("patch_side", 0, "give voxels"),
         ("drop_path", 1.0, "0 <= drop_path < 1"),
+        ("mlp_ratio", 0.01, "0.01 leaves no hidden unit"),
         ("hidden_token", "noise", "give one of learned, zero"),
         ("attention", "none", "is not known"),
         ("kind", "swin", "give one of vit"),

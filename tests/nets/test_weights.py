@@ -148,13 +148,27 @@ def test_a_swin_unetr_file_loads_with_sizes_read_off_its_tensors(unetr, prefix, 
     path = tmp_path / "unetr.safetensors"
     save_file({prefix + name: tensor.contiguous() for name, tensor in unetr.state_dict().items()}, path)
     encoder = load_encoder(path)
-    assert encoder.config == replace(SIZES, attention=AttentionConfig())
+    assert encoder.config == replace(SIZES, attention=None)
     assert encoder.report.kind == "MONAI"
     assert encoder.report.share == 1
-    assert all(name.startswith(("semantic_attention.", "hidden_token")) for name in encoder.report.missing)
+    assert encoder.report.missing == ("hidden_token",)
+    assert "without semantic attention" in str(encoder.report)
     assert not any("swinViT" in name or "stages" in name for name in encoder.report.unexpected)
-    for theirs, ours in zip(unetr.swinViT(IMAGES)[:4], encoder(IMAGES).pyramid, strict=False):
+    for theirs, ours in zip(unetr.swinViT(IMAGES), encoder(IMAGES).pyramid, strict=True):
         assert (theirs - ours).abs().max() <= 1e-5
+    again = load_encoder(path).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in encoder.state_dict().items())
+
+
+@torch.no_grad()
+def test_attention_without_bias_is_one_with_a_bias_of_zero(tmp_path):
+    from monai.networks.nets.swin_unetr import SwinTransformer
+
+    theirs = SwinTransformer(1, SIZES.embed_dim, [4] * 3, [2] * 3, SIZES.depths, SIZES.num_heads, qkv_bias=False).eval()
+    save_file({name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, tmp_path / "s.safetensors")
+    ours = load_encoder(tmp_path / "s.safetensors")
+    for one, other in zip(theirs(IMAGES), ours(IMAGES).pyramid, strict=True):
+        assert (one - other).abs().max() <= 1e-5
 
 
 def test_a_swin_transformer_file_with_older_names_loads(unetr, tmp_path):

@@ -129,3 +129,15 @@ def test_what_a_method_uses_is_not_said_to_change_nothing() -> None:
     bare = config.override(dagman, {"method.heads.kind": "none", "method.hidden.hints": "none"})
     told = without_effect(bare.encoder, bare.method)
     assert {"method.heads.num_prototypes", "method.heads.hidden_width", "method.hidden.hint_ratio"} <= told.keys()
+    assert "optimisation.freeze_last_layer_ratio" in told
+    painted = config.override(dagman, {f"method.losses.{name}": 0 for name in ("ampd", "aitd", "gitd")})
+    told = without_effect(painted.encoder, painted.method)
+    assert {"method.heads.num_prototypes", "method.balance", "method.student_temperature"} <= told.keys()
+    balanced = {"method.balance": "sinkhorn", "method.patch_centers": "position"}
+    for changes, cancels in (
+        ({"method.losses.ampd": 0}, True),
+        ({}, False),
+        ({"method.patch_centers": "shared"}, True),
+    ):
+        chosen = config.override(dagman, balanced | changes)
+        assert ("method.center_momentum" in without_effect(chosen.encoder, chosen.method)) == cancels

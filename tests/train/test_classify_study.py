@@ -28,7 +28,7 @@ from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.tasks import classifier, embed, leakage, predictions, watching
 from dagman.tasks import classify as probing
 from dagman.tasks import cohort as cohorts
-from dagman.tasks.case_crops import CaseCrops
+from dagman.tasks.case_crops import CaseCrop, CaseCrops
 from dagman.tasks.origin import Origin
 from dagman.tasks.protocol import Protocol
 from dagman.train import classify
@@ -149,6 +149,35 @@ def test_labels_of_test_cases_do_not_reach_the_fit(study, store, tmp_path, monke
         finetune(small_study.encoder(), store, tmp_path, short)
     assert seen
     assert not test & set(seen)
+
+
+class Belief(torch.nn.Module):
+    """Says the same of every image."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, images):
+        return self.bias.expand(len(images), 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 20])
+def test_every_class_counts_the_same_whatever_the_batch(store, batch_size):
+    """Who sees no image believes in one half, of twenty cases with four positive ones."""
+    numbers = torch.arange(20) % 5 // 4
+    lesson = classify.ClassifyLesson(
+        network=Belief(),
+        dataset=CaseCrops(store, (0,), (0,), small_study.PREPARATION, 0),
+        identity=None,
+        store=store,
+        weights=20 / (2 * torch.bincount(numbers)),
+        held_out=(),
+        held_out_numbers=(),
+    )
+    for part in numbers.split(batch_size):
+        (lesson.loss(CaseCrop(torch.zeros(len(part), 1, 2, 2, 2), part)) * len(part) / 20).backward()
+    assert lesson.network.bias.grad.abs().max() < 1e-7
 
 
 def test_probabilities_know_how_frequent_the_classes_were(store):

@@ -264,7 +264,7 @@ def finetune(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        layer_decay=layer_decay or (1.0 if fresh else 0.75),
+        layer_decay=(1.0 if fresh else 0.75) if layer_decay is None else layer_decay,
         check_every=check_every,
         frozen=frozen,
         precision=precision,

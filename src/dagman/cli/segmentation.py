@@ -103,7 +103,7 @@ def train(
     check_start(recipe=recipe, random=weights == "none", layer_decay=layer_decay, whole=not frozen)
     store = PreparedStore(data)
     encoder, source = _start(weights, recipe, seed, store)
-    decay = layer_decay or (1.0 if weights == "none" else 0.75)
+    decay = (1.0 if weights == "none" else 0.75) if layer_decay is None else layer_decay
     config = training.SegmentConfig(
         finetune=FinetuneConfig(
             steps=steps,

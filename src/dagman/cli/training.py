@@ -111,14 +111,15 @@ def _chosen(
     epochs: int | None,
     config: Path | None = None,
 ) -> "tuple[PretrainConfig, dict[str, str]]":
-    """A recipe with its length, then a file's settings, then those of the command line of a verb; and these."""
+    """A recipe, then a file's settings, then the length and settings of the command line of a verb; and the latter."""
     from dagman import config as configs
     from dagman import recipes
     from dagman.pretext.method import without_effect
 
-    chosen = recipes.with_length(recipes.get(recipe), steps, epochs)
+    chosen = recipes.get(recipe)
     if config:
         chosen = configs.override(chosen, configs.read_yaml(config))
+    chosen = recipes.with_length(chosen, steps, epochs)
     values = _dotted(settings, chosen, verb)
     chosen = configs.override(chosen, values, COMMAND_LINE)
     inert = without_effect(chosen.encoder, chosen.method)

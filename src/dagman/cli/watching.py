@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 
 from cyclopts import Parameter, Token
 
-from dagman import files
 from dagman.config import convert
 from dagman.errors import DagmanError, ExitCode
 
@@ -94,6 +93,8 @@ def short_names(paths: list[Path], subject: str = "--weights", taken: Sequence[s
     Raises:
         DagmanError: `E-USAGE` for a path that is given twice.
     """
+    from dagman import files
+
     whole = [path.resolve().with_suffix("") if path.suffix == ".safetensors" else path.resolve() for path in paths]
     twice = [str(path) for path, count in Counter(whole).items() if count > 1]
     require(not twice, subject, f"names {', '.join(twice)} twice", "name each once")

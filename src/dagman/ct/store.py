@@ -113,10 +113,10 @@ class PreparedStore:
         self.folder = Path(folder).absolute()  # whoever changes the working directory reads on
         if not (self.folder / MANIFEST).is_file():
             begun = (self.folder / SETTINGS).is_file()
-            scans = self.folder if self.folder.is_file() else "SCANS"
+            scans = folder if self.folder.is_file() else "SCANS"
             raise DagmanError(
                 "STORE",
-                self.folder,
+                folder,
                 f"is no finished store: it holds no {MANIFEST}" if self.folder.exists() else "does not exist",
                 "run the same `dagman prepare` again until it ends"
                 if begun

@@ -32,6 +32,9 @@ class LayerNorm(nn.LayerNorm):
         if runs(x) and _normalises(self, x):
             normalised: Tensor = residual(x, norm=self)[1]
             return normalised
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu":  # PyTorch sums the gradients over rows in bfloat16
+            weight, bias = (None if each is None else each.float() for each in (self.weight, self.bias))
+            return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
         return super().forward(x)
 
 

@@ -15,7 +15,7 @@ from dagman.nets import cells
 from dagman.nets.cells import Size
 from dagman.nets.rows import LayerNorm
 from dagman.nets.stage import Stage
-from dagman.nets.transformer import GlobalBlock, check_heads, sine_cosine_position
+from dagman.nets.transformer import GlobalBlock, check_heads, check_mlp_ratio, sine_cosine_position
 from dagman.types import Features, LoadReport, Preparation
 
 PATCH_SIDE = 2
@@ -85,6 +85,7 @@ class SwinConfig:
             raise DagmanError(
                 "CONFIG", "embed_dim", f"{self.embed_dim} is no multiple of 12", f"choose for example {near}"
             )
+        check_mlp_ratio("mlp_ratio", self.mlp_ratio, self.embed_dim)
         if min(self.depths) < 1:
             raise DagmanError("CONFIG", "depths", f"cannot be {self.depths}", "give every stage at least one block")
         if self.window < 2:
@@ -97,6 +98,7 @@ class SwinConfig:
             check_heads(f"num_heads of stage {stage + 1}", heads, self.embed_dim << stage)
         if self.attention:
             check_heads("attention.num_heads", self.attention.num_heads, self.cell_width)
+            check_mlp_ratio("attention.mlp_ratio", self.attention.mlp_ratio, self.cell_width)
 
     @property
     def cell_stage(self) -> int:

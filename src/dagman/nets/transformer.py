@@ -23,6 +23,16 @@ def check_heads(name: str, heads: int, width: int) -> None:
         raise DagmanError("CONFIG", name, f"{heads} does not divide the width {width}", "choose a divisor of it")
 
 
+def check_mlp_ratio(name: str, ratio: float, width: int) -> None:
+    """Refuse an MLP without a hidden unit.
+
+    Raises:
+        DagmanError: `E-CONFIG`.
+    """
+    if int(width * ratio) < 1:
+        raise DagmanError("CONFIG", name, f"{ratio:g} leaves no hidden unit", "give a number above 0 (paper: 4)")
+
+
 class DropPath(nn.Module):
     """In training, leave a residual out for whole batch items, and scale the others up to keep the mean."""
 

@@ -13,7 +13,7 @@ from dagman.errors import DagmanError
 from dagman.nets import cells
 from dagman.nets.cells import Size
 from dagman.nets.rows import LayerNorm
-from dagman.nets.transformer import GlobalBlock, check_heads, sine_cosine_position
+from dagman.nets.transformer import GlobalBlock, check_heads, check_mlp_ratio, sine_cosine_position
 from dagman.types import Features, LoadReport, Preparation
 
 
@@ -41,6 +41,7 @@ class ViTConfig:
         if self.width < 6 or self.width % 6:
             near = max(6, round(self.width / 6) * 6)
             raise DagmanError("CONFIG", "width", f"{self.width} is no multiple of 6", f"choose for example {near}")
+        check_mlp_ratio("mlp_ratio", self.mlp_ratio, self.width)
         if self.depth < 1:
             raise DagmanError("CONFIG", "depth", f"cannot be {self.depth}", "give at least 1 block (paper: 12)")
         if self.patch_side < 1:

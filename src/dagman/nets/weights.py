@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dagman import config, files
 from dagman.errors import DagmanError, ExitCode
-from dagman.nets.encoder import Encoder, EncoderConfig, build
-from dagman.nets.swin import SwinConfig, SwinEncoder
+from dagman.nets.encoder import Encoder, EncoderConfig, new
+from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
 from dagman.nets.windows import relative_position_index
 from dagman.types import LoadReport, Preparation
 
@@ -63,7 +63,8 @@ def load_encoder(path: Path | str) -> Encoder:
 
     Args:
         path: A run folder, or a safetensors file: this project's, of MONAI's SwinTransformer or SwinUNETR, or of
-            SMIT. The network of a foreign file is read off the shapes of its tensors; its semantic attention is new.
+            SMIT. The network of a foreign file is read off the shapes of its tensors; it has no
+            semantic attention.
 
     Raises:
         DagmanError: `E-WEIGHTS`, exit code 4, for a missing or damaged file, a pickle, NaN, or a file that fills less
@@ -75,13 +76,15 @@ def load_encoder(path: Path | str) -> Encoder:
     if card is None:
         named, kind, notes = _from_foreign(tensors)
         network, preparation = _infer_config(file, named), Preparation()
+        if network.attention is None:
+            notes += ("without semantic attention: no [CLS] token, no attention maps",)
         notes += ("how its training images were prepared is unknown, the defaults are assumed",)
     else:
         network, preparation, notes = _described(file, card)
         named, kind = tensors, "DAGMaN"
         if isinstance(network, SwinConfig):
             named = {_from_monai(name): tensor for name, tensor in tensors.items()}
-    encoder = build(network)
+    encoder = new(network, preparation)  # what the file lacks is the same each time
     report = replace(_fill(encoder, named, file, kind), notes=notes)
     if kind == "DAGMaN" and (report.missing or report.mismatched):
         raise _refused(
@@ -96,8 +99,8 @@ def load_encoder(path: Path | str) -> Encoder:
             f"(missing: {_some(report.missing)}; of other shape: {_some(report.mismatched)})",
             "give weights of a Swin for one channel with patches of 2x2x2",
         )
-    encoder.preparation, encoder.report = preparation, report
-    return encoder.eval()
+    encoder.report = report
+    return encoder
 
 
 def export_monai(source: Encoder | Path | str, path: Path | str) -> LoadReport:
@@ -266,16 +269,20 @@ def _from_foreign(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str
     """Tensors under our names, whose they are, and what there is to know about them."""
     stripped = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     if any(_SMIT_BLOCK.match(name) for name in stripped):
-        return _from_smit(stripped)
-    return {_from_monai(name): tensor for name, tensor in stripped.items()}, "MONAI", ()
+        named, kind, notes = _from_smit(stripped)
+    else:
+        named, kind, notes = {_from_monai(name): tensor for name, tensor in stripped.items()}, "MONAI", ()
+    for name, tensor in list(named.items()):
+        if name.endswith(".qkv.weight"):  # attention without a bias on queries, keys and values has one of zero
+            named.setdefault(name.replace("weight", "bias"), torch.zeros(len(tensor)))
+    return named, kind, notes
 
 
 def _from_smit(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
     """SMIT's tensors so that this Swin computes what SMIT's does, were its windows returned to their places.
 
-    Its merging takes the octants 011 and 101 in the other order, and its attention may have no bias on queries, keys
-    and values, which is a bias of zero here. It also shifts windows on maps that are no longer than a window, where
-    this Swin does not: crops with sides of 96 voxels and more have none.
+    Its merging takes the octants 011 and 101 in the other order. It also shifts windows on maps that are no longer than
+    a window, where this Swin does not: crops with sides of 96 voxels and more have none.
     """
     named = {}
     for name, tensor in tensors.items():
@@ -287,8 +294,6 @@ def _from_smit(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, t
         if ours == "mask_token":
             ours, tensor = "hidden_token", tensor.flatten()  # noqa: PLW2901
         named[ours] = tensor
-        if ours.endswith(".qkv.weight"):
-            named.setdefault(ours.replace("weight", "bias"), torch.zeros(len(tensor)))
     note = "SMIT's code returns windows to other places of the map (its window_reverse); here they return to their own"
     return named, "SMIT", (f"{note}, so outputs differ from what these weights were trained with",)
 
@@ -325,4 +330,5 @@ def _infer_config(file: Path, named: Mapping[str, Tensor]) -> SwinConfig:
         window=window,
         mlp_ratio=hidden_width / len(embedding),
         patch_norm="patch_embed.norm.weight" in named,
+        attention=AttentionConfig() if any(name.startswith("semantic_attention.") for name in named) else None,
     )

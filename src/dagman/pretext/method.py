@@ -229,13 +229,21 @@ def without_effect(encoder: EncoderConfig, method: MethodConfig) -> dict[str, st
     inert(not hidden.guided, f"no attention guides hiding: it is {hidden.kind}", "method.guide")
     inert(not method.dropped_ratio, "the teacher is clean", "method.guide", "method.dropped_by")
     inert(encoder.cell_side == encoder.patch_side, "a cell is a patch", "method.dropped_by")
-    inert(method.heads.kind == "none", "there are no heads", "method.heads.num_prototypes")
+    last = "optimisation.freeze_last_layer_ratio"
+    inert(method.heads.kind == "none", "there are no heads", "method.heads.num_prototypes", last)
     sizes = ("method.heads.hidden_width", "method.heads.bottleneck_width")
     inert(method.heads.kind != "mlp", f"heads are {method.heads.kind}", *sizes)
     patches = ("method.patch_temperature", "method.patch_temperature_waits", "method.patch_centers")
     inert(not weights.ampd, "AMPD does not count", *patches)
     inert(not (weights.aitd or weights.gitd), "neither AITD nor GITD counts", "method.class_temperature")
     inert(not weights.gitd, "GITD does not count", "method.pooled_stage")
+    one_center = not weights.ampd or method.patch_centers == "shared"
+    inert(method.balance == "sinkhorn" and one_center, "Sinkhorn-Knopp cancels centers", "method.center_momentum")
+    heads = [
+        f"method.heads.{name}" for name in ("kind", "shared", "num_prototypes", "hidden_width", "bottleneck_width")
+    ]
+    targets = ("method.balance", "method.center_momentum", "method.student_temperature")
+    inert(not (weights.ampd or weights.aitd or weights.gitd), "no loss distils", *heads, *targets, last)
     if isinstance(encoder, SwinConfig):
         inert(encoder.attention, "cells are those of semantic attention", "encoder.plain_cell_stage")
     return found

@@ -119,7 +119,9 @@ class ClassifyLesson:
     def loss(self, batch: CaseCrop) -> Tensor:
         """Cross-entropy, every class counting the same."""
         logits = self.network(batch.image).float()
-        return nn.functional.cross_entropy(logits, batch.number, weight=self.weights.to(logits.device))
+        each = nn.functional.cross_entropy(logits, batch.number, reduction="none")
+        # PyTorch's own weighted mean divides by the weights of the batch: those of a small one would count less.
+        return (each * self.weights.to(logits.device)[batch.number]).mean()
 
     def score(self) -> float | None:
         """Mean log likelihood of the held-out cases, every class counting the same as in the loss.
