@@ -721,3 +721,10 @@ def test_options_that_would_do_nothing_are_refused(store, tmp_path, capfd, verb,
     assert cli.run([*verb.split(), *given]) == ExitCode.USAGE
     assert said.split(":")[0] in (shown := capfd.readouterr().err)
     assert said.split(": ")[1] in shown
+
+
+@pytest.mark.parametrize("verb", ["classify finetune", "segment train"])
+def test_a_layer_decay_of_nothing_is_refused(store, tmp_path, capfd, verb):
+    given = ["--weights", "none", "-i", str(store.folder), "-o", str(tmp_path / "out"), "--layer-decay", "0"]
+    assert cli.run([*verb.split(), *given, "--crop", "32,32,64"]) == ExitCode.USAGE
+    assert "layer_decay: cannot be 0" in capfd.readouterr().err
