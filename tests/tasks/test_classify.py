@@ -323,6 +323,9 @@ def test_feature_sets_side_by_side_on_the_same_folds(result):
     assert same[1]["first_minus_this"].value == 0
     with pytest.raises(DagmanError, match="E-COMPARE"):
         classify.beside({"a": result, "b": classify.probe(noise, Protocol(seed=5), positive="malignant")})
+    other = dataclasses.replace(result, case_ids=(*result.case_ids[:-1], "zz"))
+    with pytest.raises(DagmanError, match=rf"\({result.case_ids[-1]} is in one of them alone\)"):
+        classify.beside({"a": result, "b": other})
 
 
 def test_a_first_that_no_patient_moves_is_set_apart_from_others_that_move():

@@ -390,10 +390,12 @@ def check_comparable(first: Predictions, other: Predictions, name: object = "sec
     }
     wrong = [word for word, value in checks.items() if value(first) != value(other)]
     if wrong:
+        alone = sorted({*first.case_ids} ^ {*other.case_ids})
+        more = f" ({alone[0]} is in one of them alone)" if alone else ""
         raise DagmanError(
             "COMPARE",
             name,
-            f"its {', '.join(wrong)} differ from the first one's",
+            f"its {', '.join(wrong)} differ from the first one's{more}",
             "predict the same cases with the same folds and seed",
             exit_code=ExitCode.REFUSED,
         )

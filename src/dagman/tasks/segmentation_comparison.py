@@ -95,11 +95,12 @@ def differences(found: Mapping[str, Sequence[Row]], *, seed: int = 0) -> list[Di
         )
     made = []
     for name, rows in ordered.items():
-        if [_same(row) for row in rows] != [_same(row) for row in first]:
+        if apart := {_same(row) for row in rows} ^ {_same(row) for row in first}:
+            case, _, label, *_ = min(apart)
             raise DagmanError(
                 "COMPARE",
                 name,
-                "its cases, patients, classes or references differ from the first one's",
+                f"its cases, patients, classes or references differ from the first one's, such as {label} of {case}",
                 "score the same references of the same cases, on the same voxels",
                 exit_code=ExitCode.REFUSED,
             )
