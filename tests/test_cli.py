@@ -191,9 +191,9 @@ def test_no_verb_imports_from_the_folder_it_is_called_in(tmp_path: Path) -> None
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from here')")
     script = Path(sys.executable).with_name("dagman")
     untuned = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    for verb in ("check", "pretrain"):
+    for begin in ([script, "check"], [script, "pretrain"], [sys.executable, "-P", "-m", "dagman", "pretrain"]):
         result = subprocess.run(
-            [script, verb, "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False, env=untuned
+            [*begin, "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False, env=untuned
         )
         assert result.returncode == 2, result.stderr
         assert result.stderr.startswith("E-"), result.stderr

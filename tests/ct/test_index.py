@@ -97,6 +97,20 @@ def test_one_series_given_as_several_sources_is_one_case(tmp_path: Path) -> None
     assert np.array_equal(read(again).hu, PHANTOM_HU)
 
 
+def test_series_without_uid_in_two_sources_are_two_cases(tmp_path: Path) -> None:
+    for name, value in (("p1", 0), ("p2", 300)):
+        series(tmp_path / name / "CT", "5", value=value, patient="")
+        for path in (tmp_path / name / "CT").iterdir():
+            data = pydicom.dcmread(path)
+            del data.SeriesInstanceUID
+            data.save_as(path)
+    for sources in ([tmp_path / "p1" / "CT", tmp_path / "p2" / "CT"], [tmp_path]):
+        scans, problems = index(sources)
+        assert rejected(problems) == []
+        assert [len(scan.files) for scan in scans] == [16, 16]
+        assert len({scan.case_id for scan in scans}) == 2
+
+
 def test_same_series_uid_of_two_patients_is_two_cases(tmp_path: Path) -> None:
     series(tmp_path / "a", "5", patient="one")
     series(tmp_path / "b", "5", patient="two")

@@ -587,6 +587,39 @@ def test_a_scan_that_has_another_name_now_is_in_the_store_once(tmp_path):
     assert sorted(path.name for path in output.glob("volumes/*")) == [f"{row['case_id']}.b2nd" for row in store.rows]
     assert prepare([tmp_path / "one"], output, workers=1).kept == 1
     assert len({row["voxel_sha256"] for row in PreparedStore(output).rows}) == 2
+    os.utime(tmp_path / "one" / "ct.nii.gz", (1e9, 1e9))
+    assert prepare([tmp_path / "one", tmp_path / "two"], output, workers=1).duplicates == ()
+    assert len(PreparedStore(output)) == 2
+
+
+def test_a_stop_between_two_names_leaves_no_scan_twice(tmp_path):
+    for seed, name in enumerate(("one", "two", "three")):
+        save(tmp_path / name / "ct.nii.gz", phantom(seed))
+    (tmp_path / "three" / "ct.nii.gz").rename(tmp_path / "three" / "third.nii.gz")
+    output, both = tmp_path / "out", [tmp_path / "one", tmp_path / "two"]
+    prepare(both[:1], output, workers=1)
+
+    def stop(done, _total, _note):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(DagmanError, match="E-STOPPED"):
+        prepare(both, output, workers=1, progress=stop)
+    assert prepare([tmp_path / "three"], output, workers=1).duplicates == ()
+    assert len(PreparedStore(output)) == 2
+    assert prepare(both, output, workers=1).duplicates == ()
+    store = PreparedStore(output)
+    store.verify()
+    assert len({row["voxel_sha256"] for row in store.rows}) == len(store) == 3
+
+
+def test_a_name_that_a_table_gave_stays(mine):
+    scans, output = mine
+    summary = prepare([scans.parent / "a.nii.gz"], output, workers=1)
+    assert (summary.stored, summary.kept) == (1, 3)
+    assert summary.duplicates == (("a", "case_a"),)
+    before = {row["case_id"]: row for row in PreparedStore(output).rows}
+    assert (before["case_a"]["patient"], before["a"]["patient"]) == ("p0", None)
 
 
 def test_a_scan_that_was_moved_is_made_anew_where_its_mask_is_another(tmp_path):

@@ -143,15 +143,25 @@ def test_patients_that_cannot_tell_are_not_called_none(tmp_path, patient):
 
 
 @pytest.mark.parametrize(
-    ("theirs", "known"), [("11111111", True), ("22222222", False), (None, True)], ids=["same", "other", "not noted"]
+    ("theirs", "known"),
+    [
+        (["11111111"], True),
+        (["22222222"], False),
+        ([None], True),
+        (["11111111", None], True),
+        (["11111111", "22222222"], False),
+        ([None, "22222222"], False),
+        (["11111111", "a name"], False),
+    ],
 )
 def test_patients_hashed_with_another_key_cannot_be_told(tmp_path, theirs, known):
     store = made(tmp_path, 2)
     store.rows = [
         {**row, "patient": f"0123456789a{row['patient'][-1]}", "patient_key": "11111111"} for row in store.rows
     ]
-    other = {"case_id": "other", "patient": "ffffffffffff", "voxel_sha256": "ff", "patient_key": theirs}
-    leakage.record([other], tmp_path / "run")
+    other = {"case_id": "other", "patient": "ffffffffffff", "voxel_sha256": "ff"}
+    rows = [other | ({"patient": key} if key == "a name" else {"patient_key": key}) for key in theirs]
+    leakage.record(rows, tmp_path / "run")
     assert leakage.seen(store.rows, tmp_path / "run").patients_known is known
 
 

@@ -115,8 +115,6 @@ def test_what_an_encoder_was_loaded_from_is_known_without_being_named(store, tmp
     loaded = load_encoder(tmp_path / "run")
     result = finetune(loaded, store, str(tmp_path / "study"), STUDY)
     assert result["pretraining_overlap"]["same_voxels"]["count"] == result["cases"]
-    resnet = dataclasses.replace(STUDY, network="resnet50")
-    assert start_of(None if resnet.network == "resnet50" else loaded, None) is None, "a ResNet starts from no encoder"
     assert start_of(small_study.encoder(), None) is None
 
 
@@ -444,6 +442,12 @@ def test_a_resnet_learns_and_takes_weights_from_a_file(store, tmp_path, monkeypa
         resnet=tmp_path / "w.safetensors",
     )
     assert result["method"] == "fine-tuned network, resnet50"
+    save_encoder(small_study.encoder(preparation=preparation), tmp_path / "run" / "weights" / "model.safetensors", {})
+    leakage.record(store.rows, tmp_path / "run")
+    scratch = finetune(load_encoder(tmp_path / "run"), halves(store), tmp_path / "scratch", config)
+    seen = scratch["pretraining_overlap"]
+    assert seen["known"]
+    assert seen["same_voxels"]["count"] == 0, "of the encoder a ResNet takes the preparation alone"
     assert len(classifier.load(tmp_path / "study")) == 1
 
 

@@ -55,7 +55,8 @@ def main() -> None:
     own = any(name.startswith("MALLOC_") for name in os.environ)  # as in what begins here
     if training and sys.platform == "linux" and not own:
         # As the installed command has it, the folder it is called in is no place to import from.
-        safe = [] if Path(sys.argv[0]).name == "__main__.py" else ["-P"]
+        module = Path(sys.argv[0]).name == "__main__.py" and not sys.flags.safe_path
+        safe = [] if module else ["-P"]
         again = [sys.executable, *safe, "-m", "dagman", *sys.argv[1:]]
         os.execve(sys.executable, again, KEEP_MEMORY | os.environ)  # noqa: S606
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop a job so: as Ctrl-C does

@@ -220,7 +220,7 @@ def predict(
     if not done:
         return ExitCode.NOTHING_USABLE
     if to == "nifti":
-        next_step("dagman segment score -i", output, "--reference MASKS -o", output.with_name(f"{output.name}-scores"))
+        next_step("dagman segment score -i", output, "--reference MASKS -o", Path(f"{output}-scores"))
     return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
 
 

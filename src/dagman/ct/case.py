@@ -1,6 +1,7 @@
 """One scan to one case of a store: what `prepare` does in its worker processes, and tasks do with one CT in memory."""
 
 import hashlib
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -262,10 +263,14 @@ def fingerprint(scan: Scan) -> Row:
 
 
 def origin_of(entry: Row) -> str | None:
-    """What two journal entries of one scan and mask share whatever they are called; None for items of a file."""
-    return (
-        None if entry["row"].get("window_hu") else repr([entry.get(name) for name in ("place", "mask_place", "files")])
-    )
+    """What journal entries share that are of one scan and mask and were named by `index`; None for items of a file.
+
+    `index` adds a hash to a name where it is not the only one.
+    """
+    if entry["row"].get("window_hu"):
+        return None
+    plain = re.sub(r"(-[0-9a-f]{8})+$", "", entry["case_id"])
+    return repr([plain, entry["place"], entry.get("mask_place"), [name for name, *_ in entry["files"]]])
 
 
 def _place(path: Path) -> str:
@@ -282,7 +287,8 @@ def is_of(scan: Scan, row: Row) -> bool:
 
 def named_anew(row: Row, scan: Scan) -> Row:
     """What a table or data set says of a stored case now: patient, label, split, and what labels are called."""
-    said = row | table_values(scan)
+    values = table_values(scan)
+    said = {"case_id": row["case_id"], **values, **{name: row[name] for name in row if name not in values}}
     if row["mask"]:
         mask = {key: value for key, value in row["mask"].items() if key != "names"}
         said["mask"] = mask | ({"names": names_of(scan)} if scan.called else {})

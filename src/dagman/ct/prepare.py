@@ -98,7 +98,7 @@ def prepare(
     """Prepare every CT in `sources` into the store `output`; run again, it continues, and adds what is new.
 
     A source that changed (size or time) is prepared anew, what was rejected is tried again, and a case whose source is
-    no longer given stays.
+    no longer given stays; under its new name alone, where that has changed with what else is given (`index`).
 
     Args:
         sources: Files, folders of NIfTI / NRRD / MHA, trees of DICOM, data sets, tables (`index`); or one of them.
@@ -236,20 +236,26 @@ class _Run:
         """Stored cases that this run has no say on."""
         gone = self.attempted | self._renamed().keys()
         return {
-            case_id: entry
-            for case_id, entry in self.journal.items()
-            if case_id not in gone and is_stored(self.output, entry["row"], self.config.storage)
+            case_id: entry for case_id, entry in self.journal.items() if case_id not in gone and self._is_stored(entry)
         }
 
     def _renamed(self) -> dict[str, str]:
-        """Old and new names of what this run has done under another name: a store holds no scan twice."""
-        names = {origin_of(entry): case_id for case_id, entry in self.done.items()}
+        """Old and new names of scans that the store has under two since names depend on what else is given."""
+        names = {
+            origin_of(entry): case_id
+            for case_id, entry in (self.journal | self.done).items()
+            if case_id in self.done or (case_id not in self.attempted and self._is_stored(entry))
+        }
+        names |= {origin_of(entry): case_id for case_id, entry in self.done.items()}
         names.pop(None, None)
         return {
-            case_id: names[origin]
+            case_id: name
             for case_id, entry in self.journal.items()
-            if case_id not in self.scans and (origin := origin_of(entry)) in names
+            if case_id not in self.scans and (name := names.get(origin_of(entry), case_id)) != case_id
         }
+
+    def _is_stored(self, entry: Row) -> bool:
+        return is_stored(self.output, entry["row"], self.config.storage)
 
     def _commit(self) -> list[Row]:
         """Write the manifest of what is done and kept."""

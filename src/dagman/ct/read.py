@@ -20,6 +20,7 @@ from dagman.types import Grid, Scan, Volume
 
 __all__ = ["Limits", "check", "read", "read_mask", "read_mask_of"]
 
+_MOST_COUNTED = 10_000
 MASK_TOLERANCE = 0.05
 """Corners of a mask may lie this share of a voxel away from the image's."""
 
@@ -160,8 +161,13 @@ def check(
 
 def labels_of(mask: Integer[np.ndarray, "x y z"]) -> dict[str, int]:
     """Voxels of each label, as a manifest writes them."""
-    labels, counts = np.unique(mask, return_counts=True)
-    return {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label}
+    if not mask.size or mask.min() < 0 or mask.max() > _MOST_COUNTED:
+        labels, counts = np.unique(mask, return_counts=True)
+        return {str(label): int(count) for label, count in zip(labels, counts, strict=True) if label}
+    # Slab by slab in the order of memory: a fraction of the time that sorting takes.
+    slabs = np.moveaxis(mask, int(np.argmax(mask.strides)), 0)
+    counts = np.sum([np.bincount(slab.ravel(order="K"), minlength=int(mask.max()) + 1) for slab in slabs], axis=0)
+    return {str(label): int(counts[label]) for label in np.flatnonzero(counts) if label}
 
 
 def _row(scan: Scan, limits: Limits) -> dict[str, Any] | Problem:

@@ -98,7 +98,7 @@ def look_through(sources: Sequence[Path], survey: Survey) -> list[Found]:
     files = [(source, path) for source in sources for path in _files(source, survey)]
     facts = sniff_files([path for _, path in files], survey.limits, survey.key)
     found: list[Found] = []
-    series: dict[tuple[str, str, str], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
+    series: dict[tuple[str, str, str, str], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     others: dict[Path, list[Path]] = defaultdict(list)
     for (source, path), fact in zip(files, facts, strict=True):
         place = _place(source, path)
@@ -108,11 +108,15 @@ def look_through(sources: Sequence[Path], survey: Survey) -> list[Found]:
         elif fact["kind"] == "other":
             others[source].append(path)
         elif fact["kind"] == "dicom":
+            # Without a UID the files of one folder are a series, and those of no two.
             name = fact["series"] or short_hash(str(Path(place).parent))
-            series[name, fact["patient"] or "", fact["modality"]].append((path, fact))
+            folder = "" if fact["series"] else str(path.absolute().parent)
+            series[name, folder, fact["patient"] or "", fact["modality"]].append((path, fact))
         else:
             found.append(Found(files=(path,), kind=fact["kind"], stem=_ENDINGS.sub("", place)))
-    found += [each for name, slices in sorted(series.items()) if (each := _series(name, slices, survey))]
+    for (name, _, patient, modality), slices in sorted(series.items()):
+        if each := _series(name, patient, modality, slices, survey):
+            found.append(each)
     for source, paths in others.items():
         _report_others(source, paths, survey, ignored=source.is_dir())
     return found
@@ -125,8 +129,9 @@ def _files(source: Path, survey: Survey) -> list[Path]:
     return [source] if _is_regular(source, survey) else []
 
 
-def _series(name: tuple[str, str, str], slices: list[tuple[Path, dict[str, Any]]], survey: Survey) -> Found | None:
-    uid, patient, modality = name
+def _series(
+    name: str, patient: str, modality: str, slices: list[tuple[Path, dict[str, Any]]], survey: Survey
+) -> Found | None:
     first = slices[0][0]
     place = first if len(slices) == 1 else first.parent
     if modality != "CT":
@@ -141,7 +146,7 @@ def _series(name: tuple[str, str, str], slices: list[tuple[Path, dict[str, Any]]
         survey.reject("LOCALIZER", place, problem, "give the axial series if it is missing here", ignored=True)
     if not files:
         return None
-    return Found(files=files, kind="dicom", stem=f"ct-{uid}", patient=patient or None)
+    return Found(files=files, kind="dicom", stem=f"ct-{name}", patient=patient or None)
 
 
 def _report_others(source: Path, others: list[Path], survey: Survey, *, ignored: bool) -> None:

@@ -136,13 +136,9 @@ def scan_rows(scans: Iterable[Scan]) -> list[dict[str, Any]]:
 
 
 def _share_patients(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether every case has a patient, named in one way on both sides."""
-    ways, others = ({_way(row) for row in rows} for rows in (one, other))
-    if None in ways | others:
-        return False
-    hashed = (ways - {_NAMED}, others - {_NAMED})
-    unsaid = all(hashed) and _UNSAID in hashed[0] | hashed[1]
-    return unsaid or bool(ways & others)
+    """Whether every case has a patient, and those of both sides are named in one way."""
+    ways = {_way(row) for rows in (one, other) for row in rows}
+    return None not in ways and (ways <= {_NAMED} or (_NAMED not in ways and len(ways - {_UNSAID}) <= 1))
 
 
 def _way(row: Mapping[str, Any]) -> str | None:

@@ -54,9 +54,9 @@ def refuse_foreign(features: Path) -> None:
     beside, advice = origin_file(features), "choose another name, such as features.csv"
     if beside == features:
         raise DagmanError("OUTPUT", features, "cannot end in .json", advice, exit_code=ExitCode.REFUSED)
-    if features.is_file() and not _has_features(features):
+    if features.exists() and not (features.is_file() and _has_features(features)):
         raise DagmanError("OUTPUT", features, "is no table of features", advice, exit_code=ExitCode.REFUSED)
-    if beside.exists() and b'"features_sha256"' not in beside.read_bytes():
+    if beside.exists() and not (beside.is_file() and _is_origin(beside)):
         problem = "does not say where features come from, and would be written over"
         raise DagmanError("OUTPUT", beside, problem, advice, exit_code=ExitCode.REFUSED)
 
@@ -64,6 +64,11 @@ def refuse_foreign(features: Path) -> None:
 def _has_features(path: Path) -> bool:
     with path.open("rb") as stream:
         return b"f0" in stream.readline().strip().split(b",")
+
+
+def _is_origin(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return b'"features_sha256"' in stream.read(100)
 
 
 def write_origin(origin: Origin, features: Path) -> None:

@@ -174,8 +174,8 @@ def finetune(
             cut around it.
         folder: Of the study.
         config: How.
-        weights: Whence the encoder comes, for the card and for what pretraining saw; without, what its `report` names;
-            new random weights where it has none.
+        weights: Whence the encoder comes, for the card, for what pretraining saw, and for how the linear layer starts;
+            without, what its `report` names; new random weights where it has none.
         resnet: Weights file that a ResNet starts from.
         device: Where to compute; the GPU where there is one.
         workers: Processes that read crops ahead.
@@ -270,6 +270,7 @@ class _Study:
             "preparation": configs.to_dict(network.preparation),
             "classes": list(cohort.classes.names),
             "settings": configs.to_dict(self.config),
+            "loss": "each case weighed by its class",
             **{word: cohorts.names(cohort.table, getattr(part, word)) for word in ("train", "held_out", "test")},
             "labels": cohort.numbers[[*part.train, *part.held_out]].tolist(),
             **({"crops around": place} if (place := crops.around(self.store)) else {}),
