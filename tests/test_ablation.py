@@ -744,7 +744,7 @@ def test_a_ct_shows_where_each_variant_that_has_attention_looks(
     volume = ct.read.read(scan)
     for name in ("SMIT, ViT", "DAGMaN, ViT", "DAGMaN, Swin"):
         expected = attention.attention_map(load_encoder(folder / "runs" / runs[name]), volume)
-        shown = nibabel.load(maps / f"ct_{name.replace(', ', '-')}-seed-0_attention.nii.gz").get_fdata()
+        shown = nibabel.load(maps / f"ct_{name.replace(', ', '_')}_seed_0_attention.nii.gz").get_fdata()
         np.testing.assert_allclose(shown, expected, atol=1e-5)
     (folder / "runs" / runs["SMIT, ViT"] / MODEL_FILE).unlink()
     said.clear()

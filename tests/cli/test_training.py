@@ -180,7 +180,7 @@ class BeginError(Exception):
 )
 def test_trainings_begin_again_with_memory_that_is_kept_unless_it_is_set(monkeypatch, words, own, begins):
     def begin(program: str, given: list[str], environment: dict[str, str]) -> None:
-        assert given == [program, "-m", "dagman", *words]
+        assert given == [program, "-P", "-m", "dagman", *words]
         raise BeginError({name: environment[name] for name in cli.KEEP_MEMORY})
 
     for name in cli.KEEP_MEMORY:
