@@ -27,6 +27,12 @@ def test_effective_rank_counts_directions(rows: int) -> None:
         assert diagnostics.effective_rank(spanned).item() == pytest.approx(rank, rel=0.01)
 
 
+@pytest.mark.parametrize("rows", [129, 140, 144, 160, 200, 5000])
+def test_effective_rank_counts_no_row_twice(rows: int) -> None:
+    """Of rows at right angles each adds one."""
+    assert diagnostics.effective_rank(torch.eye(rows)).item() == pytest.approx(diagnostics.RANK_ROWS, rel=1e-3)
+
+
 def test_effective_rank_against_singular_values() -> None:
     vectors = drawn(40, 24)
     share = torch.linalg.svdvals(vectors.double())

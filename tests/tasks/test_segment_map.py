@@ -12,7 +12,10 @@ import SimpleITK
 import torch
 from torch import nn
 
+import small_study
+from dagman.ct import crops
 from dagman.ct.index import index
+from dagman.ct.store import AIR_HU, padded_crop
 from dagman.errors import DagmanError
 from dagman.nets.encoder import build
 from dagman.nets.swin import SwinConfig
@@ -238,6 +241,31 @@ def test_dicom_seg_refers_to_patient_and_slices(tmp_path, bright, series):
     table = np.array([0, 4, 9])
     np.testing.assert_array_equal(table[frames.transpose(2, 1, 0)], nifti)
     assert (nifti > 0).any()
+
+
+def test_dicom_seg_of_what_nothing_can_refer_to_is_refused_before_the_work(tmp_path, bright, series):
+    files = []
+    for file in series.files:
+        data = pydicom.dcmread(file)
+        data.StudyInstanceUID = ""
+        data.save_as(tmp_path / file.name)
+        files.append(tmp_path / file.name)
+    bare = replace(series, files=tuple(files))
+    with pytest.raises(DagmanError, match=r"E-DICOM .*lacks StudyInstanceUID, which a segmentation refers to"):
+        segment.predict([bright], bare, tmp_path / "out", to="dicom-seg", progress=pytest.fail)
+
+
+@pytest.mark.parametrize("window_hu", [(-1000.0, 400.0), (-1350.0, 150.0), (-175.0, 250.0)])
+def test_a_volume_shorter_than_the_crop_is_padded_with_air_as_in_training(window_hu):
+    preparation = Preparation(crop=(64, 64, 64), window_hu=window_hu)
+    network = SegmentationNetwork(small_study.encoder(preparation=preparation), 2).eval()
+    hu = small_study.case(0)[0]
+    found = segment.probabilities(network, hu)
+    padded = padded_crop(hu, (-14, -14, -14), (64, 64, 64), AIR_HU)
+    with torch.inference_mode():
+        scores = network(torch.from_numpy(crops.window(padded, window_hu))[None, None])
+    alone = torch.softmax(scores[0], dim=0).numpy()[:, 14:50, 14:50, 14:50]
+    np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
 def test_dicom_seg_of_a_nifti_is_refused(tmp_path, bright):

@@ -16,13 +16,14 @@ import small_study
 from dagman import files, load_encoder
 from dagman.cli import run
 from dagman.ct.index import index
-from dagman.ct.prepare import prepare
+from dagman.ct.prepare import PrepareConfig, prepare
 from dagman.ct.store import PreparedStore, write_array
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import new
 from dagman.nets.weights import save_encoder
 from dagman.tasks import leakage, matching, segment, segmentation_comparison, segmenter
 from dagman.tasks.classes import choose
+from dagman.tasks.embed import suited
 from dagman.tasks.protocol import Protocol
 from dagman.train import parts
 from dagman.train import segment as training
@@ -115,6 +116,17 @@ def test_what_an_encoder_was_loaded_from_is_known_without_being_named(store, tmp
     listed = files.read_lines(tmp_path / "study" / "fold-0" / "cases.jsonl")
     assert [row["case_id"] for row in listed[:2]] == ["c0", "c1"]
     assert not any(row.get("task") for row in listed[:2])
+
+
+def test_a_segmenter_wants_scans_resampled_as_its_store_was(tmp_path):
+    cases = {f"c{number}": small_study.case(number) for number in range(6)}
+    table = small_study.write_cases(tmp_path / "raw", cases)
+    prepare([table], tmp_path / "linear", PrepareConfig(storage="npy", resampling="linear"))
+    store = PreparedStore(tmp_path / "linear")
+    training.train(small_study.encoder(), store, tmp_path / "study", SHORT, only=[0])
+    (made,) = segmenter.load(tmp_path / "study" / "fold-0")
+    assert made.preparation.resampling == "linear"
+    assert suited(store, small_study.PREPARATION).resampling == "linear"
 
 
 def test_one_ct_with_two_masks_is_refused(store, tmp_path):

@@ -353,7 +353,7 @@ def export_nnunet(
     say(f"wrote {described['numTraining']} cases to {folder}; classes {', '.join(list(described['labels'])[1:])}")
     say(f"nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity -c 3d_fullres")
     say(f"cp {folder / 'splits_final.json'} nnUNet_preprocessed/{folder.name}/")
-    if split:
+    if (folder / "imagesTs").is_dir():
         say(f"nnUNetv2_train {number} 3d_fullres 0")
         found = "nnunet-predicted"
         say(f"nnUNetv2_predict -i {folder / 'imagesTs'} -o {found} -d {number} -c 3d_fullres -f 0")

@@ -77,8 +77,8 @@ def effective_rank(vectors: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
     some = vectors
     if len(vectors) > RANK_ROWS:
         # Steps of the golden ratio share no period with the grid of cells, as equal steps would.
-        turns = torch.arange(RANK_ROWS, dtype=torch.float64, device=vectors.device) * GOLDEN_RATIO % 1
-        some = vectors[(turns * len(vectors)).long()]
+        turns = torch.arange(len(vectors), dtype=torch.float64, device=vectors.device) * GOLDEN_RATIO % 1
+        some = vectors[turns.argsort()[:RANK_ROWS]]
     some = some.double().nan_to_num(0, 0, 0)
     gram = some @ some.T if len(some) <= some.shape[1] else some.T @ some
     singular = _eigenvalues(gram).clamp_min(0).sqrt()

@@ -18,6 +18,21 @@ TOLERANCE_MM = 0.01
 """Between where a slice lies and where the grid has it."""
 
 
+REFERRED = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID")
+
+
+def refuse_bare(slice_file: Path) -> None:
+    """Refuse a series that nothing can refer to, before it is segmented.
+
+    Raises:
+        DagmanError: `E-DICOM`, naming what it lacks.
+    """
+    header = open_header(slice_file)
+    if lacking := [name for name in REFERRED if not header.get(name)]:
+        problem = f"lacks {', '.join(lacking)}, which a segmentation refers to"
+        raise DagmanError("DICOM", slice_file, problem, "leave out --to for NIfTI")
+
+
 def write(
     numbers: UInt8[np.ndarray, "x y z"], grid: Grid, slices: Sequence[Path], names: Sequence[str], path: Path
 ) -> None:

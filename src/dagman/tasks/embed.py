@@ -116,7 +116,8 @@ def crops_at_once(preparation: Preparation) -> int:
 def suited(store: PreparedStore, preparation: Preparation) -> Preparation:
     """How a store's cases are shown to an encoder: as its `preparation` says, on the same grid.
 
-    Grey cubes without Hounsfield units keep the window that gives them back (`window_hu` of their rows).
+    They are resampled as the store was: what learns from it wants new scans so. Grey cubes without Hounsfield units
+    keep the window that gives them back (`window_hu` of their rows).
 
     Raises:
         DagmanError: `E-GRID`, exit code 4, for a store of another spacing.
@@ -130,6 +131,7 @@ def suited(store: PreparedStore, preparation: Preparation) -> Preparation:
             "prepare the scans with the encoder's spacing",
             exit_code=ExitCode.REFUSED,
         )
+    preparation = replace(preparation, resampling=store.settings.get("resampling", preparation.resampling))
     windows = {tuple(row.get("window_hu") or ()) for row in store.rows}
     if len(windows) == 1 and (window := windows.pop()):
         low, high = window

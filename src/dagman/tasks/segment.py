@@ -16,8 +16,10 @@ from dagman import files
 from dagman.ct import crops
 from dagman.ct.prepare import PrepareConfig, prepare_volume
 from dagman.ct.read import read
+from dagman.ct.store import AIR_HU
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.unetr import SegmentationNetwork
+from dagman.tasks import dicom_seg
 from dagman.tasks.attention import onto
 from dagman.tasks.embed import Progress, crops_at_once, in_turn
 from dagman.tasks.segmenter import Segmenter
@@ -66,6 +68,8 @@ def predict(
     refuse_inputs([scan], folder, to=to)
     if to == "dicom-seg" and scan.kind != "dicom":
         raise DagmanError("FORMAT", scan.source, "is no DICOM, so there is nothing to refer to", "leave out --to")
+    if to == "dicom-seg":
+        dicom_seg.refuse_bare(scan.files[0])
     volume = read(scan)
     classes, preparation = segmenters[0].classes, segmenters[0].preparation
     prepared = prepare_volume(
@@ -83,8 +87,6 @@ def predict(
     if to == "nifti":
         write_nifti(classes.label_map(numbers), own.affine, path)
     else:
-        from dagman.tasks import dicom_seg
-
         dicom_seg.write(numbers, own, scan.files, classes.names, path)
     voxel_cc = abs(float(np.linalg.det(own.affine[:3, :3]))) / 1000
     counts = np.bincount(numbers.ravel(), minlength=len(classes) + 1)[1:]
@@ -176,9 +178,16 @@ def probabilities(
         return found.float().cpu()
 
     images = torch.from_numpy(crops.window(hu, preparation.window_hu))[None, None]
+    air = crops.window(np.array([AIR_HU], np.int16), preparation.window_hu).item()
     with torch.inference_mode():
         blended = sliding_window_inference(
-            images, preparation.crop, crops_at_once(preparation), scores, overlap=OVERLAP_RATIO, mode="gaussian"
+            images,
+            preparation.crop,
+            crops_at_once(preparation),
+            scores,
+            overlap=OVERLAP_RATIO,
+            mode="gaussian",
+            cval=air,
         )
         likely: np.ndarray = torch.softmax(blended[0], dim=0).numpy()
     return likely

@@ -40,7 +40,7 @@ from dagman.tasks.segmenter import Segmenter
 from dagman.tasks.study import Study, parts, stored, study
 from dagman.train.finetune import FinetuneConfig, Fitted, start_of, weights_digest
 from dagman.train.parts import learn, place, refuse_mirrored_sides
-from dagman.types import Precision
+from dagman.types import Precision, Preparation
 
 TASK = "segmentation"
 RESULT = "result.json"
@@ -161,7 +161,7 @@ def train(
     """
     config, folder = config or SegmentConfig(), Path(folder)
     start = start_of(encoder, weights)
-    suited(store, encoder.preparation)
+    preparation = suited(store, encoder.preparation)
     plan = study(store.folder, stored(store), labels=config.labels, group_by=config.protocol.group_by)
     refuse_mirrored_sides(plan.classes.names, keep_sides=config.keep_sides, say=say)
     chosen = parts(plan, config.protocol)
@@ -172,7 +172,7 @@ def train(
     _refuse_two_truths(store, same)
     _tell_grid(store, plan, say)
     work = _Work(
-        encoder=_with_crop(encoder, config),
+        encoder=_with_crop(encoder, preparation, config),
         store=store,
         plan=plan,
         parts=chosen,
@@ -191,8 +191,8 @@ def train(
     return None if done is None else work.summarise(done)
 
 
-def _with_crop(encoder: Encoder, config: SegmentConfig) -> Encoder:
-    """A copy of the encoder with the crop of the study.
+def _with_crop(encoder: Encoder, preparation: Preparation, config: SegmentConfig) -> Encoder:
+    """A copy of the encoder with the store's preparation and the crop of the study.
 
     Raises:
         DagmanError: `E-CROP`.
@@ -207,7 +207,7 @@ def _with_crop(encoder: Encoder, config: SegmentConfig) -> Encoder:
             "double a side, such as --crop 64,64,64",
         )
     other = copy.deepcopy(encoder)
-    other.preparation = replace(encoder.preparation, crop=crop)
+    other.preparation = replace(preparation, crop=crop)
     return other
 
 
