@@ -732,3 +732,14 @@ def test_a_layer_decay_of_nothing_is_refused(store, tmp_path, capfd, verb):
     given = ["--weights", "none", "-i", str(store.folder), "-o", str(tmp_path / "out"), "--layer-decay", "0"]
     assert cli.run([*verb.split(), *given, "--crop", "32,32,64"]) == ExitCode.USAGE
     assert "layer_decay: cannot be 0" in capfd.readouterr().err
+
+
+def test_a_probes_classifier_wants_scans_resampled_as_its_store_was(tmp_path):
+    table, run = write(tmp_path / "raw"), tmp_path / "run"
+    save_encoder(small_study.encoder(), run / "weights" / "model.safetensors", {})
+    prepare([table], tmp_path / "linear", PrepareConfig(storage="npy", resampling="linear"))
+    features, place = str(tmp_path / "features.csv"), str(tmp_path / "lp")
+    assert cli.run(["embed", "--weights", str(run), "-i", str(tmp_path / "linear"), "-o", features]) == 0
+    assert cli.run(["classify", "probe", "-i", features, "-o", place, "--positive", "bright", "--folds", "2"]) == 0
+    (made,) = classifier.load(tmp_path / "lp" / "classifier")
+    assert made.network.preparation == dataclasses.replace(small_study.PREPARATION, resampling="linear")

@@ -152,9 +152,11 @@ def _save_probe(
         why = "is untrained" if origin else "is not known (its JSON file is not beside them, or tells of others)"
         say(f"no classifier was saved: the encoder of these features {why}")
         return None
+    from dagman.config import from_dict
     from dagman.nets.weights import load_encoder
     from dagman.tasks import classifier, leakage
     from dagman.tasks import classify as classifying
+    from dagman.types import Preparation
 
     try:
         encoder = load_encoder(origin.weights)
@@ -164,6 +166,8 @@ def _save_probe(
     if encoder.report is None or sha256_file(encoder.report.source) != origin.weights_sha256:
         say(f"no classifier was saved: {origin.weights} has other weights since; embed again")
         return None
+    if origin.preparation:  # as the features were shown, which the store has a say in
+        encoder.preparation = from_dict(Preparation, origin.preparation, "preparation.")
     fitted, names, learnt = classifying.fit_all(table, protocol, **given)
     made = classifier.from_probe(fitted, names, encoder, origin)
     rows = [row for row in origin.cases if row["case_id"] in learnt]
