@@ -392,10 +392,6 @@ def check_comparable(first: Predictions, other: Predictions, name: object = "sec
     if wrong:
         alone = sorted({*first.case_ids} ^ {*other.case_ids})
         more = f" ({alone[0]} is in one of them alone)" if alone else ""
-        raise DagmanError(
-            "COMPARE",
-            name,
-            f"its {', '.join(wrong)} differ from the first one's{more}",
-            "predict the same cases with the same folds and seed",
-            exit_code=ExitCode.REFUSED,
-        )
+        problem = f"its {', '.join(wrong)} differ from the first one's{more}"
+        advice = "predict the same cases with the same folds and seed"
+        raise DagmanError("COMPARE", name, problem, advice, exit_code=ExitCode.REFUSED)

@@ -174,8 +174,7 @@ def finetune(
             cut around it.
         folder: Of the study.
         config: How.
-        weights: Whence the encoder comes, for the card, for what pretraining saw, and for how the linear layer starts;
-            without, what its `report` names; new random weights where it has none.
+        weights: Whence the encoder comes; without, what its `report` names, or new random weights where it has none.
         resnet: Weights file that a ResNet starts from.
         device: Where to compute; the GPU where there is one.
         workers: Processes that read crops ahead.
@@ -201,12 +200,11 @@ def finetune(
         crops.refuse_empty_masks(store, range(len(store)))
     for line in empty:
         say(line)
-    table = cohorts.stored(store, rows)
     options: dict[str, Any] = {"positive": config.positive, "unlabelled": config.unlabelled, "hold_out": True}
     study = _Study(
         encoder=encoder,
         store=store,
-        cohort=cohorts.cohort(table, config.protocol, **options),
+        cohort=cohorts.cohort(cohorts.stored(store, rows), config.protocol, **options),
         folder=folder,
         config=config,
         weights=start,
@@ -368,9 +366,8 @@ class _Study:
     def _threshold(self, lesson: ClassifyLesson) -> tuple[float, list[float]]:
         """Chosen on the held-out cases of the training part, and their probabilities.
 
-        It is the share of positives, chosen on none, where they are too few to choose.
-
-        At that share a network that weighed classes alike calls what it holds for as likely as not.
+        Where they are too few to choose, it is the share of positives, chosen on none: there a network that weighed
+        classes alike calls what it holds for as likely as not.
         """
         positive = np.array(lesson.held_out_numbers) == 1
         if len(self.cohort.classes.names) > 2 or min(positive.sum(), (~positive).sum()) < LEAST_TO_CUT:
