@@ -637,6 +637,10 @@ def test_check_lists_scans_and_problems_and_writes_nothing(tmp_path: Path) -> No
     source = tmp_path / "in"
     SERIES["good"][1](source / "dicom")
     SERIES["gap-1"][1](source / "gap")
+    for path in (source / "gap").iterdir():  # of its own: slices that the other has would fill its gap
+        data = pydicom.dcmread(path)
+        data.SeriesInstanceUID += ".9"
+        data.save_as(path)
     for name in ("good.nii.gz", "cut-half.nii.gz", "raw-0-4095.nii"):
         FILES[name][1](source / name)
     (source / "notes.txt").write_text(CANARY)
