@@ -117,10 +117,9 @@ class ClassifyLesson:
         return True
 
     def loss(self, batch: CaseCrop) -> Tensor:
-        """Cross-entropy, every class counting the same."""
+        """Cross-entropy, every class counting the same; PyTorch's weighted mean would divide by the batch's weights."""
         logits = self.network(batch.image).float()
         each = nn.functional.cross_entropy(logits, batch.number, reduction="none")
-        # PyTorch's own weighted mean divides by the weights of the batch: those of a small one would count less.
         return (each * self.weights.to(logits.device)[batch.number]).mean()
 
     def score(self) -> float | None:
