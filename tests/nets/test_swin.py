@@ -11,7 +11,7 @@ from dagman import config
 from dagman.errors import DagmanError
 from dagman.nets import stage as stages
 from dagman.nets.encoder import build, checkpoint_blocks
-from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
+from dagman.nets.swin import AttentionConfig, PatchEmbedding, SwinConfig, SwinEncoder
 from dagman.nets.transformer import DropPath, GlobalBlock, sine_cosine_position
 from dagman.nets.vit import ViTConfig
 
@@ -120,6 +120,22 @@ def test_batch_items_do_not_see_each_other(encoder, images):
     together = encoder(torch.cat([images[:1], torch.rand(2, 1, *CROP) * 100]))
     for one, many in zip([*alone[:4], *alone.pyramid], [*together[:4], *together.pyramid], strict=True):
         torch.testing.assert_close(one, many[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_patch_embedding_is_a_convolution_and_its_gradients_are_float64s_over_many_patches():
+    """A sum over 262,144 patches, in float32 within 1e-5 of the largest."""
+    images = torch.rand(1, 1, 128, 128, 128, generator=torch.Generator().manual_seed(0))
+    embedding = PatchEmbedding(24, norm=False)
+    exact = copy.deepcopy(embedding.proj).double()
+    found, wanted = embedding(images), exact(images.double()).movedim(1, -1)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+    along = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found.backward(along.float())
+    wanted.backward(along.float().double())
+    for name, parameter in exact.named_parameters():
+        largest = parameter.grad.abs().max()
+        difference = embedding.proj.get_parameter(name).grad.double() - parameter.grad
+        assert difference.abs().max() < 1e-5 * largest, name
 
 
 def test_only_hidden_and_dropped_patches_change_at_the_embedding(encoder, images):

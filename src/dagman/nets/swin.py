@@ -161,8 +161,10 @@ class PatchEmbedding(nn.Module):
         batch, _, *sides = images.shape
         split = [size for side in sides for size in (side // PATCH_SIDE, PATCH_SIDE)]
         patches = images.reshape(batch, *split).permute(0, 1, 3, 5, 2, 4, 6)
-        # a convolution with this stride is a product, which needs no other layout of its result
-        x = functional.linear(patches.flatten(4), self.proj.weight.flatten(1), self.proj.bias)
+        # a convolution with this stride is a product, which needs no other layout of its result; where the weight lies
+        # input by output, its gradient, a sum over all patches, is taken several times as fast and rounded less
+        weight = self.proj.weight.flatten(1).t().contiguous().t()
+        x = functional.linear(patches.flatten(4), weight, self.proj.bias)
         return self.norm(x) if self.norm else x
 
 
