@@ -69,9 +69,8 @@ def crops(folder: Path, pairs: int) -> list[dict[str, Any]]:
         for processes in PROCESSES:
             warm = 20 * max(1, processes)
             order = SampleOrder(0, pairs + warm, 0, 1)
-            batches = iter(
-                engine.loader(fabric, dataset, order, SharedCollate(engine.AHEAD), batch=2, workers=processes)
-            )
+            together = SharedCollate(engine.AHEAD)
+            batches = engine.batches(fabric, dataset, order, together, batch=2, workers=processes)
             for _ in range(warm // 2):
                 next(batches)  # the processes are up, and each has compared every file with its checksum
             started = time.perf_counter()

@@ -1,9 +1,12 @@
 """Atomic writes, logs, locks and coded errors."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,6 +99,26 @@ def test_the_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert f"is in use by process {os.getpid()}" in result.stderr
     with files.folder_lock(tmp_path):
+        pass
+
+
+def test_where_there_are_no_locks_the_work_goes_on_and_other_faults_are_no_lock_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file system mounted without locks `flock` says that it is not there."""
+
+    def fail(number: int) -> Callable[[int, int], None]:
+        def flock(_descriptor: int, _operation: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    monkeypatch.setattr(fcntl, "flock", fail(errno.ENOSYS))
+    with files.folder_lock(tmp_path):
+        pass
+    assert "this file system has no locks; run one command at a time in it" in capsys.readouterr().err
+    monkeypatch.setattr(fcntl, "flock", fail(errno.EIO))
+    with pytest.raises(DagmanError, match="E-DISK"), files.folder_lock(tmp_path):
         pass
 
 

@@ -5,6 +5,7 @@ fsync of the folder). Append-only logs may end in a torn line, which readers ign
 """
 
 import contextlib
+import errno
 import fcntl
 import gc
 import hashlib
@@ -15,6 +16,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -256,9 +258,14 @@ def repair_log(path: Path) -> None:
             write_bytes(path, whole)
 
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; a second process is told who holds it. A dead holder's lock frees itself.
+
+    On a file system that has no locks (some of clusters) nothing is held, which is said on standard error.
 
     Raises:
         DagmanError: `E-LOCKED`, exit code 4, when another process works in the folder.
@@ -271,7 +278,15 @@ def folder_lock(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                print(
+                    f"Note: {folder}: this file system has no locks; run one command at a time in it", file=sys.stderr
+                )
+                yield
+                return
+            if not isinstance(error, BlockingIOError):
+                raise disk_error(folder, error) from error
             holder = os.read(descriptor, 500).decode(errors="replace") or "another process"
             raise DagmanError(
                 "LOCKED",

@@ -250,6 +250,18 @@ def test_a_flipped_bit_is_refused_when_a_crop_is_read(tmp_path):
         PreparedStore(store.folder).hu(0, (0, 0, 0), (4, 4, 4))
 
 
+@pytest.mark.parametrize("storage", ["blosc2", "npy"])
+def test_a_volume_that_is_replaced_while_it_is_read_is_refused(tmp_path, storage):
+    """As by `prepare` beside a training: what is open goes on; another file has another checksum."""
+    store = make_store(tmp_path, {name: noise((32, 32, 32), seed) for seed, name in enumerate("ab")}, storage=storage)
+    before = store.hu(0, (0, 0, 0), (8, 8, 8))
+    write_array(store.path(0), noise((32, 32, 32), 2))
+    np.testing.assert_array_equal(store.hu(0, (0, 0, 0), (8, 8, 8)), before)
+    store.hu(1, (0, 0, 0), (8, 8, 8))
+    with pytest.raises(DagmanError, match=r"E-CHECKSUM .*a\.\w+: (has not the checksum|holds)"):
+        store.hu(0, (0, 0, 0), (8, 8, 8))
+
+
 def test_opening_a_store_looks_for_cycles_no_more_often_where_it_has_more_rows(tmp_path: Path) -> None:
     row = {"shape": [9, 9, 9], "affine": np.eye(4).tolist(), "bytes": 1, "sha256": "0", "mask": None}
     write_json(tmp_path / "prepare.json", {"format": FORMAT, "spacing_mm": 2.0, "storage": "npy"})

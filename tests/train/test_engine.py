@@ -1,13 +1,18 @@
-"""Clipping within the fused optimizer, against PyTorch's in a pass of its own."""
+"""Processes that share a work or read for it, and clipping within the fused optimizer, against PyTorch's alone."""
 
 import copy
 import math
+import os
+import signal
 
 import pytest
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import distributed, multiprocessing, nn
+from torch.utils.data import Dataset, default_collate
 
+from dagman.ct.datasets import SampleOrder
+from dagman.errors import DagmanError, ExitCode
 from dagman.train import engine
 
 
@@ -59,3 +64,85 @@ def test_the_norm_is_that_of_float64_and_0_without_gradients() -> None:
     layer.weight.grad = torch.randn(2000, 3000)
     exact = layer.weight.grad.double().norm().item()
     assert engine.clip(optimizer, 3.0).item() == pytest.approx(exact, rel=1e-6)
+
+
+class Numbers(Dataset[int]):
+    """Whole numbers; the fifth cannot be read."""
+
+    def __init__(self, ill: str) -> None:
+        self.ill = ill
+
+    def __getitem__(self, sample: int) -> int:
+        if sample == 5 and self.ill == "damaged":
+            raise DagmanError("CHECKSUM", "five", "is damaged", "prepare again", exit_code=ExitCode.REFUSED)
+        if sample == 5 and self.ill == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sample
+
+
+@pytest.mark.parametrize(("ill", "workers"), [("damaged", 0), ("damaged", 1), ("killed", 1)])
+def test_what_a_reader_meets_is_told_whichever_process_reads(ill: str, workers: int) -> None:
+    """A damaged file is the same error in a process of its own: run again, it would be met again."""
+    fabric = engine.fabric(1, "float32", "cpu")
+    source = engine.batches(fabric, Numbers(ill), SampleOrder(0, 8), default_collate, batch=2, workers=workers)
+    assert next(source).tolist() == [0, 1]
+    with pytest.raises(DagmanError) as caught:
+        list(source)
+    wanted = ("READER", ExitCode.STOPPED) if ill == "killed" else ("CHECKSUM", ExitCode.REFUSED)
+    assert (caught.value.code, caught.value.exit_code) == wanted
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SLURM |= {"SLURM_NNODES": "1", "SLURM_NODELIST": "node", "SLURM_NTASKS": "4"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+
+
+def test_a_slurm_job_alone_starts_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sbatch --ntasks=4` and no `srun`: one process runs."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert engine.fabric(1, "float32", "cpu").world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        (TORCHRUN, "E-DEVICE devices 1: but torchrun started 2 processes here; give devices 2"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, "E-DEVICE devices 1: but srun started 4 processes here"),
+    ],
+)
+def test_a_launcher_that_started_others_than_asked_for_is_told(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DagmanError, match=said):
+        engine.fabric(1, "float32", "cpu")
+
+
+def test_what_srun_cannot_do_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun --ntasks=4`, without the tasks of a node, of which Lightning wants to know."""
+    for name, value in (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DagmanError, match="E-DEVICE srun: what it started cannot work together"):
+        engine.fabric(4, "float32", "cpu")
+
+
+def leave_or_go_on(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    distributed.all_reduce(torch.ones(1))
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(DagmanError, match="another process of the run ended") as caught, engine.company_guard():
+        distributed.all_reduce(torch.ones(1))
+    assert (caught.value.code, caught.value.exit_code) == ("PROCESS", ExitCode.STOPPED)
+    os._exit(0)
+
+
+def test_the_end_of_another_process_is_told_and_the_same_command_continues(tmp_path: object) -> None:
+    multiprocessing.spawn(leave_or_go_on, (str(tmp_path),), nprocs=2)
+
+
+def test_other_errors_pass_the_guard() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), engine.company_guard():
+        raise RuntimeError("shapes differ")

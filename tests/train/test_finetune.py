@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import build, layers
 from dagman.nets.swin import AttentionConfig, SwinConfig
 from dagman.nets.vit import ViTConfig
@@ -194,6 +194,28 @@ def test_semantic_attention_learns_between_its_stage_and_the_next():
         "stages",
         "stages",
     ]
+
+
+class Damaged(Points):
+    """The fourth step meets what cannot be read."""
+
+    def __getitem__(self, sample):
+        if sample == 6:
+            raise DagmanError("CHECKSUM", "six", "is damaged", "prepare again", exit_code=ExitCode.REFUSED)
+        return super().__getitem__(sample)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_read_loses_no_step_that_is_done(tmp_path, workers):
+    whole, lesson = Line(), Line()
+    lesson.dataset = Damaged()
+    with pytest.raises(DagmanError, match="E-CHECKSUM six"):
+        fit(lesson, PLAIN, tmp_path / "run", device="cpu", workers=workers)
+    again = Line()
+    assert fit(again, PLAIN, tmp_path / "run", device="cpu").finished
+    assert again.steps == PLAIN.steps - 3
+    fit(whole, PLAIN, tmp_path / "whole", device="cpu")
+    assert same(weights(again), weights(whole))
 
 
 def test_settings_can_be_written_as_json():

@@ -4,6 +4,7 @@ import json
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from dagman.tasks.embed import embed
 from dagman.train import checkpoints
 from dagman.train import pretrain as training
 from dagman.train.health import ALARMS, Watch
+from dagman.train.job import note_labelled
 from dagman.train.pretrain import pretrain
 from dagman.types import Views
 
@@ -365,3 +367,11 @@ def test_a_probe_on_labelled_cases_watches_the_run(tmp_path: Path) -> None:
         f"step {step}: the probe's AUC is {row['probe_auc']:.3f} (" in line
         for step, row, line in zip((1, 3), (first, last), told, strict=True)
     ] == [True, True]
+    heard: list[str] = []
+    again: Any = SimpleNamespace(run=Run(tmp_path / "run"), say=heard.append)
+    note_labelled(again, labelled, 3)
+    assert not heard
+    files.write_text(folder / MANIFEST, "".join(files.json_line(row | {"label": "benign"}) for row in said))
+    for _ in range(2):
+        note_labelled(again, PreparedStore(folder), 3)
+    assert heard == ["the cases that are probed are others than before: probes up to step 3 are not of these"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,17 @@ def test_a_finished_run_says_so_and_changes_nothing(store: PreparedStore, whole:
     assert pretrain(small(), store, whole).status == "complete"
     assert (final_state(whole), rows(whole), len(list((whole / "checkpoints").iterdir()))) == before
     assert "already complete: 6 of 6 steps" in (whole / "log.txt").read_text()
+
+
+def test_a_finished_run_writes_again_what_it_lost(store: PreparedStore, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    lost = [tmp_path / "run" / name for name in ("weights/model.safetensors", "weights/config.json", "progress.png")]
+    before = [path.read_bytes() for path in lost[:2]]
+    for path in lost:
+        path.unlink()
+    assert pretrain(small(), store, tmp_path / "run").status == "complete"
+    assert [path.read_bytes() for path in lost[:2]] == before
+    assert lost[2].read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

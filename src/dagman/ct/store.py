@@ -127,7 +127,8 @@ class PreparedStore:
             self.folder / MANIFEST, required=("case_id", "shape", "affine", "bytes", "sha256", "mask")
         )
         _refuse_twice(self.folder / MANIFEST, self.rows)
-        self._checked: set[Path] = set()
+        self._checked: dict[Path, tuple[int, int]] = {}
+        """Files that were compared with the manifest, and what told them from others then."""
         self._last: tuple[Path, Any] | None = None
         """What was read last, open: the next crop is often of the same volume."""
 
@@ -192,9 +193,9 @@ class PreparedStore:
     def _crop(self, row: int, kind: Kind, corner: Voxel | None, size: Voxel | None, outside: int) -> np.ndarray:
         path = self.path(row, kind)
         try:
-            if path not in self._checked:
-                self._check(path, recorded(self.rows[row])[kind])
             if self._last is None or self._last[0] != path:
+                if self._checked.get(path) != _told_apart(path):
+                    self._check(path, recorded(self.rows[row])[kind])
                 self._last = path, _open_array(path)
             low = (0, 0, 0) if corner is None else tuple(map(int, corner))
             sides = self.shape(row) if size is None else tuple(map(int, size))
@@ -207,12 +208,13 @@ class PreparedStore:
             raise _damaged(path, f"cannot be read ({type(error).__name__})") from error
 
     def _check(self, path: Path, kept: Mapping[str, Any]) -> None:
-        """Compare a file with the manifest, once in each process."""
+        """Compare a file with the manifest, once in each process, and again where another has taken its place."""
+        now = _told_apart(path)
         if path.stat().st_size != kept["bytes"]:
             raise _damaged(path, f"holds {path.stat().st_size} bytes, not {kept['bytes']}")
         if sha256_file(path) != kept["sha256"]:
             raise _damaged(path, "has not the checksum of the manifest")
-        self._checked.add(path)
+        self._checked[path] = now
 
     def verify(self, rows: Iterable[int] | None = None) -> None:
         """Compare every stored file with the size and SHA-256 in the manifest.
@@ -231,6 +233,11 @@ class PreparedStore:
 
     def _files(self, row: int) -> list[tuple[Path, Mapping[str, Any]]]:
         return [(self.path(row, kind), kept) for kind, kept in recorded(self.rows[row]).items()]
+
+
+def _told_apart(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def recorded(row: Mapping[str, Any]) -> dict[Kind, Mapping[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -28,12 +29,13 @@ def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | 
     """Start the processes that share the work; with several devices the command runs once on each.
 
     Args:
-        devices: Processes on this machine; under `torchrun` or Slurm, what these were told.
+        devices: Processes on this machine. `torchrun` and `srun` may have started them; a Slurm job alone starts none.
         precision: `bf16` is mixed: weights, losses and centers stay float32.
         device: Where to compute; without it the GPU where there is one.
 
     Raises:
-        DagmanError: `E-DEVICE` for a kind of device that is not there, or more of it than there are.
+        DagmanError: `E-DEVICE` for a kind of device that is not there, more of it than there are, or another number
+            than a launcher started processes.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = torch.cuda.device_count() if kind == "cuda" else devices
@@ -43,14 +45,40 @@ def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | 
         raise DagmanError("DEVICE", f"devices {devices}", "is no number of processes", "give at least 1")
     if devices > found:
         raise DagmanError("DEVICE", f"devices {devices}", f"{found} of kind {kind} found", f"give 1 to {found}")
-    engine = Fabric(
-        accelerator=kind,
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-    )
-    engine.launch()
+    launcher, started = ("", 1) if devices == 1 and _together() else _launched()  # the first may work on alone
+    if launcher and started != devices:
+        problem = f"but {launcher} started {started} processes here"
+        raise DagmanError("DEVICE", f"devices {devices}", problem, f"give devices {started}, or start one process")
+    try:
+        engine = Fabric(
+            accelerator=kind,
+            devices=devices,
+            strategy="ddp" if devices > 1 else "auto",
+            precision="bf16-mixed" if precision == "bf16" else "32-true",
+            plugins=None if launcher else [LightningEnvironment()],
+        )
+        engine.launch()
+    except (ValueError, RuntimeError) as error:
+        if not launcher:
+            raise
+        why = str(error).strip().splitlines()[0]
+        advice = f"ask {launcher} for one machine and as many processes as devices"
+        raise DagmanError("DEVICE", launcher, f"what it started cannot work together ({why})", advice) from error
     return engine
+
+
+def _together() -> bool:
+    """Whether this process is one of several that already share a work."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _launched() -> tuple[str, int]:
+    """Who started this process among several on this machine, and how many; no name where nobody did."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun", int(os.environ["LOCAL_WORLD_SIZE"])
+    if (tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+        return "srun", int(tasks)
+    return "", 1
 
 
 def torch_generator(seed: int, purpose: str, *index: int) -> torch.Generator:
@@ -134,25 +162,64 @@ def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_dec
             group["weight_decay"] = weight_decay
 
 
-def loader(
+def batches(
     engine: Fabric, dataset: Dataset[Any], order: Sampler[int], collate: Any, *, batch: int, workers: int
-) -> Any:
-    """Batches on the device, in the order of `order` whatever the number of workers."""
+) -> Iterator[Any]:
+    """Batches on the device, in the order of `order` whatever the number of workers.
+
+    Raises:
+        DagmanError: What a sample raises, in whichever process it is read; `E-READER`, exit code 75, where reading
+            stops for a reason of its own, such as a process that was killed.
+    """
     processes: dict[str, Any] = {}
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["dagman.ct.datasets"])
         processes = {"multiprocessing_context": context, "prefetch_factor": AHEAD, "worker_init_fn": _leave_signals}
-    batches = DataLoader(
-        dataset,
+    loader = DataLoader(
+        _Told(dataset),
         batch_size=batch,
         sampler=order,
-        collate_fn=collate,
+        collate_fn=_ToldCollate(collate),
         num_workers=workers,
         pin_memory=engine.device.type == "cuda",
         **processes,
     )
-    return engine.setup_dataloaders(batches, use_distributed_sampler=False)
+    try:
+        for given in engine.setup_dataloaders(loader, use_distributed_sampler=False):
+            if isinstance(given, DagmanError):
+                raise given
+            yield given
+    except (torch.OutOfMemoryError, DagmanError):
+        raise
+    except (RuntimeError, OSError, EOFError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        advice = "see to what it names, then run the same command to continue"
+        raise DagmanError("READER", "data", f"reading stopped ({why})", advice, exit_code=ExitCode.STOPPED) from error
+
+
+class _Told(Dataset[Any]):
+    """Samples, or the coded errors that stand in their place: PyTorch makes others of what a process raises."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, sample: int) -> Any:
+        try:
+            return self.dataset[sample]
+        except DagmanError as error:
+            return error
+
+
+class _ToldCollate:
+    """Samples as one batch, or the first coded error among them."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        errors = [sample for sample in samples if isinstance(sample, DagmanError)]
+        return errors[0] if errors else self.collate(samples)
 
 
 def _leave_signals(_: int) -> None:
@@ -230,6 +297,20 @@ def memory_guard(advice: str) -> Iterator[None]:
 def _memory_error(error: Exception, advice: str) -> DagmanError:
     first = (str(error).splitlines() or ["MemoryError"])[0]
     return DagmanError("MEMORY", "training", f"ran out of memory ({first})", advice, exit_code=ExitCode.RESOURCES)
+
+
+@contextlib.contextmanager
+def company_guard() -> Iterator[None]:
+    """Turn the loss of another process of a run into `E-PROCESS`, exit code 75."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = (str(error).strip().splitlines() or [""])[0]
+        if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in why:
+            raise
+        advice = "see what it said, or the system's log of killed processes, then run the same command to continue"
+        problem = f"another process of the run ended ({why})"
+        raise DagmanError("PROCESS", "training", problem, advice, exit_code=ExitCode.STOPPED) from error
 
 
 def all_finite(values: Sequence[float]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dagman import config as configs
 from dagman import files
@@ -132,7 +132,7 @@ def fit(
 
     Raises:
         DagmanError: `E-UNHEALTHY`, exit code 7, for a loss that is not finite; `E-RESUME` and `E-CHECKPOINT`
-            (4); `E-DISK` and `E-MEMORY` (6).
+            (4); `E-DISK` and `E-MEMORY` (6); `E-READER` (75).
     """
     fabric = engine.fabric(1, config.precision, device)
     advice = "lower the batch size, then the crop"
@@ -151,7 +151,9 @@ def fit(
         if start == 0 and lesson.begin() and not run.metrics():
             run.add({"step": 0, "score": course.check(0)}, durable=True)
         order = SampleOrder(start * config.batch_size, total * config.batch_size)
-        samples = iter(engine.loader(fabric, lesson.dataset, order, None, batch=config.batch_size, workers=workers))
+        samples = engine.batches(
+            fabric, lesson.dataset, order, default_collate, batch=config.batch_size, workers=workers
+        )
         for done in range(start + 1, total + 1):
             row = course.step(done - 1, samples)
             checked = done % config.check_every == 0 or done == total
@@ -236,7 +238,7 @@ class _Course:
         warmup = round(config.warmup_ratio * config.steps)
         rate = schedules.warmup_cosine(step, config.steps, config.learning_rate, 0.0, warmup)
         engine.set_rates(self.optimizer, rate, config.weight_decay)
-        batch = next(samples)
+        batch = self._next(samples, step)
         waited = time.perf_counter() - began
         torch.manual_seed(torch_seed(config.seed, "finetune", step))
         to_training(network, config)
@@ -262,6 +264,15 @@ class _Course:
             "seconds": time.perf_counter() - began,
             "data_wait_seconds": waited,
         }
+
+    def _next(self, samples: Iterator[Any], step: int) -> Any:
+        """The next batch; what a reader stumbles over loses no step that is done."""
+        try:
+            return next(samples)
+        except DagmanError:
+            if step:
+                self.save(step)
+            raise
 
     def check(self, step: int) -> float | None:
         """Score the network as it is; keep its weights where they are the best so far."""

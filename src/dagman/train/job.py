@@ -24,12 +24,15 @@ from dagman.pretext import hiding
 from dagman.pretext.codistill import CoDistillation
 from dagman.randomness import torch_seed
 from dagman.run import Run, package_version
-from dagman.tasks import leakage
+from dagman.tasks import leakage, watching
 from dagman.train import checkpoints, cost, engine
 from dagman.train.settings import PretrainConfig, Rates, rates
 from dagman.types import Preparation
 
 _HELD_OUT = ("validation", "test")
+_ENCODERS = {"student": "student.safetensors", "teacher": "model.safetensors"}
+_LABELLED = "labelled.json"
+"""Which cases are probed on the way."""
 
 
 @runtime_checkable
@@ -191,8 +194,22 @@ def resume(job: Job) -> int:
     job.skipped, job.skipped_in_a_row = (
         (rows[-1]["skipped"], rows[-1]["skipped_in_a_row"]) if rows and rows[-1]["step"] == start else (0, 0)
     )
+    if start == job.total and job.fabric.is_global_zero:
+        _restore_outputs(job)
     job.fabric.barrier()
     return start
+
+
+def note_labelled(job: Job, labelled: PreparedStore | None, start: int) -> None:
+    """Keep which cases are probed, and say where they are no longer the same."""
+    kept = job.run.folder / _LABELLED
+    before = json.loads(kept.read_text())["identity"] if kept.exists() else None
+    now = None if labelled is None else watching.identity(labelled)
+    if labelled is None or now == before:
+        return
+    if before and start:
+        job.say(f"the cases that are probed are others than before: probes up to step {start} are not of these")
+    files.write_json(kept, {"identity": now, "store": str(labelled.folder), "from_step": start})
 
 
 def batches(job: Job, start: int, workers: int) -> Iterator[Pairs]:
@@ -202,11 +219,17 @@ def batches(job: Job, start: int, workers: int) -> Iterator[Pairs]:
     per_step = optimisation.volumes_per_step(job.devices)
     order = SampleOrder(start * per_step, job.total * per_step, fabric.global_rank, fabric.world_size)
     collate = SharedCollate(engine.AHEAD)
-    return iter(engine.loader(fabric, dataset, order, collate, batch=optimisation.batch_size, workers=workers))
+    return engine.batches(fabric, dataset, order, collate, batch=optimisation.batch_size, workers=workers)
 
 
 def save(job: Job, done: int) -> None:
     """Encoders before the state: what a kill leaves between is written again when the run goes on."""
+    _save_encoders(job, done)
+    tensors = checkpoints.state(job.module, job.optimizer)
+    checkpoints.save(job.run.checkpoints, done, tensors, job.identity, keep=job.keep)
+
+
+def _save_encoders(job: Job, done: int) -> None:
     card = {
         "recipe": job.config.recipe,
         "method": configs.to_dict(job.config.method),
@@ -214,11 +237,17 @@ def save(job: Job, done: int) -> None:
         "total_steps": job.total,
         "dagman": package_version("dagman"),
     }
-    folder = job.run.weights
-    save_encoder(job.module.student.encoder, folder / "student.safetensors", card | {"role": "student"})
-    save_encoder(job.module.teacher.encoder, folder / "model.safetensors", card | {"role": "teacher"})
-    tensors = checkpoints.state(job.module, job.optimizer)
-    checkpoints.save(job.run.checkpoints, done, tensors, job.identity, keep=job.keep)
+    for role, name in _ENCODERS.items():
+        encoder = getattr(job.module, role).encoder
+        save_encoder(encoder, job.run.weights / name, card | {"role": role})
+
+
+def _restore_outputs(job: Job) -> None:
+    """Write again what a finished run has lost of what it wrote last."""
+    if not all((job.run.weights / name).exists() for name in _ENCODERS.values()):
+        _save_encoders(job, job.total)
+    if not job.run.progress_file.exists():
+        draw(job)
 
 
 def draw_crops(job: Job, step: int, images: Tensor) -> None:

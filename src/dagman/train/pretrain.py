@@ -21,9 +21,19 @@ from dagman.pretext.method import check_fit
 from dagman.randomness import torch_seed
 from dagman.run import Run
 from dagman.tasks import watching
-from dagman.tasks.statistics import Estimate
 from dagman.train import cost, engine, health
-from dagman.train.job import Job, Listener, batches, describe, draw, draw_crops, prepare, resume, save
+from dagman.train.job import (
+    Job,
+    Listener,
+    batches,
+    describe,
+    draw,
+    draw_crops,
+    note_labelled,
+    prepare,
+    resume,
+    save,
+)
 from dagman.train.record import Recorder
 from dagman.train.settings import OptimisationConfig, PretrainConfig, Rates
 from dagman.types import Preparation, Views
@@ -109,7 +119,13 @@ def pretrain(
     fabric = engine.fabric(devices, config.optimisation.precision, device)
     lock = files.folder_lock(folder) if fabric.is_global_zero else contextlib.nullcontext()
     stopping = engine.StopRequest(aloud=fabric.is_global_zero)
-    with lock, stopping as stop, engine.memory_guard(_MEMORY_ADVICE), engine.flushed_denormals():
+    with (
+        lock,
+        stopping as stop,
+        engine.company_guard(),
+        engine.memory_guard(_MEMORY_ADVICE),
+        engine.flushed_denormals(),
+    ):
         job = prepare(config, store, Run(folder), fabric, listeners=listeners, keep=keep)
         _compile(job, wanted=compiled)
         start = resume(job)
@@ -124,6 +140,7 @@ def pretrain(
             if labelled is not None:
                 every = config.optimisation.examine_every
                 job.say(f"{len(labelled)} cases of {labelled.folder} are probed at the first step and every {every}")
+            note_labelled(job, labelled, start)
         done = _loop(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
         if done < job.total:
             job.say(f"stopped after {done} of {job.total} steps; the same command continues")
@@ -309,15 +326,11 @@ def _next(job: Job, source: Iterator[Pairs], step: int) -> Pairs:
     """The next batch; what a reader stumbles over ends the run cleanly, with a checkpoint of the steps done."""
     try:
         return next(source)
-    except (RuntimeError, OSError, DagmanError) as error:
+    except DagmanError:
         job.optimizer.zero_grad(set_to_none=True)
         if step and job.fabric.is_global_zero:
             save(job, step)
-        if isinstance(error, DagmanError):
-            raise
-        why = str(error).strip().splitlines()[-1]
-        advice = "see to what it names, then run the same command to continue"
-        raise DagmanError("READER", "data", f"reading stopped ({why})", advice, exit_code=ExitCode.STOPPED) from error
+        raise
 
 
 @torch.no_grad()
@@ -381,9 +394,6 @@ def _probe(job: Job, step: int, labelled: PreparedStore) -> dict[str, float | No
     encoder, began = job.module.teacher.encoder, time.perf_counter()
     auc = watching.probe(encoder, labelled, which=watching.features_of(encoder), device=job.fabric.device)
     took = f"{duration(time.perf_counter() - began)} for {len(labelled)} cases"
-    job.say(f"step {step + 1}: the probe's AUC is {auc}, after {took}" + (f"; {TOO_FEW}" if _is_wide(auc) else ""))
+    wide = auc.low is not None and auc.high is not None and auc.high - auc.low > WIDE
+    job.say(f"step {step + 1}: the probe's AUC is {auc}, after {took}" + f"; {TOO_FEW}" * wide)
     return {"probe_auc": auc.value, "probe_low": auc.low, "probe_high": auc.high}
-
-
-def _is_wide(auc: Estimate) -> bool:
-    return auc.low is not None and auc.high is not None and auc.high - auc.low > WIDE
