@@ -237,7 +237,7 @@ def test_deflated_bomb_costs_its_own_file_only(tmp_path: Path) -> None:
     file.write_bytes(b"".join([*bomb, packer.flush()]))
     assert file.stat().st_size < 1e6
     scans, problems = index([tmp_path])
-    assert rejected(problems) == ["BOMB"]
+    assert rejected(problems) == ["BOMB", "SLICE"]
     assert "s003.dcm" in next(p for p in problems if p.code == "BOMB").source
     assert "good" in [scan.case_id for scan in scans]
 

@@ -11,9 +11,13 @@ import numpy as np
 import pydicom
 
 from dagman.ct import grid, pixels
+from dagman.ct.store import AIR_HU
 from dagman.errors import DagmanError
 
 MAX_TILT_DEGREES = 0.1
+_METAL_HU = 3071
+"""The highest value of twelve bits. What a file calls padding and would be above is air around the image; below, the
+tag is not trusted: in many files it names a value that tissue has too."""
 _EXPORT = "export the series again from the archive"
 _CONVERT = "convert it with dcm2niix, which corrects it, and give the NIfTI file"
 
@@ -38,6 +42,11 @@ class Frame:
     intercept: float
     rescale_type: str
     tilt: float
+    study: str
+    reference: str
+    """UIDs of the study and of the frame in which positions are told; empty where they are missing."""
+    padding: float | None
+    """The stored value of what lies outside the image."""
     file: pixels.File | None
     """The parsed file; None where only the header could be read."""
 
@@ -53,7 +62,7 @@ def read(paths: Sequence[Path], max_voxels: int) -> tuple[np.ndarray, np.ndarray
     frames = []
     for path in paths:
         with pixels.parsing("DICOM", path, "its header is broken", _EXPORT):
-            frames += _frames(path, len(paths))
+            frames += _frames(path, paths)
     frames = _distinct(frames)
     source = paths[0].parent if len(paths) > 1 else paths[0]
     check_alike(frames)
@@ -88,10 +97,13 @@ def _voxels(frames: list[Frame], *, whole: bool = True) -> np.ndarray:
             to += np.array(intercept).astype(np.int16)
         else:
             hu[:, :, k] = (stored * np.float64(frame.slope) + frame.intercept).T
+        if frame.padding is not None and frame.padding * frame.slope + frame.intercept >= _METAL_HU:
+            hu[:, :, k][(stored == frame.padding).T] = AIR_HU
     return hu
 
 
-def _frames(path: Path, num_files: int) -> list[Frame]:
+def _frames(path: Path, paths: Sequence[Path]) -> list[Frame]:
+    """Of one file of a series: one slice, or those of a multi-frame file, of which there may be copies alone."""
     file, header = _parsed(path)
     if pixels.word(header, "Modality") != "CT":
         raise DagmanError("MODALITY", path, "is no CT image", "give CT images")
@@ -103,8 +115,11 @@ def _frames(path: Path, num_files: int) -> list[Frame]:
             raise DagmanError("MULTIFRAME", path, f"holds {count} frames without their positions", _CONVERT)
         return [_frame(path, header, lambda _: header, 0, file)]
     per_frame = header.PerFrameFunctionalGroupsSequence
-    if num_files > 1 or len(per_frame) != count:
-        raise DagmanError("MULTIFRAME", path, f"is one of {num_files} multi-frame files of a series", _CONVERT)
+    seen: dict[str, str] = {}
+    if len(per_frame) != count:
+        raise DagmanError("MULTIFRAME", path, f"says it holds {count} frames, and places {len(per_frame)}", _EXPORT)
+    if len({_digest(seen, other) for other in paths}) > 1:
+        raise DagmanError("MULTIFRAME", path, f"is one of {len(paths)} multi-frame files of a series", _CONVERT)
     shared = header.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()]
 
     def group(frame: Any) -> Callable[[str], Any]:
@@ -162,8 +177,16 @@ def _frame(path: Path, header: Any, group: Callable[[str], Any], index: int, fil
         intercept=_number(path, transformation, "RescaleIntercept"),
         rescale_type=_hounsfield(path, pixels.word(transformation, "RescaleType")),
         tilt=_number(path, header, "GantryDetectorTilt", 0),
+        study=str(header.get("StudyInstanceUID") or ""),
+        reference=str(header.get("FrameOfReferenceUID") or ""),
+        padding=_padding(header),
         file=file,
     )
+
+
+def _padding(header: Any) -> float | None:
+    value = header.get("PixelPaddingValue")
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _hounsfield(path: Path, rescale_type: str) -> str:
@@ -227,6 +250,8 @@ def check_alike(frames: list[Frame]) -> None:
             "PixelSpacing": not np.allclose(frame.spacing, first.spacing, rtol=1e-4),
             "ImageOrientationPatient": np.abs(frame.orientation - first.orientation).max() > 1e-3,
             "GantryDetectorTilt": abs(frame.tilt - first.tilt) > MAX_TILT_DEGREES,
+            "StudyInstanceUID": bool(frame.study and first.study) and frame.study != first.study,
+            "FrameOfReferenceUID": bool(frame.reference and first.reference) and frame.reference != first.reference,
         }
         for tag, differs in differing.items():
             if differs:
@@ -277,7 +302,7 @@ def _check_steps(source: Path, ordered: list[Frame], places: np.ndarray) -> floa
         raise DagmanError(
             "DUPPOS",
             source,
-            f"{same.size} slices lie where another one lies, such as {_name(first)} and {_name(second)} "
+            f"{same.size} slices lie where another one lies, such as {_name(first, second)} and {_name(second, first)} "
             f"at {places[same[0]]:.2f} mm",
             "keep one reconstruction or phase per series",
         )
@@ -316,5 +341,8 @@ def _check_tilt(source: Path, positions: np.ndarray, normal: np.ndarray, tag: fl
         raise DagmanError("TILT", source, problem, _EXPORT)
 
 
-def _name(frame: Frame) -> str:
-    return frame.path.name if frame.index == 0 else f"{frame.path.name} (frame {frame.index + 1})"
+def _name(frame: Frame, beside: Frame) -> str:
+    """A slice as people find it, beside another that may be of the same name in another folder."""
+    alike = frame.path.name == beside.path.name and frame.path != beside.path
+    name = f"{frame.path.parent.name}/{frame.path.name}" if alike else frame.path.name
+    return name if frame.index == 0 else f"{name} (frame {frame.index + 1})"

@@ -27,7 +27,8 @@ def sniff(path: Path, key: bytes) -> dict[str, Any]:
         key: For the keyed hashes of PatientID and UIDs.
 
     Returns:
-        `kind` (`nifti`, `nrrd`, `mha`, `dicom`, or `other` for what does not claim to be a scan); for DICOM also
+        `kind` (`nifti`, `nrrd`, `mha`, `dicom`, or `other` for what does not claim to be a scan); of the last whether
+        it is `blank` (empty, zeros, or not to be read), as what a copy leaves that ends early; for DICOM also
         `series`, `patient` (hashes), `modality`, `localizer`.
 
     Raises:
@@ -44,14 +45,14 @@ def sniff(path: Path, key: bytes) -> dict[str, Any]:
     except DagmanError:
         if claims:
             raise
-        return {"kind": "other"}
+        return {"kind": "other", "blank": True}
     if kind == "dicom":
         return _dicom_facts(path, key)
     if kind != "other":
         return {"kind": kind}
     if claims:
         raise DagmanError("FORMAT", path, f"looks like {_looks_like(start)}", _ADVICE)
-    return {"kind": "other"}
+    return {"kind": "other", "blank": not start.strip(b"\0")}
 
 
 def _kind(path: Path) -> tuple[str, bytes]:
@@ -70,8 +71,9 @@ def _kind(path: Path) -> tuple[str, bytes]:
 
 
 def _bare_dicom(start: bytes) -> bool:
-    """A data set without preamble: begins with a short element of group 0008."""
-    return len(start) > 132 and start[:2] == b"\x08\0" and start[2:4] in (b"\0\0", b"\x05\0", b"\x08\0", b"\x16\0")
+    """A data set without preamble: begins with a short element of group 0008, or with the length of group 0002."""
+    first = start[:2] == b"\x08\0" and start[2:4] in (b"\0\0", b"\x05\0", b"\x08\0", b"\x16\0")
+    return len(start) > 132 and (first or start[:6] == b"\x02\0\0\0UL")
 
 
 def _looks_like(start: bytes) -> str:
@@ -91,7 +93,7 @@ def _dicom_facts(path: Path, key: bytes) -> dict[str, Any]:
     header = dicom.open_header(path)
     sop_class = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
     if sop_class == _DICOMDIR or "DirectoryRecordSequence" in header:
-        return {"kind": "other"}
+        return {"kind": "other", "blank": False}
     modality = pixels.word(header, "Modality")
     image_type = header.get("ImageType")
     words = [image_type] if isinstance(image_type, str) else list(image_type or [])

@@ -98,28 +98,69 @@ def look_through(sources: Sequence[Path], survey: Survey) -> list[Found]:
     files = [(source, path) for source in sources for path in _files(source, survey)]
     facts = sniff_files([path for _, path in files], survey.limits, survey.key)
     found: list[Found] = []
-    series: dict[tuple[str, str, str, str], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
+    images: dict[Path, dict[str, Any]] = {}
     others: dict[Path, list[Path]] = defaultdict(list)
+    ill: list[Path] = []
     for (source, path), fact in zip(files, facts, strict=True):
-        place = _place(source, path)
         if fact["kind"] == "error":
             code, problem, advice = fact["error"]
             survey.reject(code, path, problem, advice)
+            ill.append(path)
         elif fact["kind"] == "other":
             others[source].append(path)
+            ill += [path] * fact["blank"]
         elif fact["kind"] == "dicom":
             # Without a UID the files of one folder are a series, and those of no two.
-            name = fact["series"] or short_hash(str(Path(place).parent))
-            folder = "" if fact["series"] else str(path.absolute().parent)
-            series[name, folder, fact["patient"] or "", fact["modality"]].append((path, fact))
+            name = fact["series"] or short_hash(str(Path(_place(source, path)).parent))
+            images[path] = fact | {"name": name, "folder": "" if fact["series"] else str(path.absolute().parent)}
         else:
-            found.append(Found(files=(path,), kind=fact["kind"], stem=_ENDINGS.sub("", place)))
-    for (name, _, patient, modality), slices in sorted(series.items()):
+            found.append(Found(files=(path,), kind=fact["kind"], stem=_ENDINGS.sub("", _place(source, path))))
+    for (name, _, modality, patient), slices in sorted(_sorted_out(images).items()):
         if each := _series(name, patient, modality, slices, survey):
             found.append(each)
+    ill += [path for path, fact in images.items() if not fact["series"]]
+    found = _without_shortened(found, ill, survey)
     for source, paths in others.items():
         _report_others(source, paths, survey, ignored=source.is_dir())
     return found
+
+
+def _sorted_out(images: dict[Path, dict[str, Any]]) -> dict[tuple[str, ...], list[tuple[Path, dict[str, Any]]]]:
+    """Slices by series, modality and patient; one that lacks its patient is of the only one there is."""
+    series: dict[tuple[str, ...], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
+    for path, fact in images.items():
+        series[fact["name"], fact["folder"], fact["modality"], fact["patient"] or ""].append((path, fact))
+    for key in [key for key in series if not key[-1]]:
+        named = [other for other in series if other[:-1] == key[:-1] and other[-1]]
+        if len(named) == 1:
+            series[named[0]] += series.pop(key)
+    return series
+
+
+def _without_shortened(found: list[Found], ill: Sequence[Path], survey: Survey) -> list[Found]:
+    """Scans but for series that may lack a slice: a file that cannot be read, among slices of names like its own.
+
+    One that is missing in the middle leaves a gap; one at an end would shorten the scan without a trace.
+    """
+    whole = []
+    for each in found:
+        own, alike = set(each.files), {_like(path) for path in each.files}
+        lost = [path for path in ill if each.kind == "dicom" and path not in own and _like(path) in alike]
+        if not lost:
+            whole.append(each)
+            continue
+        more = f", as {count(len(lost) - 1, 'other is', 'others are')}," if len(lost) > 1 else ""
+        problem = (
+            f"is empty, damaged or without series{more} and may be a slice of {each.stem} ({len(each.files)} files)"
+        )
+        advice = "copy or export it again, or move it away where it is none"
+        survey.reject("SLICE", lost[0], problem, advice)
+    return whole
+
+
+def _like(path: Path) -> tuple[Path, str]:
+    """A file's folder, and its name without the numbers in which slices of a series differ."""
+    return path.parent, re.sub(r"[0-9a-f]{16,}|\d+", "#", path.name.lower())
 
 
 def _files(source: Path, survey: Survey) -> list[Path]:
