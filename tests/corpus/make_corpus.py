@@ -489,6 +489,11 @@ def register_series() -> None:
     series("mixed-spacing", "MIXED", one(3, PixelSpacing=[2.5, 2.1]))
     series("mixed-orientation", "MIXED", one(3, ImageOrientationPatient=[1, 0, 0, 0, 0, -1]))
     series("mixed-matrix", "MIXED", one(3, Rows=16, PixelData=bytes(16 * 22 * 2)))
+    series("mixed-study", "MIXED", one(9, StudyInstanceUID=f"{UID}.1.1"))
+    series("mixed-frame-of-reference", "MIXED", one(9, FrameOfReferenceUID=f"{UID}.3.1"))
+    series("good-patient-missing-once", "", one(15, PatientID=None))
+    series("good-enhanced-copied", "", lambda data: [enhanced(data)] * 2)
+    SERIES["good-meta-without-preamble"] = "", meta_alone
     series("mixed-rescale-type", "NOTHU", one(3, RescaleType="US"))
     series("tilt-1", "TILT", sheared(1))
     series("tilt-13.5", "TILT", sheared(13.5))
@@ -603,6 +608,23 @@ def no_preamble(folder: Path) -> None:
     for k, item in enumerate(slices()):
         del item.file_meta
         pydicom.dcmwrite(folder / f"s{k}.dcm", item, little_endian=True, implicit_vr=True, enforce_file_format=False)
+
+
+LAST_SLICE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "cut-at-140": lambda data: data[:140],
+    "cut-at-300": lambda data: data[:300],
+    "not-dicom": lambda _: b"<html>not found</html>",
+}
+"""What an interrupted copy leaves of a file: whoever passed over it would shorten the scan."""
+
+
+def meta_alone(folder: Path) -> None:
+    """Files that begin with their meta information, without preamble."""
+    SERIES["good"][1](folder)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[132:])
 
 
 def cut_file(folder: Path) -> None:

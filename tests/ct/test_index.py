@@ -22,7 +22,7 @@ from dagman.errors import DagmanError
 
 sys.path.append(str(Path(__file__).parents[1] / "corpus"))
 import make_corpus
-from make_corpus import AFFINE, CANARY, FILES, PHANTOM_HU, SERIES
+from make_corpus import AFFINE, CANARY, FILES, LAST_SLICE, PHANTOM_HU, SERIES
 
 
 def rejected(problems: list[Problem]) -> list[str]:
@@ -116,6 +116,32 @@ def test_same_series_uid_of_two_patients_is_two_cases(tmp_path: Path) -> None:
     series(tmp_path / "b", "5", patient="two")
     scans, _ = index([tmp_path])
     assert len({scan.case_id for scan in scans}) == len({scan.patient for scan in scans}) == len(scans) == 2
+
+
+@pytest.mark.parametrize("ending", [".dcm", ""])
+@pytest.mark.parametrize("ill", LAST_SLICE)
+def test_a_series_whose_last_file_is_damaged_is_refused_not_shortened(tmp_path: Path, ill: str, ending: str) -> None:
+    """A gap in the middle would be seen; here nothing but the file tells that a slice is missing."""
+    SERIES["good"][1](tmp_path / "s")
+    *_, last = sorted((tmp_path / "s").iterdir())
+    last.write_bytes(LAST_SLICE[ill](last.read_bytes()))
+    for path in (tmp_path / "s").iterdir():
+        path.rename(path.with_suffix(ending))
+    series(tmp_path / "other", "5", prefix="t")
+    scans, problems = index([tmp_path])
+    assert [scan.files[0].parent.name for scan in scans] == ["other"], "the rest goes on"
+    (told,) = [problem for problem in problems if problem.code == "SLICE"]
+    assert told.source == str(last.with_suffix(ending))
+    assert "may be a slice of ct-" in told.problem
+
+
+def test_empty_files_of_other_names_cost_no_series(tmp_path: Path) -> None:
+    series(tmp_path / "s", "5")
+    for name in ("_SUCCESS", "VERSION", "done.txt"):
+        (tmp_path / "s" / name).touch()
+    (scan,), problems = index([tmp_path])
+    assert len(scan.files) == 16
+    assert rejected(problems) == []
 
 
 def test_other_modalities_are_listed_once_with_counts(tmp_path: Path) -> None:

@@ -104,6 +104,34 @@ def test_padding_and_metal_stay_exact(tmp_path: Path) -> None:
         assert np.array_equal(volume.hu[1:], PHANTOM_HU[1:])
 
 
+@pytest.mark.parametrize(("stored", "padding", "hu"), [(63536, 63536, -1024), (4095, 4095, -1024), (1024, 1024, 0)])
+def test_padding_of_dicom_is_air_unless_it_is_a_value_of_tissue(
+    stored: int, padding: int, hu: int, tmp_path: Path
+) -> None:
+    """Unsigned values: what SimpleITK gives as 62512 HU. The tag of the last names what is water as well."""
+    shown = (PHANTOM_HU + 1024).astype(np.uint16)
+    shown[:4] = stored
+    for k, data in enumerate(make_corpus.slices()):
+        data.PixelRepresentation, data.PixelPaddingValue = 0, padding
+        data.PixelData = shown[:, :, k].T.astype("<u2").tobytes()
+        make_corpus.save(data, tmp_path / "s" / f"s{k:03d}.dcm")
+    volume = outcome(tmp_path / "s")
+    assert isinstance(volume, Volume)
+    wanted = PHANTOM_HU.copy()
+    wanted[:4] = hu
+    assert np.array_equal(volume.hu, wanted)
+
+
+def test_two_exports_of_one_series_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder in "ab":
+        SERIES["good"][1](tmp_path / "s" / folder)
+    for path in (tmp_path / "s" / "b").iterdir():
+        data = pydicom.dcmread(path)
+        data.PatientComments = "exported again"
+        make_corpus.save(data, path)
+    assert "such as a/s000.dcm and b/s000.dcm at" in str(outcome(tmp_path / "s"))
+
+
 def test_values_beyond_int16_do_not_wrap(tmp_path: Path) -> None:
     FILES["uint16-65535.nii"][1](tmp_path / "a.nii")
     volume = outcome(tmp_path / "a.nii")

@@ -27,8 +27,7 @@ def sniff(path: Path, key: bytes) -> dict[str, Any]:
         key: For the keyed hashes of PatientID and UIDs.
 
     Returns:
-        `kind` (`nifti`, `nrrd`, `mha`, `dicom`, or `other` for what does not claim to be a scan); of the last whether
-        it is `blank` (empty, zeros, or not to be read), as what a copy leaves that ends early; for DICOM also
+        `kind` (`nifti`, `nrrd`, `mha`, `dicom`, or `other` for what does not claim to be a scan); for DICOM also
         `series`, `patient` (hashes), `modality`, `localizer`.
 
     Raises:
@@ -45,14 +44,14 @@ def sniff(path: Path, key: bytes) -> dict[str, Any]:
     except DagmanError:
         if claims:
             raise
-        return {"kind": "other", "blank": True}
+        return {"kind": "other"}
     if kind == "dicom":
         return _dicom_facts(path, key)
     if kind != "other":
         return {"kind": kind}
     if claims:
         raise DagmanError("FORMAT", path, f"looks like {_looks_like(start)}", _ADVICE)
-    return {"kind": "other", "blank": not start.strip(b"\0")}
+    return {"kind": "other"}
 
 
 def _kind(path: Path) -> tuple[str, bytes]:
@@ -93,7 +92,7 @@ def _dicom_facts(path: Path, key: bytes) -> dict[str, Any]:
     header = dicom.open_header(path)
     sop_class = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
     if sop_class == _DICOMDIR or "DirectoryRecordSequence" in header:
-        return {"kind": "other", "blank": False}
+        return {"kind": "other"}
     modality = pixels.word(header, "Modality")
     image_type = header.get("ImageType")
     words = [image_type] if isinstance(image_type, str) else list(image_type or [])

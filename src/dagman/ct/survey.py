@@ -108,7 +108,7 @@ def look_through(sources: Sequence[Path], survey: Survey) -> list[Found]:
             ill.append(path)
         elif fact["kind"] == "other":
             others[source].append(path)
-            ill += [path] * fact["blank"]
+            ill.append(path)
         elif fact["kind"] == "dicom":
             # Without a UID the files of one folder are a series, and those of no two.
             name = fact["series"] or short_hash(str(Path(_place(source, path)).parent))
@@ -138,21 +138,23 @@ def _sorted_out(images: dict[Path, dict[str, Any]]) -> dict[tuple[str, ...], lis
 
 
 def _without_shortened(found: list[Found], ill: Sequence[Path], survey: Survey) -> list[Found]:
-    """Scans but for series that may lack a slice: a file that cannot be read, among slices of names like its own.
+    """Scans but for series that may lack a slice: a file that is no image, among slices of names like its own.
 
     One that is missing in the middle leaves a gap; one at an end would shorten the scan without a trace.
     """
+    named: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+    for path in ill:
+        named[_like(path)].append(path)
     whole = []
     for each in found:
-        own, alike = set(each.files), {_like(path) for path in each.files}
-        lost = [path for path in ill if each.kind == "dicom" and path not in own and _like(path) in alike]
+        likes = {_like(path) for path in each.files} if each.kind == "dicom" else set()
+        lost = sorted({path for like in likes for path in named.get(like, [])} - set(each.files))
         if not lost:
             whole.append(each)
             continue
         more = f", as {count(len(lost) - 1, 'other is', 'others are')}," if len(lost) > 1 else ""
-        problem = (
-            f"is empty, damaged or without series{more} and may be a slice of {each.stem} ({len(each.files)} files)"
-        )
+        slices = count(len(each.files), "file", "files")
+        problem = f"is empty, damaged or no image of a series{more} and may be a slice of {each.stem} ({slices})"
         advice = "copy or export it again, or move it away where it is none"
         survey.reject("SLICE", lost[0], problem, advice)
     return whole
