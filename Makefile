@@ -39,11 +39,11 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
 demo: setup
-	$(BIN)/dagman demo --output $(DEMO) $(if $(DATA),--data $(DATA)) $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/dagman demo --output '$(DEMO)' $(if $(DATA),--data '$(DATA)') $(if $(STEPS),--steps $(STEPS))
 
 bench: setup
-	$(BIN)/python benchmarks/bench.py $(if $(BENCH_DATA),--data $(BENCH_DATA)) $(if $(BENCH_SERIES),--series $(BENCH_SERIES))
-	if [ -f $(DEMO)/summary.json ]; then cp $(DEMO)/summary.json benchmarks/results/demo.json; fi
+	$(BIN)/python benchmarks/bench.py $(if $(BENCH_DATA),--data '$(BENCH_DATA)') $(if $(BENCH_SERIES),--series '$(BENCH_SERIES)')
+	if [ -f '$(DEMO)/summary.json' ]; then cp '$(DEMO)/summary.json' benchmarks/results/demo.json; fi
 	$(MAKE) docs
 
 docs: setup
@@ -51,4 +51,4 @@ docs: setup
 	$(BIN)/python docs/evidence/figures.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf '$(VENV)' '$(DEMO)' .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -28,9 +28,13 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 
 
 def compile_kernels() -> list[Path]:
-    """Compile for each level of the instruction set; what was compiled. Says once why nothing was."""
+    """Compile for each level of the instruction set; what was compiled. Says once why nothing was.
+
+    What was compiled before from the same sources stays until it is replaced: it may be in use.
+    """
     for old in FOLDER.glob("*kernel*.so"):
-        old.unlink()
+        if _digest() not in old.name:
+            old.unlink()
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux" or platform.machine() != "x86_64" or compiler is None:
         print("dagman: no C++ compiler for Linux on x86-64 found; all will run in PyTorch alone", file=sys.stderr)
@@ -41,28 +45,32 @@ def compile_kernels() -> list[Path]:
 def _compile(compiler: list[str], name: str, level: tuple[str, ...]) -> Path | None:
     """One library of all kernels; None, with the reason, where that fails."""
     sources = sorted(FOLDER.glob("*_kernel.cpp"))
-    text = b"".join(path.read_bytes() for path in [*sources, *sorted(FOLDER.glob("*.h"))])
-    library = FOLDER / f"kernels.{name}.{hashlib.sha256(text).hexdigest()[:12]}.so"  # as `dagman.nets.kernel` asks for
+    library = FOLDER / f"kernels.{name}.{_digest()}.so"  # as `dagman.nets.kernel` asks for
+    fresh = library.with_suffix(".new")
     compiled = {source: source.with_suffix(f".{name}.o") for source in sources}
     # Linked without -fopenmp: the functions of OpenMP come from the one library that PyTorch has loaded.
     commands = [
         *([*compiler, *FLAGS, *level, "-mtune=native", "-c", source, "-o", to] for source, to in compiled.items()),
-        [*compiler, "-shared", *compiled.values(), "-o", library],
+        [*compiler, "-shared", *compiled.values(), "-o", fresh],
     ]
     try:
         for command in commands:
             subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-        if not library.exists():
-            raise OSError(f"{compiler[0]} wrote nothing")
+        fresh.replace(library)
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
         print(f"dagman: no {name} kernels, all will run in PyTorch alone: {why}", file=sys.stderr)
-        library.unlink(missing_ok=True)
         return None
     finally:
-        for to in compiled.values():
+        for to in [fresh, *compiled.values()]:
             to.unlink(missing_ok=True)
     return library
+
+
+def _digest() -> str:
+    """What tells libraries of these sources from those of others."""
+    text = b"".join(path.read_bytes() for end in ("*_kernel.cpp", "*.h") for path in sorted(FOLDER.glob(end)))
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 class KernelHook(BuildHookInterface):  # type: ignore[misc]

@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from dagman import files
+from dagman.ct.prepare import prepare
+from dagman.ct.store import PreparedStore, refuse_inside
 from dagman.errors import DagmanError, ExitCode
+from dagman.nets.weights import read_tensors
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +123,23 @@ def test_where_there_are_no_locks_the_work_goes_on_and_other_faults_are_no_lock_
     monkeypatch.setattr(fcntl, "flock", fail(errno.EIO))
     with pytest.raises(DagmanError, match="E-DISK"), files.folder_lock(tmp_path):
         pass
+
+
+def test_a_path_that_is_no_utf8_is_refused_and_healthy_files_are_not_blamed(tmp_path: Path) -> None:
+    """As on shares of old, in Latin-1."""
+    folder = tmp_path / os.fsdecode(b"l\xe4t")
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes(b"healthy")
+    (tmp_path / "scans").mkdir()
+    for code, use in (
+        ("STORE", lambda: PreparedStore(folder)),
+        ("OUTPUT", lambda: refuse_inside(folder / "run")),
+        ("OUTPUT", lambda: prepare([tmp_path / "scans"], folder / "store")),
+        ("WEIGHTS", lambda: read_tensors(folder / "weights.safetensors")),
+    ):
+        with pytest.raises(DagmanError, match=f"E-{code} .*its path is no UTF-8") as caught:
+            use()
+        assert caught.value.exit_code is ExitCode.REFUSED
 
 
 def test_an_error_is_one_line_even_for_a_hostile_name() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from dagman import files, recipes
 from dagman.ct import phantom
-from dagman.ct.index import index
-from dagman.ct.prepare import prepare
-from dagman.ct.store import PreparedStore
+from dagman.ct.index import index, refuse_missing
+from dagman.ct.prepare import prepare, refuse_overlap
+from dagman.ct.store import MANIFEST, PreparedStore
 from dagman.errors import DagmanError, ExitCode, duration
 from dagman.figures import phantom as sheets
 from dagman.nets.encoder import Encoder
@@ -73,6 +73,9 @@ def run(
     Raises:
         DagmanError: What any of the verbs raises; `E-NODATA` where no scan can be used.
     """
+    if data:
+        refuse_missing([data])
+        refuse_overlap([data], folder / "prepared")
     _claim(folder, data)
     source = data or _phantoms(folder / "phantoms", say, progress)
     say(f"1/4 Preparing {source}")
@@ -120,7 +123,9 @@ def _require_finished(result: Result) -> None:
 def _claim(folder: Path, data: Path | None) -> None:
     """One folder, one source of scans: what another demo prepared is not mixed in."""
     note, source = folder / "source.txt", str(data.resolve()) if data else "phantoms"
-    if note.exists() and note.read_text() != source:
+    kept = (folder / "prepared" / MANIFEST, folder / "phantoms" / "cases.csv")
+    begun = any(path.exists() and path.stat().st_size for path in kept)
+    if begun and note.exists() and note.read_text() != source:
         raise DagmanError(
             "OUTPUT", folder, "holds a demo on other scans", "give another --output", exit_code=ExitCode.REFUSED
         )
@@ -239,7 +244,7 @@ def _report(found: dict[str, Any], folder: Path, pictures: list[Path], say: Say)
         say(f"  {picture}")
     verb = "dagman" if shutil.which("dagman") else shlex.quote(str(Path(sys.executable).with_name("dagman")))
     say("With CTs of yours: make demo DATA=FOLDER; docs/learning.md says how to see whether a run of yours pays")
-    say(f"Next: {verb} pretrain dagman-tiny --data {folder / 'prepared'} -o runs/longer --steps 1000")
+    say(f"Next: {verb} pretrain dagman-tiny --data {shlex.quote(str(folder / 'prepared'))} -o runs/longer --steps 1000")
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

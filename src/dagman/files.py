@@ -139,6 +139,18 @@ def disk_error(path: Path, error: OSError) -> DagmanError:
     )
 
 
+def refuse_no_utf8(path: Path, code: str, advice: str) -> None:
+    """Refuse a path whose bytes are no UTF-8: libraries that read and write arrays cannot open it.
+
+    Raises:
+        DagmanError: Of this code, exit code 4.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise DagmanError(code, path, "its path is no UTF-8", advice, exit_code=ExitCode.REFUSED) from None
+
+
 def names_in_files(names: Sequence[str]) -> list[str]:
     """Each name as it can stand in a file's name (letters, digits, `.`, `_`, `-`), and none twice."""
     found: list[str] = []

@@ -35,6 +35,22 @@ def test_the_demo_goes_no_further_once_a_stop_was_asked_for(status, tmp_path):
     assert caught.value.exit_code == ExitCode.STOPPED
 
 
+def test_a_demo_that_cannot_begin_claims_no_folder_and_writes_into_no_source(tmp_path, capsys):
+    """`make demo DATA=...` has one folder for all data: the next call, with the right name, must be able to begin."""
+    scans = tmp_path / "scans"
+    (scans / "deep").mkdir(parents=True)
+    for data, output, code in (
+        (tmp_path / "typo", tmp_path / "own", "E-GONE"),
+        (scans, scans / "deep", "E-OUTPUT"),
+        (scans, scans, "E-OUTPUT"),
+        (scans, tmp_path / "own", "E-NODATA"),
+        (scans / "deep", tmp_path / "own", "E-NODATA"),
+    ):
+        assert run(["demo", "-o", str(output), "--data", str(data)]) > 0
+        assert f"{code} " in capsys.readouterr().err
+    assert [path.name for path in scans.rglob("*")] == ["deep"]
+
+
 @pytest.mark.parametrize(("labels", "positive"), [(("2", "10", "n/a"), "10"), (("no", "yes", ""), "yes")])
 def test_the_demo_reads_labels_as_the_probe_does(labels, positive, tmp_path):
     cases = {f"c{number}": small_study.case(number) for number in range(18)}

@@ -1,6 +1,10 @@
 """What cannot be meant is one line with a code and the way out, and writes nothing."""
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,9 @@ import torch
 from dagman.cli import app, run
 from dagman.errors import DagmanError, ExitCode
 from dagman.train import engine
+
+sys.path.append(str(Path(__file__).parents[1] / "corpus"))
+from make_corpus import FILES
 
 NEEDED = {
     "ablate": ["dagman-tiny", "--axis", "losses", "--data", "x"],
@@ -55,6 +62,22 @@ def test_python_is_told_of_devices_that_are_not_there_too():
         engine.fabric(1, "float32", "cuda")
     with pytest.raises(DagmanError, match=r"^E-DEVICE devices 0: is no number of processes; give at least 1$"):
         engine.fabric(0, "float32", "cpu")
+
+
+def test_a_lost_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(["info", "dagman-tiny"]) == 2
+    assert capsys.readouterr().err.startswith("E-GONE .: the folder that this was called in no longer exists; ")
+
+
+def test_a_name_that_the_terminal_has_no_letters_for_is_written_all_the_same(tmp_path):
+    FILES["good.nii.gz"][1](tmp_path / "\u80ba.nii.gz")
+    command = [sys.executable, "-m", "dagman", "check", str(tmp_path)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "/\\u80ba.nii.gz" in told
 
 
 PRETRAIN = ["pretrain", "dagman-tiny", "--data", "nowhere", "-o", "out"]

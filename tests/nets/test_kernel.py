@@ -262,3 +262,12 @@ def test_no_compiler_is_no_error(compiler, hook, tmp_path, monkeypatch, capsys):
     assert compiling() == []
     assert not list(tmp_path.glob("*.so")), "the older one would not fit"
     assert "will run in PyTorch alone" in capsys.readouterr().err
+
+
+def test_a_compiler_that_fails_takes_away_nothing_that_works(hook, tmp_path, monkeypatch):
+    """An editable install uses the folder that a wheel is built in."""
+    working = tmp_path / f"kernels.avx2.{kernel.sources()}.so"
+    working.write_text("of these sources")
+    monkeypatch.setenv("CXX", "false")
+    assert hook["compile_kernels"]() == []
+    assert [path.name for path in tmp_path.glob("*.so")] == [working.name]

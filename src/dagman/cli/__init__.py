@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def main() -> None:
         safe = [] if module else ["-P"]
         again = [sys.executable, *safe, "-m", "dagman", *sys.argv[1:]]
         os.execve(sys.executable, again, KEEP_MEMORY | os.environ)  # noqa: S606
+    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal has no letters for is written all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop a job so: as Ctrl-C does
     sys.exit(run(sys.argv[1:]))
 
@@ -66,6 +69,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one verb; every error becomes one line on standard error and an exit code."""
     try:
+        _refuse_lost_folder()
         code = _parsed(arguments)
         sys.stdout.flush()
     except DagmanError as error:
@@ -84,6 +88,14 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         return _bug(error)
     return int(code or 0)
+
+
+def _refuse_lost_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        problem = "the folder that this was called in no longer exists"
+        raise DagmanError("GONE", ".", problem, "change to one that does") from None
 
 
 def _parsed(arguments: list[str]) -> Any:

@@ -45,6 +45,7 @@ from dagman.files import (
     folder_lock,
     json_line,
     read_lines,
+    refuse_no_utf8,
     repair_log,
     write_json,
     write_text,
@@ -296,8 +297,9 @@ class _Run:
 
 
 def refuse_overlap(sources: Sequence[Path], output: Path) -> None:
-    """Sources are never written to, and a store is no source."""
+    """Sources are never written to, a store is no source, and its path is UTF-8."""
     refuse_inside(sources, output)
+    refuse_no_utf8(output, "OUTPUT", "choose another output folder, or rename the one it lies in")
     for source in (Path(source).resolve() for source in sources):
         if source.is_relative_to(output.resolve()):
             raise _overlap(output, f"holds the source {source}")

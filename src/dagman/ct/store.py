@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int16, Integer
 
 from dagman.errors import DagmanError, ExitCode
-from dagman.files import read_lines, sha256_file, write_atomic
+from dagman.files import read_lines, refuse_no_utf8, sha256_file, write_atomic
 
 FORMAT = 1
 AIR_HU = -1024
@@ -85,8 +85,10 @@ def refuse_inside(output: Path) -> None:
     """Nothing but `prepare` writes into a prepared store.
 
     Raises:
-        DagmanError: `E-OUTPUT`, exit code 4, for an output that is a store, or lies inside one.
+        DagmanError: `E-OUTPUT`, exit code 4, for an output that is a store, or lies inside one, or whose path is no
+            UTF-8.
     """
+    refuse_no_utf8(output, "OUTPUT", "choose another output folder, or rename the one it lies in")
     place = output.resolve()
     for folder in (place, *place.parents):
         if (folder / SETTINGS).is_file() and (folder / MANIFEST).is_file():
@@ -111,6 +113,7 @@ class PreparedStore:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).absolute()  # whoever changes the working directory reads on
+        refuse_no_utf8(self.folder, "STORE", "rename the folder, or move the store elsewhere")
         if not (self.folder / MANIFEST).is_file():
             begun = (self.folder / SETTINGS).is_file()
             scans = folder if self.folder.is_file() else "SCANS"

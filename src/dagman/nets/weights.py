@@ -180,6 +180,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not file.is_file():
         raise _refused(file, "does not exist", "give a file of weights")
+    files.refuse_no_utf8(file, "WEIGHTS", "rename the folder, or move the file elsewhere")
     with file.open("rb") as stream:
         start = stream.read(9)
     # A safetensors file starts with the length of its header in eight bytes, then the header, which starts with {.
