@@ -4,6 +4,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
@@ -309,7 +310,8 @@ def company_guard() -> Iterator[None]:
         if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in why:
             raise
         advice = "see what it said, or the system's log of killed processes, then run the same command to continue"
-        problem = f"another process of the run ended ({why})"
+        plain = re.sub(r"^\[\S+\] | This is typically.*", "", why).strip(" .")
+        problem = f"another process of the run ended ({plain})"
         raise DagmanError("PROCESS", "training", problem, advice, exit_code=ExitCode.STOPPED) from error
 
 
