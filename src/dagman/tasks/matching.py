@@ -351,5 +351,5 @@ def draw(found: Scored, folder: Path) -> Path | None:
     if not scenes:
         return None
     title = "cases with the lowest, the middle and the highest Dice"
-    files.write_bytes(folder / "cases.png", figure.png(scenes, title))
+    files.write_bytes(folder / "cases.png", figure.png(scenes, title, found.classes.names))
     return folder / "cases.png"
