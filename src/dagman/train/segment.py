@@ -310,6 +310,7 @@ class _Work:
             "fold": part.number,
             "cases_learnt_from": len(part.train),
             "best_step": fitted.best_step,
+            segmenter.LABELS: config.labels,
             "finetune": configs.to_dict(config.finetune),
         }
         network = lesson.network.cpu()
