@@ -426,6 +426,14 @@ def test_what_is_no_table_of_scans_is_refused(text: str, tmp_path: Path) -> None
         index([tmp_path / "t.csv"])
 
 
+@pytest.mark.parametrize(("sign", "told"), [(";", "';'"), ("\t", "tabs")])
+def test_a_table_with_other_separators_says_so(tmp_path: Path, sign: str, told: str) -> None:
+    (tmp_path / "t.csv").write_text(f"case_id{sign}image\n1{sign}a.nii.gz\n", encoding="utf-8-sig")
+    problem = rf"^E-TABLE .*t.csv: has its columns separated by {told}; save it comma-separated"
+    with pytest.raises(DagmanError, match=problem):
+        index([tmp_path / "t.csv"])
+
+
 def test_other_columns_are_left_alone_and_noted(tmp_path: Path) -> None:
     """Also those of an index without a name, and one like a column that is there."""
     write(tmp_path, "a.nii.gz")

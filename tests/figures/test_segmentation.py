@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from dagman.figures.segmentation import Scene, png
+from dagman.figures.segmentation import Scene, _legend, png
 
 
 def scene(**changes):
@@ -38,6 +38,24 @@ def test_what_fills_the_picture_has_an_outline():
     picture = imread(io.BytesIO(png([scene(reference=full, **empty)], "title")))
     found = places(picture, (0x37, 0xD6, 0x7A))
     assert found.max() - found.min() > 0.5
+
+
+def test_each_of_several_classes_has_its_colour():
+    maps = scene()
+    reference, predicted = maps.reference.copy(), maps.predicted.copy()
+    reference[2:8, 10:20, 5:15] = 2
+    predicted[:] = reference
+    picture = imread(io.BytesIO(png([scene(reference=reference, predicted=predicted)], "title", ("liver", "tumour"))))
+    liver, tumour = places(picture, (0xE6, 0x9F, 0x00)), places(picture, (0x56, 0xB4, 0xE9))
+    assert liver.max() < tumour.min()  # the patient's right is on the left
+    assert not len(places(picture, (0x37, 0xD6, 0x7A)))
+
+
+def test_the_legend_names_the_classes_that_are_there():
+    reference = np.where(scene().reference, 9, 0).astype(np.uint8)
+    reference[0, 0, 0] = 2
+    told = _legend([scene(reference=reference, predicted=reference)], [f"label {number}" for number in range(1, 10)])
+    assert [line.get_label() for line in told] == ["reference", "prediction", "label 2, label 9"]  # seven colours
 
 
 @pytest.mark.parametrize("changes", [{"hu": None}, {"reference": np.zeros((40, 30, 20), np.uint8)}])

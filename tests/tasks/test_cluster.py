@@ -176,7 +176,9 @@ def test_features_that_hold_nothing_have_no_figures_but_the_reason(tmp_path, fea
     assert all(path.stat().st_size for path in written)
 
 
-@pytest.mark.parametrize("labels", [["a"] * 4, ["a", "b", "c", "d"], ["a", "a", "a", "b"], ["a", "a", None, "b"]])
+@pytest.mark.parametrize(
+    "labels", [["a"] * 4, ["a", "b", "c", "d"], ["a", "a", "a", "b"], ["a", "a", None, "b"], ["a", "a", "A", "A"]]
+)
 def test_fewer_than_two_classes_or_no_class_is_refused(labels):
     with pytest.raises(DagmanError, match="E-LABEL"):
         cluster.cluster(table(SQUARE, labels, "pqrs"))

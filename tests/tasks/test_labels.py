@@ -49,6 +49,9 @@ def test_two_classes(words, positive, found):
         (["benign", "malignant"], "Malignant", "no case is Malignant"),
         (["0", "1"], "2", "no case is 2"),
         (["inf", "0"], None, "two words"),
+        (["Benign", "benign ", "b"], "b", r"one label in several ways \(Benign: 1, benign: 1\); spell it in one way"),
+        (["meta", "Meta"], "meta", "one label in several ways"),
+        (["no metastasis", "metastasis"], None, "such as --positive 'no metastasis'"),
     ],
 )
 def test_doubtful_classes_are_refused(words, positive, says):
@@ -152,6 +155,13 @@ def test_label_files_that_do_not_fit_are_refused(tmp_path, text, says):
         labels.override(make(["0", "1"]), path)
 
 
+def test_a_label_file_with_other_separators_says_so(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("case_id;label\ncase_00;1\n", encoding="utf-8-sig")
+    with pytest.raises(DagmanError, match=r"^E-TABLE .*: has its columns separated by ';'; save it comma-separated"):
+        labels.override(make(["0", "1"]), path)
+
+
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
@@ -177,6 +187,8 @@ def test_tables_are_read_as_they_were_written(tmp_path_factory, features):
         ("case_id,f0,f0\na,1,2\n", "repeats the columns f0"),
         ("case_id,label\na,1\n", "no features"),
         ('case_id,f0\na,"1\n', "cannot be read"),
+        ("case_id;label;f0\na;1;0,5\n", "columns separated by ';'; save it comma-separated"),
+        ("case_id\tf0\na\t1\n", "columns separated by tabs; save it comma-separated"),
     ],
 )
 def test_damaged_tables_are_refused_by_line(tmp_path, text, says):

@@ -9,7 +9,7 @@ import SimpleITK
 
 import small_study
 from dagman.cli import run
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 from dagman.tasks import matching, segmentation_scores
 
 AFFINE = np.diag([1.5, 1.5, 3.0, 1.0])
@@ -138,7 +138,7 @@ def test_pictures_bear_the_dice_that_their_cases_are_ranked_by(tmp_path, monkeyp
         save(tmp_path / "found" / f"{name}.nii.gz", found.astype(np.uint8))
     scored = matching.score([tmp_path / "found"], tmp_path / "truth")
     drawn = []
-    monkeypatch.setattr(matching.figure, "png", lambda scenes, _title: drawn.extend(scenes) or b"")
+    monkeypatch.setattr(matching.figure, "png", lambda scenes, *_: drawn.extend(scenes) or b"")
     matching.draw(scored, tmp_path)
     told = {scene.title.split(":")[0]: float(scene.title.split()[-1]) for scene in drawn}
     assert list(told) == segmentation_scores.ranked(scored.rows)
@@ -173,6 +173,22 @@ def test_label_values_that_no_reference_holds_are_named(tmp_path, capsys):
     command = ["segment", "score", "-i", str(tmp_path / "found"), "--reference", str(tmp_path / "truth")]
     assert run([*command, "-o", str(tmp_path / "out")]) == 0
     assert "a: its prediction holds label 5, 7, which no reference does" in capsys.readouterr().err
+
+
+def test_a_label_in_no_prediction_is_noted(tmp_path, capsys):
+    two = TRUTH.copy()
+    two[:, :, 8:] *= 2
+    for name, found in {"a": TRUTH, "b": 0 * TRUTH}.items():
+        save(tmp_path / "truth" / f"{name}.nii.gz", two)
+        save(tmp_path / "found" / f"{name}.nii.gz", found)
+    save(tmp_path / "truth" / "c.nii.gz", 3 * TRUTH)  # which has no prediction
+    command = ["segment", "score", "-i", str(tmp_path / "found"), "--reference", str(tmp_path / "truth"), "-o"]
+    assert run([*command, str(tmp_path / "out")]) == ExitCode.REJECTED
+    note = "Note: in no prediction at all, but in references: label 2; where labels were joined, give --labels"
+    assert note in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["classes_in_no_prediction"] == ["label 2"]
+    run([*command, str(tmp_path / "joined"), "--labels", "tumour=1+2"])
+    assert "in no prediction at all" not in capsys.readouterr().err
 
 
 def test_no_pair_at_all_and_two_files_of_one_case_are_refused(tmp_path):

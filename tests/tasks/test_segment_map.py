@@ -208,6 +208,21 @@ def test_progress_counts_every_crop(bright, shape):
     assert seen[-1][0] == seen[-1][1] == segment.num_crops(shape, bright.network.encoder.preparation)
 
 
+@pytest.mark.parametrize(
+    ("crop", "together"), [((64, 64, 64), 4), ((32, 32, 64), 16), ((16, 16, 16), 32), ((96, 96, 96), 1)]
+)
+def test_few_crops_are_segmented_together_as_the_decoders_maps_are_large(crop, together):
+    assert segment.crops_at_once(crop) == together
+
+
+def test_how_many_crops_are_segmented_together_changes_nothing(monkeypatch):
+    network = SegmentationNetwork(small_study.encoder(attention=False), 2).eval()
+    hu, _ = small_study.case(0)
+    many = segment.probabilities(network, hu)
+    monkeypatch.setattr(segment, "VOXELS_AT_ONCE", 0)
+    np.testing.assert_allclose(segment.probabilities(network, hu), many, atol=1e-6)
+
+
 def test_a_network_in_training_is_refused(bright):
     class Plain(nn.Module):
         pass

@@ -651,8 +651,26 @@ def test_a_probe_as_classifier_says_what_the_probe_says(store, tmp_path):
     assert learnt == set(table.case_ids)
     origin = Origin(tmp_path, "pooled", store.store_id, Seen(True, {}, {}), [], 0, None, [])
     made = classifier.from_probe(probe, names, encoder, origin)
-    found = classifier.probabilities(made.network, store)
-    np.testing.assert_allclose(found.features, probe.probabilities(table.features.astype(float)), atol=1e-4)
+    found, _ = classifier.predict([made], store)
+    np.testing.assert_allclose(found.features, probe.probabilities(table.features.astype(float)), atol=1e-5)
+
+
+def test_of_cases_with_several_crops_a_probes_classifier_averages_features(tmp_path):
+    prepare([write(tmp_path / "raw", masks=False)], tmp_path / "store", PrepareConfig(storage="npy"))
+    plain = PreparedStore(tmp_path / "store")
+    small = dataclasses.replace(small_study.PREPARATION, crop=(32, 32, 32))  # of volumes 36 voxels wide: several crops
+    encoder = small_study.encoder(preparation=small)
+    table = embed.embed(encoder, plain)
+    probe, names, _ = probing.fit_all(table, Protocol(folds=2), positive="bright", unlabelled="refuse")
+    origin = Origin(tmp_path, "pooled", plain.store_id, leakage.Seen(True, {}, {}), [], 0, None, [])
+    made = classifier.from_probe(probe, names, encoder, origin)
+    classifier.save(made, tmp_path / "classifier")
+    found, called = classifier.predict(classifier.load(tmp_path / "classifier"), plain)
+    wanted = probe.probabilities(table.features.astype(float))
+    np.testing.assert_allclose(found.features, wanted, atol=1e-5)
+    assert [name == "bright" for name in called] == (wanted[:, 1] >= probe.threshold).tolist()
+    per_crop = classifier.probabilities(made.network, plain)
+    assert np.abs(per_crop.features - wanted).max() > 1e-3  # what this test is about
 
 
 def test_features_and_probes_tell_the_sides_of_their_crops(store, tmp_path, capsys):

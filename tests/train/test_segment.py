@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import shlex
 import signal
 from dataclasses import replace
 
@@ -159,6 +160,24 @@ def test_a_study_predicts_with_all_folds_and_says_what_it_learnt_from(short, tmp
     said = capsys.readouterr().err
     assert "with 3 networks" in said
     assert "it learnt from masks of 2 of these scans or their patients (c0, c1): they test nothing" in said
+
+
+@pytest.mark.parametrize(("labels", "told"), [("ball (2)=2+1", "'ball (2)=2+1'"), ("2", "2"), (None, None)])
+def test_the_score_that_comes_next_joins_labels_as_the_segmenter_does(tmp_path, capsys, labels, told):
+    cases = {f"c{number}": small_study.case(number, labels=2) for number in range(6)}
+    store = small_study.store(tmp_path, cases)
+    once = replace(SHORT, labels=labels, finetune=replace(SHORT.finetune, steps=1, check_every=1))
+    training.train(small_study.encoder(), store, tmp_path / "study", once, only=[0])
+    command = ["segment", "predict", "--weights", str(tmp_path / "study"), "-i", str(tmp_path / "raw" / "c0.nii.gz")]
+    assert run([*command, "-o", str(tmp_path / "found")]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    score = f"Next: dagman segment score -i {tmp_path / 'found'} --reference MASKS -o {tmp_path / 'found-scores'}"
+    assert last == score + (f" --labels {told}" if told else "")
+    words = shlex.split(last.removeprefix("Next: dagman ").replace("MASKS", str(tmp_path / "raw" / "masks")))
+    assert run(words) == ExitCode.REJECTED  # five references have no prediction
+    scored = json.loads((tmp_path / "found-scores" / "result.json").read_text())["labels"]
+    [learnt] = segmenter.load(tmp_path / "study")
+    assert scored == dict(zip(learnt.classes.names, map(list, learnt.classes.labels), strict=True))
 
 
 def test_files_of_two_segmenters_are_not_mixed(short, tmp_path):

@@ -16,7 +16,7 @@ from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError
 from dagman.train import cost, engine
 from dagman.train.classify import Tell
-from dagman.train.job import Listener, split_rows
+from dagman.train.job import Listener, fitted, split_rows
 from dagman.train.pretrain import pretrain
 from dagman.train.settings import PretrainConfig
 from dagman.types import Scan
@@ -91,7 +91,8 @@ def left(
     Raises:
         DagmanError: As `ablate` before anything is trained.
     """
-    members = members_of(axis, base, settings)
+    base = fitted(base, store)
+    members = {name: fitted(member, store) for name, member in members_of(axis, base, settings).items()}
     comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
     comparison.check(labelled, finetune, organs, scan)
     num_volumes, found = len(split_rows(store)[0]), []
@@ -153,7 +154,8 @@ def ablate(
     Reference:
         Tables 1 and 2, figures 4, 6, 8 and 9.
     """
-    members = members_of(axis, base, settings)
+    base = fitted(base, store)
+    members = {name: fitted(member, store) for name, member in members_of(axis, base, settings).items()}
     comparison = Comparison(axis=axis, base=base, store=store, folder=folder, devices=devices, members=members)
     comparison.begin(labelled, finetune, organs, scan)
     planned = [(name, seed) for seed in seeds for name in members]

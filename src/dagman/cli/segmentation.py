@@ -1,6 +1,7 @@
 """The verbs of segmentation: train, predict, score, export-nnunet."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -220,7 +221,9 @@ def predict(
     if not done:
         return ExitCode.NOTHING_USABLE
     if to == "nifti":
-        next_step("dagman segment score -i", output, "--reference MASKS -o", Path(f"{output}-scores"))
+        chosen = loaded[0].chosen
+        labels = ["--labels", shlex.quote(chosen)] if chosen else []
+        next_step("dagman segment score -i", output, "--reference MASKS -o", Path(f"{output}-scores"), *labels)
     return ExitCode.REJECTED if failed or done < len(scans) else ExitCode.OK
 
 
@@ -272,6 +275,7 @@ def score(
         "without_prediction": list(found.missing),
         "splits_without_prediction": found.left_out,
         "dice_of_predicted": found.dice_of_predicted,
+        "classes_in_no_prediction": list(found.never_predicted),
         "labels_in_no_reference": {case: list(values) for case, values in found.strange.items()},
     }
     segmentation_scores.write(rows, result, output)
@@ -303,6 +307,9 @@ def _tell_left_out(found: "Scored", output: Path) -> None:
             f"{count(len(found.missing), 'reference has', 'references have')} no prediction, such as "
             f"{found.missing[0]}; what they hold counts as missed; mean Dice of the others: {dice}"
         )
+    if found.never_predicted:
+        names = ", ".join(found.never_predicted)
+        say(f"Note: in no prediction at all, but in references: {names}; where labels were joined, give --labels")
     for case, values in list(found.strange.items())[:MOST_LINES]:
         say(f"{case}: its prediction holds label {', '.join(map(str, values))}, which no reference does")
 

@@ -213,8 +213,9 @@ def _forecast(
     from dagman.pretext.method import check_fit
     from dagman.run import Run
     from dagman.train import checkpoints, cost
-    from dagman.train.job import planned, used
+    from dagman.train.job import fitted, planned, used, window_line
 
+    config = fitted(config, store)
     check_fit(config.encoder, config.method)
     train, _, steps = planned(config, store, devices)
     run = Run(output)
@@ -222,7 +223,7 @@ def _forecast(
     print(configs.to_yaml(config), end="")
     module = cost.built(config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     which = f"the last {steps - done} of {steps} steps of the run in {output}" if done else f"{steps} steps"
-    say(f"{count(len(train), 'volume', 'volumes')}, {which}; {cost.size_line(module)}")
+    say(f"{count(len(train), 'volume', 'volumes')}, {which}; {cost.size_line(module)}{window_line(store)}")
     say(cost.time_line(config, cost.measure(module, config), steps - done, len(train), devices))
 
 

@@ -25,7 +25,8 @@ class DataConfig:
     crop: tuple[int, int, int] = (128, 128, 128)
     """Voxels (x, y, z), multiples of what the encoder asks for (Swin: 32, ViT: its patch); the paper's 128 at 2 mm."""
     window_hu: tuple[float, float] = (-175.0, 250.0)
-    """Mapped to [0, 1] and clipped; the lab's soft-tissue window. Lung work wants [-1000, 400]."""
+    """Mapped to [0, 1] and clipped; the lab's soft-tissue window. Lung work wants [-1000, 400].
+    A store of grey cubes (MedMNIST) is shown in its own, whatever stands here."""
     overlap_ratio: float = 0.5
     """Length that two views share at least, along every axis."""
     body_ratio: float = 0.25

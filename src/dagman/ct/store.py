@@ -9,6 +9,7 @@ SHA-256. The HU window is applied when a crop is read, so that one store serves 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -149,6 +150,26 @@ class PreparedStore:
             for row in self.rows
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def window_hu(self) -> tuple[float, float] | None:
+        """The window that gives grey cubes without Hounsfield units back (MedMNIST); None for CTs, which take any.
+
+        Raises:
+            DagmanError: `E-CONFIG` for a store of CTs and grey cubes, or of cubes of several windows.
+        """
+        windows = Counter(tuple(row.get("window_hu") or ()) for row in self.rows)
+        if len(windows) > 1:
+            told = (
+                f"{number} grey cubes of {window[0]:g} to {window[1]:g} HU" if window else f"{number} CTs"
+                for window, number in windows.most_common()
+            )
+            problem = f"holds {' and '.join(told)}, which cannot be shown in one window"
+            raise DagmanError("CONFIG", self.folder, problem, "prepare each kind into a store of its own")
+        if not any(windows):
+            return None
+        low, high = next(iter(windows))
+        return float(low), float(high)
 
     def shape(self, row: int) -> Triple:
         """Voxels (x, y, z) of a stored volume."""

@@ -97,6 +97,7 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         why = f"is no CSV text ({type(error).__name__})"
         raise DagmanError("TABLE", path, why, "save it as comma-separated UTF-8") from None
     header = [name.strip() for name in lines[0]] if lines else []
+    refuse_separator(path, header)
     missing = [name for name in _COLUMNS[:2] if name not in header]
     known = [name for name in header if name in _COLUMNS]
     absent = [name for name in _COLUMNS if name not in header]
@@ -112,6 +113,17 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         for number, line in enumerate(lines[1:], 2)
         if any(cell.strip() for cell in line)
     ]
+
+
+def refuse_separator(path: Path, header: list[str]) -> None:
+    """Refuse a table whose header is a single name because semicolons or tabs stand where commas should.
+
+    Raises:
+        DagmanError: `E-TABLE`.
+    """
+    for sign, told in ((";", "';'"), ("\t", "tabs")):
+        if len(header) == 1 and sign in header[0]:
+            raise DagmanError("TABLE", path, f"has its columns separated by {told}", "save it comma-separated")
 
 
 def _like(name: str, columns: list[str]) -> str | None:

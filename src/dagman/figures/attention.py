@@ -180,20 +180,40 @@ def _draw(axes: "Axes", plane: Plane, scene: Scene, cut: np.ndarray | None) -> N
 def _mark(axes: "Axes", plane: Plane, scene: Scene) -> None:
     """Edge letters, the other planes as thin lines, and a scale bar where there is room: all planes share a scale."""
     across, down = scene.sides_mm(plane)
+    flat = is_flat(axes)
     x, y = ((scene.centre[axis] + 0.5) * scene.spacing_mm[axis] for axis in plane.axes)
     axes.axvline(across - x, color="white", linewidth=0.5, alpha=0.35)
     axes.axhline(y, color="white", linewidth=0.5, alpha=0.35)
-    flat = axes.bbox.height < _FLAT_INCHES * _DOTS_PER_INCH
+    mark(axes, plane, across, down, flat=flat, bar=not flat)
+
+
+def is_flat(axes: "Axes") -> bool:
+    """Whether a picture is so low that letters would fill it."""
+    figure = axes.get_figure(root=True)
+    return figure is not None and bool(axes.bbox.height < _FLAT_INCHES * figure.dpi)
+
+
+def mark(axes: "Axes", plane: Plane, across: float, down: float, *, flat: bool = False, bar: bool = True) -> None:
+    """Letters at the edges of a plane, its name and a scale bar.
+
+    Args:
+        axes: Where.
+        plane: What is shown.
+        across: Width in mm; 0 is on the left.
+        down: Height in mm; 0 is at the bottom.
+        flat: Write beside the picture what would fill one so low.
+        bar: Draw a scale bar.
+    """
     top, bottom = ("bottom", "top") if flat else ("top", "bottom")  # beside a flat picture, inside another
     places = ((0.015, 0.5, "left"), (0.985, 0.5, "right"), (0.5, 0.985, "center"), (0.5, 0.015, "center"))
     anchors = ("center", "center", top, bottom)
     for letter, (right, up, horizontal), vertical in zip(plane.edges, places, anchors, strict=True):
         _write(axes, right, up, letter, ha=horizontal, va=vertical, fontsize=11)
     _write(axes, 0.015, 0.985, plane.name, ha="left", va=top, fontsize=9)
-    if not flat:
-        bar = next((length for length in (100, 50, 20, 10) if length < 0.45 * across), 5)
-        axes.plot([0.04 * across, 0.04 * across + bar], [0.04 * down] * 2, color="white", linewidth=2.5)
-        _write(axes, 0.04 + bar / across / 2, 0.055, f"{bar} mm", ha="center", va="bottom", fontsize=8)
+    if bar:
+        length = next((length for length in (100, 50, 20, 10) if length < 0.45 * across), 5)
+        axes.plot([0.04 * across, 0.04 * across + length], [0.04 * down] * 2, color="white", linewidth=2.5)
+        _write(axes, 0.04 + length / across / 2, 0.055, f"{length} mm", ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(0, across), ylim=(0, down), xticks=[], yticks=[])
 
 

@@ -1,15 +1,21 @@
 """ROC curves of classifications side by side."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dagman.figures import image
+from dagman.figures.palette import COLOURS, MARKERS
 
 GRID = np.linspace(0, 1, 201)
+STYLES = ("-", "--", "-.", ":")
+"""Of several runs of more than two classes."""
+_MEAN = "#000000"
+_PALE = tuple(colour for colour in COLOURS if colour != _MEAN)
 
 
 @runtime_checkable
@@ -36,7 +42,7 @@ class Scores(Protocol):
 def png(runs: Mapping[str, Scores]) -> bytes:
     """Draw one curve a run: the mean over its folds, weighted by their pairs, of their curves; folds faint behind.
 
-    Of more than two classes, the mean over classes of each against the rest.
+    Of more than two classes, the mean over classes of each against the rest, and those of the classes faint behind.
 
     Args:
         runs: By what the legend shall say, such as name and AUC.
@@ -44,42 +50,68 @@ def png(runs: Mapping[str, Scores]) -> bytes:
     Returns:
         A PNG file.
     """
-    figure = Figure(figsize=(6.4, 6.4), dpi=100, layout="constrained")
+    return image.png(drawn(runs))
+
+
+def drawn(runs: Mapping[str, Scores]) -> Figure:
+    """The figure that `png` writes."""
+    first = next(iter(runs.values()))
+    several = len(first.names) > 2
+    figure = Figure(figsize=(8.6 if several else 6.4, 6.4), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
+    folds, named, means = False, dict[int, Line2D](), list[Line2D]()
     for number, (name, scores) in enumerate(runs.items()):
-        colour, curves = f"C{number}", _mean_curves(scores)
-        if len(scores.names) == 2:
-            for fold in np.unique(scores.fold):
+        curves, style = _mean_curves(scores), STYLES[number % len(STYLES)] if several else "-"
+        colour = _MEAN if several else f"C{number}"
+        if several:
+            for place, curve in curves.items():
+                [line] = axes.plot(GRID, curve, linestyle=style, alpha=0.6, linewidth=1.1, **_of_class(place))
+                named.setdefault(place, line)
+        elif len(parts := np.unique(scores.fold)) > 1:
+            for fold in parts:
                 for curve, _ in _curves(scores, scores.fold == fold).values():
                     axes.plot(GRID, curve, color=colour, alpha=0.2, linewidth=0.8)
-        mean = np.mean(curves, axis=0) if curves else np.full(len(GRID), np.nan)
-        axes.plot(GRID, mean, color=colour, linewidth=2, label=name)
-    first = next(iter(runs.values()))
-    positive = first.names[1] if len(first.names) == 2 else "each class"
+                    folds = True
+        mean = np.mean(list(curves.values()), axis=0) if curves else np.full(len(GRID), np.nan)
+        means += axes.plot(GRID, mean, color=colour, linestyle=style, linewidth=2, label=name)
+    if named:
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "fontsize": 9}
+        lines = [named[place] for place in sorted(named)]
+        names = [first.names[place] for place in sorted(named)]
+        axes.add_artist(axes.legend(lines, names, title="against the rest", **beside))
     axes.set(
         xlabel="1 - specificity",
         ylabel="sensitivity",
-        title=f"{positive} against {'the rest' if len(first.names) > 2 else first.names[0]}, {len(first.labels)} cases",
+        title=f"{'each class' if several else first.names[1]} against {'the rest' if several else first.names[0]}, "
+        f"{len(first.labels)} cases",
         xlim=(0, 1),
         ylim=(0, 1.01),
         aspect="equal",
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", title="AUC (95 % interval); pale: folds", fontsize=9)
-    return image.png(figure)
+    title = "mean of the classes, " * several + "AUC (95 % interval)" + "; pale: folds" * folds
+    axes.legend(handles=means, loc="lower right", title=title, fontsize=9)
+    return figure
 
 
-def _mean_curves(scores: Scores) -> list[np.ndarray]:
+def _of_class(number: int) -> dict[str, Any]:
+    """How the curve of a class is drawn; those beyond the colours have marks too."""
+    turn, colour = divmod(number, len(_PALE))
+    marks = {"marker": MARKERS[(turn - 1) % len(MARKERS)], "markersize": 4, "markevery": 20} if turn else {}
+    return {"color": _PALE[colour], **marks}
+
+
+def _mean_curves(scores: Scores) -> dict[int, np.ndarray]:
     """Of each class the mean over folds, weighted by their pairs: the area below is its AUC within folds."""
     found: dict[int, list[tuple[np.ndarray, float]]] = {}
     for fold in np.unique(scores.fold):
         for number, curve in _curves(scores, scores.fold == fold).items():
             found.setdefault(number, []).append(curve)
-    return [
-        np.average([curve for curve, _ in each], axis=0, weights=[pairs for _, pairs in each])
-        for each in found.values()
-    ]
+    return {
+        number: np.average([curve for curve, _ in each], axis=0, weights=[pairs for _, pairs in each])
+        for number, each in found.items()
+    }
 
 
 def _curves(scores: Scores, rows: np.ndarray) -> dict[int, tuple[np.ndarray, float]]:

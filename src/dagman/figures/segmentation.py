@@ -1,4 +1,7 @@
-"""A few segmented cases: the CT with the outlines of reference and prediction, three planes each."""
+"""A few segmented cases: the CT with the outlines of reference and prediction, three planes each.
+
+The reference is solid, the prediction dashed; of several classes each has a colour.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,16 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Num, UInt8
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dagman.figures import image
-from dagman.figures.attention import PLANES, Plane, shown
+from dagman.figures.attention import PLANES, Plane, is_flat, mark, shown
+from dagman.figures.palette import ON_BLACK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REFERENCE, PREDICTION = "#37d67a", "#ff5a5f"
-
-
+"""Of a single class."""
+_SOLID, _DASHED = "solid", (0.0, (3.0, 2.0))
+_MOST_NAMES = 4
+"""Of classes that share a colour."""
 WINDOW_HU = (-175.0, 250.0)
 """Soft tissue, whatever window the network sees."""
 
@@ -33,29 +40,59 @@ class Scene:
     spacing_mm: tuple[float, float, float]
 
 
-def png(scenes: Sequence[Scene], title: str) -> bytes:
+def png(scenes: Sequence[Scene], title: str, names: Sequence[str] = ()) -> bytes:
     """Draw a sheet: one row for each case, planes through the middle of the reference.
 
     Args:
         scenes: Cases.
         title: Over the whole picture.
+        names: Of the classes, from number 1 on; one class needs none.
 
     Returns:
         A PNG file.
     """
-    height = 3.4 * len(scenes) + 0.8
+    lines = _legend(scenes, names)
+    longest = max(len(str(line.get_label())) for line in lines)
+    columns = max(1, min(len(lines), int(11 / (0.08 * longest + 0.6))))
+    top = 0.6 + 0.22 * -(-len(lines) // columns)
+    height = 3.4 * len(scenes) + top
     figure = Figure(figsize=(11, height), dpi=90, facecolor="black")
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.75 / height, wspace=0.03, hspace=0.14)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - top / height, wspace=0.03, hspace=0.14)
     figure.text(0.01, 1 - 0.1 / height, title, color="white", fontsize=12, va="top")
-    figure.text(0.01, 1 - 0.36 / height, "reference", color=REFERENCE, fontsize=10, va="top")
-    figure.text(0.10, 1 - 0.36 / height, "prediction", color=PREDICTION, fontsize=10, va="top")
+    place = {"loc": "upper left", "bbox_to_anchor": (0.0, 1 - 0.32 / height), "borderaxespad": 0.2}
+    figure.legend(handles=lines, ncols=columns, labelcolor="white", facecolor="black", frameon=False, **place)
     rows = figure.subplots(len(scenes), len(PLANES), squeeze=False)
     for axes, scene in zip(rows, scenes, strict=True):
         centre = _centre(scene)
         for plot, plane in zip(axes, PLANES, strict=True):
-            _draw(plot, plane, scene, centre)
+            _draw(plot, plane, scene, centre, several=len(names) > 1)
         axes[0].set_title(scene.title, color="white", fontsize=9, loc="left")
     return image.png(figure, facecolor="black", metadata={"Software": None})
+
+
+def _legend(scenes: Sequence[Scene], names: Sequence[str]) -> list[Line2D]:
+    """What is solid and what is dashed; of several classes the colours of those that are there."""
+    styles = {"reference": (REFERENCE, _SOLID), "prediction": (PREDICTION, _DASHED)}
+    if len(names) < 2:
+        return [Line2D([], [], color=colour, linestyle=style, label=word) for word, (colour, style) in styles.items()]
+    there = {
+        int(number) for scene in scenes for map_ in (scene.reference, scene.predicted) for number in np.unique(map_)
+    }
+    alike: dict[str, list[str]] = {}
+    for number in sorted(there - {0}):
+        alike.setdefault(_colour(number), []).append(names[number - 1])
+    return [
+        *(Line2D([], [], color="white", linestyle=style, label=word) for word, (_, style) in styles.items()),
+        *(
+            Line2D([], [], color=colour, label=", ".join(words[:_MOST_NAMES]) + ", ..." * (len(words) > _MOST_NAMES))
+            for colour, words in alike.items()
+        ),
+    ]
+
+
+def _colour(number: int) -> str:
+    """Of a class among several."""
+    return ON_BLACK[(number - 1) % len(ON_BLACK)]
 
 
 def _centre(scene: Scene) -> tuple[int, int, int]:
@@ -69,7 +106,7 @@ def _centre(scene: Scene) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _draw(axes: "Axes", plane: Plane, scene: Scene, centre: tuple[int, int, int]) -> None:
+def _draw(axes: "Axes", plane: Plane, scene: Scene, centre: tuple[int, int, int], *, several: bool) -> None:
     column, row = plane.axes
     across = scene.reference.shape[column] * scene.spacing_mm[column]
     down = scene.reference.shape[row] * scene.spacing_mm[row]
@@ -83,8 +120,10 @@ def _draw(axes: "Axes", plane: Plane, scene: Scene, centre: tuple[int, int, int]
             extent=(0, across, 0, down),
             interpolation="bilinear",
         )
-    for region, colour in ((scene.reference, REFERENCE), (scene.predicted, PREDICTION)):
+    for region, own, style in ((scene.reference, REFERENCE, _SOLID), (scene.predicted, PREDICTION, _DASHED)):
         cut = shown(region, plane, centre)
         for number in np.unique(cut[cut > 0]):
-            image.outline(axes, cut == number, across, down, colors=colour, linewidths=1.2)
-    axes.text(0.02, 0.97, plane.edges[0], color="white", transform=axes.transAxes, va="top", fontsize=9)
+            colour = _colour(int(number)) if several else own
+            image.outline(axes, cut == number, across, down, colors=colour, linewidths=1.3, linestyles=[style])
+    axes.apply_aspect()  # planes of thin scans become low
+    mark(axes, plane, across, down, flat=is_flat(axes))

@@ -22,6 +22,16 @@ class Classes:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def text(self) -> str:
+        """As `choose` reads it, without knowing what labels are called: `tumour=3+7,5`."""
+        parts = []
+        for name, values in zip(self.names, self.labels, strict=True):
+            joined = "+".join(map(str, values))
+            plain = name == f"label {joined}" or {",", "="} & set(name)  # a name with these cannot be written
+            parts.append(joined if plain else f"{name}={joined}")
+        return ",".join(parts)
+
     def numbers(self, label_map: Integer[np.ndarray, "x y z"]) -> UInt8[np.ndarray, "x y z"]:
         """Label values to class numbers."""
         numbers = np.zeros(label_map.shape, np.uint8)

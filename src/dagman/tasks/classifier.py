@@ -4,9 +4,10 @@ A folder: `weights/` (which every verb that takes an encoder reads; a ResNet's `
 `head.safetensors`, and `classifier.json` with classes, threshold, provenance and the files' checksums, written last.
 """
 
+import copy
 import json
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dagman.nets.encoder import Encoder
 from dagman.nets.weights import MODEL_FILE, load_encoder, save_encoder
 from dagman.tasks import labels as label_rules
 from dagman.tasks.classify import TASK, Probe
-from dagman.tasks.embed import mean_per_case, suited
+from dagman.tasks.embed import embed, mean_per_case, suited
 from dagman.tasks.origin import Origin
 from dagman.tasks.predictions import Predictions
 from dagman.tasks.table import Table, write_rows
@@ -36,6 +37,8 @@ HEAD, RESNET, CARD = Path("head.safetensors"), Path("resnet.safetensors"), "clas
 FOLDS = "fold-*"
 MASKS = "cases_with_mask"
 """On the card: of the cases learnt from."""
+PROBE = "linear probe"
+"""On the card: the method."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +96,7 @@ def from_probe(probe: Probe, names: tuple[str, ...], encoder: Encoder, origin: O
         network.head.bias.copy_(torch.from_numpy(biases))
     card = {
         "task": TASK,
-        "method": "linear probe",
+        "method": PROBE,
         "source": str(origin.weights),
         "store": origin.store,
         MASKS: origin.masks,
@@ -189,6 +192,33 @@ def probabilities(
     return mean_per_case(store, preparation, likely, progress=progress, rows=rows)
 
 
+def probed(
+    network: EncoderClassifier,
+    store: PreparedStore,
+    rows: Sequence[int] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Table:
+    """Probability of each class of each case, as a linear probe gives it: of the mean of the features over its crops.
+
+    Args:
+        network: As `from_probe` makes it.
+        store: As for `probabilities`.
+        rows: Of the store; all where None.
+        device: Where to compute.
+        progress: Hears of each finished case.
+
+    Raises:
+        DagmanError: `E-GRID`, exit code 4.
+    """
+    table = embed(network.encoder, store, which=network.which, rows=rows, device=device, progress=progress)
+    head = copy.deepcopy(network.head).cpu().double()
+    with torch.inference_mode():
+        likely = head(torch.from_numpy(table.features).double()).softmax(dim=1)
+    return replace(table, features=likely.float().numpy())
+
+
 def usable(classifiers: Sequence[Classifier], store: PreparedStore) -> tuple[list[int], list[str]]:
     """Rows of a store that can be classified, and what a person should know about it and the others."""
     rows, said = crops.croppable(store)
@@ -213,13 +243,21 @@ def predict(
 
     The threshold for two classes is the mean of theirs.
     """
-    tables = [probabilities(each.network, store, rows, device=device, progress=progress) for each in classifiers]
+    tables = [_likely(each, store, rows, device=device, progress=progress) for each in classifiers]
     mean = np.mean([table.features for table in tables], axis=0)
     names = classifiers[0].names
     called = (mean[:, 1] >= _cut(classifiers)).astype(int) if len(names) == 2 else mean.argmax(axis=1)
     first = tables[0]
     table = Table(case_ids=first.case_ids, patients=first.patients, labels=first.labels, features=mean)
     return table, [names[number] for number in called]
+
+
+def _likely(classifier: Classifier, store: PreparedStore, rows: Sequence[int] | None, **how: Any) -> Table:
+    """Probabilities as they were made where the classifier was tested."""
+    network = classifier.network
+    if classifier.card.get("method") == PROBE and isinstance(network, EncoderClassifier):
+        return probed(network, store, rows, **how)
+    return probabilities(network, store, rows, **how)
 
 
 def _cut(classifiers: Sequence[Classifier]) -> float:

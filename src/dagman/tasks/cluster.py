@@ -224,7 +224,8 @@ def check(store: PreparedStore, places: Sequence[Place] | None) -> Counter[str]:
     """How many crops of each class can be laid out; fails early where they cannot.
 
     Raises:
-        DagmanError: `E-UMAP`; `E-LABEL` for a class without name, or fewer than two classes with two crops.
+        DagmanError: `E-UMAP`; `E-LABEL` for a class without name or written in several ways, or fewer than two
+            classes with two crops.
     """
     require_umap()
     labels = [place.label for place in places] if places is not None else [row.get("label") for row in store.rows]
@@ -246,6 +247,7 @@ def _clustered(table: Table) -> tuple[Table, list[int], dict[str, int]]:
         raise DagmanError(
             "LABEL", "crops", f"{counts[None] + counts['']} have no class", "label them or leave them out"
         )
+    label_rules.refuse_spellings([str(label) for label in table.labels])
     few = {str(label): count for label, count in counts.items() if count < 2}
     if len(counts) - len(few) < 2:
         told = ", ".join(f"{label}: {count}" for label, count in sorted(counts.items(), key=str)[:5])

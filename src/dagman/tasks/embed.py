@@ -117,10 +117,10 @@ def suited(store: PreparedStore, preparation: Preparation) -> Preparation:
     """How a store's cases are shown to an encoder: as its `preparation` says, on the same grid.
 
     They are resampled as the store was: what learns from it wants new scans so. Grey cubes without Hounsfield units
-    keep the window that gives them back (`window_hu` of their rows).
+    keep the window that gives them back.
 
     Raises:
-        DagmanError: `E-GRID`, exit code 4, for a store of another spacing.
+        DagmanError: `E-GRID`, exit code 4, for a store of another spacing; `E-CONFIG` as `PreparedStore.window_hu`.
     """
     stored = float(store.settings["spacing_mm"])
     if abs(stored - preparation.spacing_mm) > 1e-3:
@@ -132,11 +132,7 @@ def suited(store: PreparedStore, preparation: Preparation) -> Preparation:
             exit_code=ExitCode.REFUSED,
         )
     preparation = replace(preparation, resampling=store.settings.get("resampling", preparation.resampling))
-    windows = {tuple(row.get("window_hu") or ()) for row in store.rows}
-    if len(windows) == 1 and (window := windows.pop()):
-        low, high = window
-        return replace(preparation, window_hu=(low, high))
-    return preparation
+    return replace(preparation, window_hu=store.window_hu or preparation.window_hu)
 
 
 def _crops_of(store: PreparedStore, row: int, place: int, preparation: Preparation) -> Iterator[_Crop]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -83,9 +84,11 @@ def classes(labels: Sequence[str], positive: str | None = None, *, left_out: int
         left_out: Cases without a label beside them, for the message.
 
     Raises:
-        DagmanError: `E-LABEL` for fewer than two classes, or where it is not clear which of two is positive.
+        DagmanError: `E-LABEL` for fewer than two classes, one written in several ways, or where it is not clear which
+            of two is positive.
     """
     words = _same_spelling([label.strip() for label in labels])
+    refuse_spellings(words)
     counts = collections.Counter(words)
     listed = ", ".join(f"{word}: {count}" for word, count in sorted(counts.items())[:5])
     if len(counts) < 2 or (len(counts) > 2 and positive is not None):
@@ -149,8 +152,22 @@ def _positive_of(counts: collections.Counter[str], positive: str | None, words: 
         positive = max(counts, key=float)
     if positive is None or positive not in counts:
         problem = f"two words ({listed})" if positive is None else f"no case is {positive} ({listed})"
-        raise DagmanError("LABEL", "labels", problem, f"name the positive class, such as --positive {max(counts)}")
+        such = f"--positive {shlex.quote(max(counts))}"
+        raise DagmanError("LABEL", "labels", problem, f"name the positive class, such as {such}")
     return positive
+
+
+def refuse_spellings(labels: Sequence[str]) -> None:
+    """Refuse labels that differ in capitals or surrounding blanks alone: they would be several classes.
+
+    Raises:
+        DagmanError: `E-LABEL`, which names them.
+    """
+    counts = collections.Counter(label.strip() for label in labels)
+    plain = collections.Counter(word.casefold() for word in counts)
+    if several := sorted((word for word in counts if plain[word.casefold()] > 1), key=str.casefold):
+        listed = ", ".join(f"{word}: {counts[word]}" for word in several[:6]) + ", ..." * (len(several) > 6)
+        raise DagmanError("LABEL", "labels", f"write one label in several ways ({listed})", "spell it in one way")
 
 
 def _same_spelling(words: list[str]) -> list[str]:

@@ -230,6 +230,15 @@ class Scored:
         return tuple(case for case, pair in self.scored.items() if pair.prediction is None)
 
     @property
+    def never_predicted(self) -> tuple[str, ...]:
+        """Classes that references of predicted cases hold and no prediction does."""
+        states: dict[str, set[str]] = {}
+        for row in self.rows:
+            if row.case_id not in self.missing:
+                states.setdefault(row.name, set()).add(row.scores.state)
+        return tuple(name for name, found in states.items() if "missed" in found and not found & {"both", "invented"})
+
+    @property
     def dice_of_predicted(self) -> dict[str, float]:
         """Mean Dice of each class over the cases that have a prediction and whose reference holds the class."""
         dice: dict[str, list[float]] = {}
@@ -351,5 +360,5 @@ def draw(found: Scored, folder: Path) -> Path | None:
     if not scenes:
         return None
     title = "cases with the lowest, the middle and the highest Dice"
-    files.write_bytes(folder / "cases.png", figure.png(scenes, title))
+    files.write_bytes(folder / "cases.png", figure.png(scenes, title, found.classes.names))
     return folder / "cases.png"

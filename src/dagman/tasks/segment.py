@@ -21,11 +21,13 @@ from dagman.errors import DagmanError, ExitCode
 from dagman.nets.unetr import SegmentationNetwork
 from dagman.tasks import dicom_seg
 from dagman.tasks.attention import onto
-from dagman.tasks.embed import Progress, crops_at_once, in_turn
+from dagman.tasks.embed import MOST_CROPS, Progress, in_turn
 from dagman.tasks.segmenter import Segmenter
 from dagman.types import Grid, Precision, Preparation, Scan
 
 OVERLAP_RATIO = 0.5
+VOXELS_AT_ONCE = 4 * 64**3
+"""Of the crops that are segmented together: a decoder's maps are as fine as the crop, unlike an encoder's."""
 To = Literal["nifti", "dicom-seg"]
 _SLAB_VOXELS = 2**24
 """Of another grid, at once: a handful of float32 values each."""
@@ -183,7 +185,7 @@ def probabilities(
         blended = sliding_window_inference(
             images,
             preparation.crop,
-            crops_at_once(preparation),
+            crops_at_once(preparation.crop),
             scores,
             overlap=OVERLAP_RATIO,
             mode="gaussian",
@@ -191,6 +193,11 @@ def probabilities(
         )
         likely: np.ndarray = torch.softmax(blended[0], dim=0).numpy()
     return likely
+
+
+def crops_at_once(crop: tuple[int, int, int]) -> int:
+    """How many crops of these sides are segmented together; no influence on the result beyond rounding."""
+    return max(1, min(MOST_CROPS, VOXELS_AT_ONCE // math.prod(crop)))
 
 
 def num_crops(shape: tuple[int, ...], preparation: Preparation) -> int:

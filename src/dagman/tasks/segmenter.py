@@ -23,6 +23,8 @@ from dagman.types import Preparation
 FORMAT = 1
 DECODER = Path("decoder.safetensors")
 CARD = "segmenter.json"
+LABELS = "labels"
+"""On the card: the choice of labels as it was given; none where all were taken."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +38,12 @@ class Segmenter:
     """Where it comes from."""
     digest: str = ""
     """SHA-256 over its files; none where it was not read from any."""
+
+    @property
+    def chosen(self) -> str | None:
+        """Which labels of the masks it learnt, where they were chosen or joined; None where they are all."""
+        joined = any(len(values) > 1 for values in self.classes.labels)
+        return self.classes.text if joined or self.card.get(LABELS) else None
 
     @property
     def preparation(self) -> Preparation:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dagman import files
+from dagman.ct.table import refuse_separator
 from dagman.errors import DagmanError
 
 _LEADING = ("case_id", "patient", "label", "split")
@@ -113,8 +114,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file with a header; cells are stripped of surrounding blanks.
 
     Raises:
-        DagmanError: `E-GONE` for a file that is not there; `E-TABLE` for an unreadable one, a repeated column, or a
-            line of another length than the header.
+        DagmanError: `E-GONE` for a file that is not there; `E-TABLE` for an unreadable one, columns separated by
+            semicolons or tabs, a repeated column, or a line of another length than the header.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -124,6 +125,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DagmanError("TABLE", path, f"cannot be read ({error})", "give a CSV file in UTF-8") from None
     header = [name.strip() for name in lines[0]] if lines else []
+    refuse_separator(path, header)
     twice = {name for name in header if header.count(name) > 1}
     if twice:
         raise DagmanError("TABLE", path, f"repeats the columns {', '.join(sorted(twice))}", "name every column once")

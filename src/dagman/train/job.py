@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -104,6 +104,23 @@ def used(store: PreparedStore) -> dict[str, Any]:
     return {"store": store.store_id, "volumes": len(train), "validation": len(validation)}
 
 
+def fitted(config: PretrainConfig, store: PreparedStore) -> PretrainConfig:
+    """The settings for a store: grey cubes are shown in their own window, as they are to every use of the encoder.
+
+    Raises:
+        DagmanError: `E-CONFIG` as `PreparedStore.window_hu`.
+    """
+    return replace(config, data=replace(config.data, window_hu=store.window_hu or config.data.window_hu))
+
+
+def window_line(store: PreparedStore) -> str:
+    """That a store decides the window, to be added to what is said of a run; empty where it does not."""
+    if store.window_hu is None:
+        return ""
+    low, high = store.window_hu
+    return f"; grey cubes, shown from {low:g} to {high:g} HU, which gives them back, whatever data.window_hu is"
+
+
 def planned(config: PretrainConfig, store: PreparedStore, devices: int) -> tuple[list[int], list[int], int]:
     """Rows to train and to validate on, and the number of steps.
 
@@ -171,6 +188,7 @@ def describe(job: Job) -> str:
         f"{job.devices} x {job.fabric.device.type}, {precision}, "
         f"{optimisation.volumes_per_step(job.devices)} pairs a step, {job.total} steps; {cost.size_line(job.module)}"
         + (f"; {kernel.describe()}" if job.fabric.device.type == "cpu" else "")
+        + window_line(job.store)
     )
 
 

@@ -29,6 +29,7 @@ from dagman.train.job import (
     describe,
     draw,
     draw_crops,
+    fitted,
     note_labelled,
     prepare,
     resume,
@@ -92,7 +93,8 @@ def pretrain(
 
     Args:
         config: Settings of the run; they are written to the folder and may not change when it goes on.
-        store: Prepared volumes. Those whose `split` is `validation` or `test` are not trained on.
+        store: Prepared volumes. Those whose `split` is `validation` or `test` are not trained on. Grey cubes (MedMNIST)
+            are shown in their own window, whatever the settings say.
         folder: The run folder.
         devices: Processes that share a step.
         device: Where to compute; without it the GPU where there is one.
@@ -105,14 +107,15 @@ def pretrain(
         compiled: Compile what no kernel of ours covers, on a GPU: a minute at the start, faster steps after it.
 
     Raises:
-        DagmanError: `E-OUTPUT`, `E-RESUME` or `E-CHECKPOINT` (exit code 4), `E-NODATA` (5), `E-DISK` or `E-MEMORY` (6),
-            `E-UNHEALTHY` (7).
+        DagmanError: `E-CONFIG` for a store of CTs and grey cubes; `E-OUTPUT`, `E-RESUME` or `E-CHECKPOINT` (exit code
+            4), `E-NODATA` (5), `E-DISK` or `E-MEMORY` (6), `E-UNHEALTHY` (7).
 
     Reference:
         DAGMaN section 3 and figure 1.
     """
     folder = Path(folder)
     refuse_inside(folder)
+    config = fitted(config, store)
     check_fit(config.encoder, config.method)
     if labelled is not None:
         watching.check(labelled, shown(config, store))

@@ -310,6 +310,7 @@ class _Work:
             "fold": part.number,
             "cases_learnt_from": len(part.train),
             "best_step": fitted.best_step,
+            segmenter.LABELS: config.labels,
             "finetune": configs.to_dict(config.finetune),
         }
         network = lesson.network.cpu()
@@ -367,7 +368,7 @@ class _Work:
         scenes = [self._scene(case, rows, done) for case in segmentation_scores.shown(rows)]
         if scenes:
             title = "test cases with the lowest, the middle and the highest Dice"
-            files.write_bytes(self.folder / "cases.png", figure.png(scenes, title))
+            files.write_bytes(self.folder / "cases.png", figure.png(scenes, title, self.plan.classes.names))
         return found
 
     def _scene(self, case: str, rows: Sequence[Row], done: dict[int, dict[str, Any]]) -> figure.Scene:
