@@ -37,7 +37,7 @@ from dagman.ct.case import (
 )
 from dagman.ct.fanout import stoppable, unordered
 from dagman.ct.index import index, patient_key_id, refuse_missing
-from dagman.errors import DagmanError, ExitCode, count
+from dagman.errors import DagmanError, ExitCode, count, printable
 from dagman.files import (
     TEMPORARY_SUFFIX,
     append_line,
@@ -71,6 +71,8 @@ class Summary:
     kept: int
     """Cases in the store whose source is not among those given now."""
     rejected: int
+    given: dict[str, str] = field(default_factory=dict)
+    """Where each case lies whose source is among those given now: its file, or the folder of its series."""
     codes: dict[str, int] = field(default_factory=dict)
     """Rejections by error code, most frequent first."""
     duplicates: tuple[tuple[str, ...], ...] = ()
@@ -288,6 +290,7 @@ class _Run:
             already_there=len(self.done) - self.num_stored,
             kept=len(rows) - len(self.done),
             rejected=len(rejected),
+            given={case_id: printable(self.scans[case_id].source) for case_id in sorted(self.done)},
             codes=dict(Counter(row["code"] for row in rejected).most_common()),
             duplicates=tuple(tuple(cases) for cases in same.values() if len(cases) > 1),
             notes=self.notes,

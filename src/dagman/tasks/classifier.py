@@ -189,9 +189,12 @@ def probabilities(
     return mean_per_case(store, preparation, likely, progress=progress, rows=rows)
 
 
-def usable(classifiers: Sequence[Classifier], store: PreparedStore) -> tuple[list[int], list[str]]:
-    """Rows of a store that can be classified, and what a person should know about it and the others."""
+def usable(
+    classifiers: Sequence[Classifier], store: PreparedStore, without: Container[str | None] = ()
+) -> tuple[list[int], list[str]]:
+    """Rows of a store that can be classified, but for the cases `without`; and what a person should know of them."""
     rows, said = crops.croppable(store)
+    rows = [row for row in rows if store.rows[row]["case_id"] not in without]
     bare = sum(store.rows[row]["mask"] is None for row in rows)
     if bare and any(each.card.get(MASKS) for each in classifiers):
         said.append(
