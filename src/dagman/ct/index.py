@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dagman.ct import guard, layouts, table
 from dagman.ct.sources import medmnist
-from dagman.ct.survey import PATIENT_KEY, Found, Problem, Survey, clean_name, look_through, short_hash
+from dagman.ct.survey import PATIENT_KEY, Found, Problem, Survey, clean_name, folder_of, look_through, short_hash
 from dagman.errors import DagmanError
 from dagman.types import Scan
 
@@ -81,13 +81,22 @@ def _named(found: Found, case_id: str) -> Scan:
 
 
 def _case_ids(found: Sequence[Found], taken: Iterable[str]) -> list[str]:
-    """Names from stems; a hash of where it lies is added when a name was cleaned or is not the only one."""
-    cleaned = [clean_name(each.stem.rpartition("/")[2]) for each in found]
-    uses = Counter([name.lower() for name in cleaned] + [name.lower() for name in taken])
-    names = []
-    for each, name in zip(found, cleaned, strict=True):
-        plain = each.stem.rpartition("/")[2]
-        names.append(name if name == plain and uses[name.lower()] == 1 else f"{name}-{short_hash(each.stem)}")
+    """Names from stems: `ct`, or `pat1_ct` where several are `ct`; never those of series, which have no folder's name.
+
+    A hash of where it lies is added to a stem where that had to be cleaned, or still is not the only one.
+    """
+    plain = [each.stem.rpartition("/")[2] for each in found]
+    elsewhere = [name.lower() for name in taken]
+    uses = Counter([clean_name(name).lower() for name in plain] + elsewhere)
+    wanted = [
+        name if uses[clean_name(name).lower()] == 1 or each.kind == "dicom" else f"{folder_of(each.files[0])}_{name}"
+        for each, name in zip(found, plain, strict=True)
+    ]
+    uses = Counter([name.lower() for name in wanted] + elsewhere)
+    names = [
+        want if want == clean_name(want) and uses[want.lower()] == 1 else f"{clean_name(name)}-{short_hash(each.stem)}"
+        for each, name, want in zip(found, plain, wanted, strict=True)
+    ]
     twice = {name for name, count in Counter(names).items() if count > 1}
     return [
         f"{name}-{short_hash(os.path.abspath(each.files[0]))}" if name in twice else name  # noqa: PTH100
