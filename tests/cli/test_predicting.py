@@ -56,6 +56,7 @@ def test_another_scan_of_a_stored_name_is_not_answered_with_the_stored_one(weigh
     assert predict(weights, output, first) == 0
     assert [row["case_id"] for row in rows_of(output)] == ["ct", "x"], "what was prepared earlier is told again"
     assert rows_of(output)[0] == before[0]
+    assert [row["source"] for row in rows_of(output)] == [str(first), "x.nii.gz"], "of earlier calls, as the store says"
     shutil.copy(second, first)
     assert predict(weights, output, first) == 0, "a scan that changed where it lies is that scan"
     assert rows_of(output)[0] != before[0]

@@ -25,8 +25,9 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: Number 
         sources: CT files, folders, DICOM trees, a CSV (with masks, if the classifier learnt around masks), or a
             prepared store.
         output: Folder for predictions.csv, with all scans prepared into its folder `prepared`, by this call or earlier,
-            but for those that share their name with a scan that this call cannot use.
-            Where scans have labels (a CSV), `tested` says what predictions are worth.
+            but for those that share their name with a scan that this call cannot use. Its column `source` says where
+            each lies; of an earlier call, or of a store, as the store's manifest does. Where scans have labels (a CSV),
+            `tested` says what predictions are worth.
         workers: Processes that prepare scans.
         device: `cpu` or `cuda`.
     """
@@ -50,14 +51,15 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: Number 
         return ExitCode.NOTHING_USABLE
     with progress("Classifying") as tell:
         table, called = classifiers.predict(loaded, store, rows, device=device, progress=tell)
-    path = classifiers.write_predictions(table, called, first.names, output)
+    places = {row["case_id"]: row.get("source", "") for row in store.rows} | (known or {})
+    path = classifiers.write_predictions(table, called, first.names, [places[case] for case in table.case_ids], output)
     found = ", ".join(f"{called.count(name)} {name}" for name in first.names)
     say(f"{count(len(called), 'case', 'cases')}: {found}")
     say(f"wrote {path}")
     _tested(table, loaded, store, weights, output / "tested")
     if isinstance(first.network, EncoderClassifier) and first.network.encoder.config.has_cls:
-        place = classifiers.places(weights)[0]
-        next_step("dagman attention --weights", place, "-i SCANS -o", output / "attention")
+        one = classifiers.places(weights)[0]
+        next_step("dagman attention --weights", one, "-i SCANS -o", output / "attention")
     return ExitCode.REJECTED if lost or len(rows) < len(store) else ExitCode.OK
 
 

@@ -265,13 +265,23 @@ def tested(table: Table, classifiers: Sequence[Classifier], learnt: Container[st
     )
 
 
-def write_predictions(table: Table, called: Sequence[str], names: Sequence[str], folder: Path) -> Path:
-    """Write `predictions.csv`: `case_id, patient, predicted, probability_...`."""
+def write_predictions(
+    table: Table, called: Sequence[str], names: Sequence[str], sources: Sequence[str], folder: Path
+) -> Path:
+    """Write `predictions.csv`: `case_id, patient, predicted, probability_..., source`.
+
+    Args:
+        table: From `predict`.
+        called: The class of each case.
+        names: Of the classes.
+        sources: Where the scan of each case lies: its file, or the folder of its series.
+        folder: Where.
+    """
     path = folder / "predictions.csv"
     patients = [patient or "" for patient in table.patients]
     write_rows(
         path,
-        ("case_id", "patient", "predicted", *(f"probability_{name}" for name in names)),
-        zip(table.case_ids, patients, called, *table.features.T, strict=True),
+        ("case_id", "patient", "predicted", *(f"probability_{name}" for name in names), "source"),
+        zip(table.case_ids, patients, called, *table.features.T, sources, strict=True),
     )
     return path
