@@ -138,6 +138,16 @@ def test_no_map_replaces_that_of_another_scan(scans, two_runs, tmp_path, capsys)
     assert [row["case_id"] for row in rows_of(output / "attention.csv")] == ["ct"]
 
 
+def test_sources_without_a_scan_are_told(organ_store, two_runs, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("no scan")
+    command = ["attention", "--weights", str(two_runs[0]), "-o", f"{tmp_path}-out", "-i"]
+    assert run([*command, str(tmp_path)]) == ExitCode.NOTHING_USABLE
+    assert f"E-NODATA {tmp_path}: holds no scan; see what each file is with" in capsys.readouterr().err
+    assert run([*command, str(organ_store.folder)]) == ExitCode.NOTHING_USABLE
+    told = f"E-NODATA {organ_store.folder}: is a prepared store, which holds no scan as it was made; "
+    assert f"{told}give the scans themselves" in capsys.readouterr().err
+
+
 def test_attention_draws_cases_where_that_is_said(scans, two_runs, tmp_path, capsys):
     table = tmp_path / "cases.csv"
     lines = [f"c{n},{scans}/image{n}.nii.gz,{scans}/mask{n}.nii.gz" for n in (0, 1)]

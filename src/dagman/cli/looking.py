@@ -52,7 +52,7 @@ def attention(
         group_by: What the gain's interval draws again: `case` where patients are unknown; the result is stamped.
         device: `cpu` or `cuda`.
     """
-    from dagman.ct.index import index
+    from dagman.ct.index import index, refuse_nothing
     from dagman.ct.prepare import refuse_inside
     from dagman.files import append_line, repair_log
     from dagman.tasks import leakage, pointing, provenance, statistics
@@ -62,6 +62,7 @@ def attention(
     claim(output, "attention")
     encoders = _loaded(weights)
     scans, problems = index(sources)
+    refuse_nothing(sources, scans, problems)
     if mask:
         require(
             len(scans) == 1, "--mask", f"was given with {len(scans)} scans", "give one CT, or a CSV with a mask column"

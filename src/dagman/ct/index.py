@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dagman.ct import guard, layouts, table
 from dagman.ct.sources import medmnist
+from dagman.ct.store import MANIFEST, SETTINGS
 from dagman.ct.survey import PATIENT_KEY, Found, Problem, Survey, clean_name, folder_of, look_through, short_hash
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 from dagman.types import Scan
 
 
@@ -74,6 +75,21 @@ def refuse_missing(sources: Sequence[Path]) -> None:
     for source in sources:
         if not source.exists():
             raise DagmanError("GONE", source, "does not exist", "give a file or a folder that does")
+
+
+def refuse_nothing(sources: Sequence[Path], scans: Sequence[Scan], problems: Sequence[Problem]) -> None:
+    """Refuse sources in which `index` found neither a scan nor anything wrong.
+
+    Raises:
+        DagmanError: `E-NODATA`, exit code 5.
+    """
+    if scans or any(not problem.ignored for problem in problems):
+        return
+    made = [source for source in sources if (source / MANIFEST).is_file() and (source / SETTINGS).is_file()]
+    subject = ", ".join(map(str, made or sources))
+    problem = "is a prepared store, which holds no scan as it was made" if made else "holds no scan"
+    advice = "give the scans themselves" if made else f"see what each file is with `dagman check {sources[0]}`"
+    raise DagmanError("NODATA", subject, problem, advice, exit_code=ExitCode.NOTHING_USABLE)
 
 
 def _named(found: Found, case_id: str) -> Scan:

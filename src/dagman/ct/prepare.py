@@ -36,7 +36,7 @@ from dagman.ct.case import (
     source_name,
 )
 from dagman.ct.fanout import stoppable, unordered
-from dagman.ct.index import index, patient_key_id, refuse_missing
+from dagman.ct.index import index, patient_key_id, refuse_missing, refuse_nothing
 from dagman.errors import DagmanError, ExitCode, count, printable
 from dagman.files import (
     TEMPORARY_SUFFIX,
@@ -126,10 +126,6 @@ def prepare(
         try:
             with stoppable():
                 run = _Run(given, output, config)
-                if not run.scans and not run.rejected:
-                    named = ", ".join(map(str, given))
-                    advice = f"see what each file is with `dagman check {given[0]}`"
-                    raise DagmanError("NODATA", named, "holds no scan", advice, exit_code=ExitCode.NOTHING_USABLE)
                 if any(scan.kind == "dicom" for scan in run.scans.values()):
                     _adopt_key(output)
                 run.work(workers, progress or _silent)
@@ -154,6 +150,7 @@ class _Run:
     def __init__(self, sources: Sequence[Path], output: Path, config: PrepareConfig) -> None:
         self.sources, self.output, self.config = sources, output, config
         scans, problems = index(sources)
+        refuse_nothing(sources, scans, problems)
         self.scans = {scan.case_id: scan for scan in sorted(scans, key=lambda scan: scan.case_id)}
         self.rejected = [
             rejected_row(problem.case_id, relative(Path(problem.source), sources), problem)
