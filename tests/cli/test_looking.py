@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import nibabel
 import numpy as np
@@ -112,6 +113,39 @@ def test_attention_of_one_run_keeps_its_short_name_and_takes_a_mask(scans, two_r
     said = capsys.readouterr()
     assert "interval n/a: patients unknown" in said.out
     assert "--group-by case draws cases" in said.err
+
+
+def test_no_map_replaces_that_of_another_scan(scans, two_runs, tmp_path, capsys):
+    sources, output = [], tmp_path / "out"
+    for number in (0, 1):
+        sources.append(tmp_path / f"pat{number}" / "ct.nii.gz")
+        sources[-1].parent.mkdir()
+        shutil.copy(scans / f"image{number}.nii.gz", sources[-1])
+    command = ["attention", "--weights", str(two_runs[0]), "-o", str(output), "-i"]
+    assert run([*command, str(sources[0])]) == 0
+    written = output / "ct_attention.nii.gz"
+    before = written.read_bytes()
+    capsys.readouterr()
+    assert run([*command, str(sources[1])]) == ExitCode.NOTHING_USABLE
+    told = f"E-DUPCASE {sources[1]}: is not the scan that {output / 'ct_attention.png'} was made from, {sources[0]}; "
+    assert told in capsys.readouterr().err
+    assert run([*command, str(sources[1]), str(scans / "image2.nii.gz")]) == ExitCode.REJECTED
+    assert [row["case_id"] for row in rows_of(output / "attention.csv")] == ["image2"]
+    two = ["attention", "--weights", *map(str, two_runs), "-o", str(output), "-i"]
+    assert run([*two, str(sources[1])]) == ExitCode.NOTHING_USABLE, "whatever the weights"
+    assert written.read_bytes() == before
+    assert run([*two, str(sources[0])]) == run([*command, str(sources[0])]) == 0
+    assert [row["case_id"] for row in rows_of(output / "attention.csv")] == ["ct"]
+
+
+def test_sources_without_a_scan_are_told(organ_store, two_runs, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("no scan")
+    command = ["attention", "--weights", str(two_runs[0]), "-o", f"{tmp_path}-out", "-i"]
+    assert run([*command, str(tmp_path)]) == ExitCode.NOTHING_USABLE
+    assert f"E-NODATA {tmp_path}: holds no scan; see what each file is with" in capsys.readouterr().err
+    assert run([*command, str(organ_store.folder)]) == ExitCode.NOTHING_USABLE
+    told = f"E-NODATA {organ_store.folder}: is a prepared store, which holds no scan as it was made; "
+    assert f"{told}give the scans themselves" in capsys.readouterr().err
 
 
 def test_attention_draws_cases_where_that_is_said(scans, two_runs, tmp_path, capsys):

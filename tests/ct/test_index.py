@@ -187,6 +187,27 @@ def test_case_ids_are_unique_safe_and_the_same_elsewhere(tmp_path: Path) -> None
         assert np.array_equal(read(scan).hu, PHANTOM_HU)
 
 
+def test_scans_of_one_name_take_that_of_their_folder(tmp_path: Path) -> None:
+    write(tmp_path / "d", "pat1/ct.nii.gz", "pat2/CT.nii.gz", "pat3/one.nii.gz", "pat 4/ct.nii.gz", "ct.nii.gz")
+    named = {scan.files[0].relative_to(tmp_path / "d").as_posix(): scan.case_id for scan in index([tmp_path / "d"])[0]}
+    assert named.pop("pat 4/ct.nii.gz").startswith("ct-")
+    expected = {"pat1/ct.nii.gz": "pat1_ct", "pat2/CT.nii.gz": "pat2_CT", "pat3/one.nii.gz": "one", "ct.nii.gz": "d_ct"}
+    assert named == expected
+    for sources in (["pat1/ct.nii.gz", "pat2"], ["pat2/CT.nii.gz", "pat1"], ["pat1", "pat2"]):
+        scans, _ = index([tmp_path / "d" / source for source in sources])
+        assert [scan.case_id for scan in scans] == ["pat1_ct", "pat2_CT"], "however they are given"
+    assert [scan.case_id for scan in index([tmp_path / "d" / "pat1"])[0]] == ["ct"]
+
+
+def test_where_folders_tell_nothing_apart_a_hash_does(tmp_path: Path) -> None:
+    write(tmp_path, "a/p/ct.nii.gz", "b/p/ct.nii.gz", "q/ct.nii.gz", "r/ct.nii.gz", "r_ct.nii.gz")
+    ids = sorted(scan.case_id for scan in index([tmp_path])[0])
+    assert [re.sub("-[0-9a-f]{8}$", "-#", each) for each in ids] == ["ct-#", "ct-#", "ct-#", "q_ct", "r_ct-#"]
+    (tmp_path / "t.csv").write_text("case_id,image\nQ_ct,r_ct.nii.gz\n")
+    ids = [scan.case_id for scan in index([tmp_path / "t.csv", tmp_path / "q", tmp_path / "r"])[0]]
+    assert (ids[0], ids[1][:3], ids[2]) == ("Q_ct", "ct-", "r_ct")
+
+
 def test_links_pipes_and_devices_are_passed_over_quickly(tmp_path: Path) -> None:
     write(tmp_path, "a.nii.gz")
     (tmp_path / "loop").symlink_to(tmp_path)

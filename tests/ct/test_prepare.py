@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from dagman.ct import prepare as prepare_module
 from dagman.ct.index import index
 from dagman.ct.prepare import PrepareConfig, prepare, prepare_volume
 from dagman.ct.read import read, read_mask
-from dagman.ct.store import SETTINGS, PreparedStore
+from dagman.ct.store import MANIFEST, SETTINGS, PreparedStore
 from dagman.errors import DagmanError, ExitCode
 from dagman.types import Volume
 
@@ -582,6 +583,7 @@ def test_a_scan_that_has_another_name_now_is_in_the_store_once(tmp_path):
     assert (summary.stored, summary.kept, summary.duplicates) == (2, 0, ())
     store = PreparedStore(output)
     store.verify()
+    assert [row["case_id"] for row in store.rows] == ["one_ct", "two_ct"]
     assert len({row["voxel_sha256"] for row in store.rows}) == len(store) == 2
     assert [note for note in summary.notes if "was ct" in note] == [summary.notes[-1]]
     assert sorted(path.name for path in output.glob("volumes/*")) == [f"{row['case_id']}.b2nd" for row in store.rows]
@@ -590,6 +592,22 @@ def test_a_scan_that_has_another_name_now_is_in_the_store_once(tmp_path):
     os.utime(tmp_path / "one" / "ct.nii.gz", (1e9, 1e9))
     assert prepare([tmp_path / "one", tmp_path / "two"], output, workers=1).duplicates == ()
     assert len(PreparedStore(output)) == 2
+
+
+def test_a_scan_that_an_earlier_version_named_by_a_hash_is_in_the_store_once(tmp_path):
+    save(tmp_path / "one" / "ct.nii.gz", phantom(1))
+    save(tmp_path / "two" / "ct.nii.gz", phantom(2))
+    output, both = tmp_path / "out", [tmp_path / "one", tmp_path / "two"]
+    prepare(both, output, workers=1)
+    old = {"one_ct": "ct-0123abcd", "two_ct": "ct-4567cdef"}
+    for name in (prepare_module.JOURNAL, MANIFEST):
+        text = re.sub(r'"folder": "\w+", ', "", (output / name).read_text())
+        (output / name).write_text(re.sub("one_ct|two_ct", lambda match: old[match[0]], text))
+    for path in output.glob("volumes/*"):
+        path.rename(path.with_name(path.name.replace(path.stem, old[path.stem])))
+    assert prepare(both[:1], tmp_path / "out", workers=1).kept == 1
+    assert prepare(both, output, workers=1).duplicates == ()
+    assert [row["case_id"] for row in PreparedStore(output).rows] == ["one_ct", "two_ct"]
 
 
 def test_a_stop_between_two_names_leaves_no_scan_twice(tmp_path):

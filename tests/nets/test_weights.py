@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
-from dagman.nets.weights import export_monai, load_encoder, save_encoder
+from dagman.nets.weights import MODEL_FILE, export_monai, load_encoder, save_encoder
 from dagman.types import Preparation
 
 SIZES = SwinConfig(
@@ -286,6 +286,17 @@ def test_damage_nan_and_absence_are_refused(encoder, saved, tmp_path):
         encoder.stages[1].blocks[0].norm1.bias[3] = torch.nan
     save_encoder(encoder, saved, {})
     assert "NaN or infinite values in swinViT.layers2.0.blocks.0.norm1.bias" in refusal(saved).problem
+
+
+def test_a_folder_of_weights_is_taken_as_its_run_and_one_of_folds_names_them(encoder, tmp_path):
+    for fold in ("fold-1", "fold-0"):
+        save_encoder(encoder, tmp_path / "study" / fold / MODEL_FILE, {})
+    fold = tmp_path / "study" / "fold-0"
+    assert load_encoder(fold / "weights").report.source == load_encoder(fold).report.source == fold / MODEL_FILE
+    refused = refusal(tmp_path / "study", ExitCode.USAGE)
+    assert (refused.problem, refused.advice) == ("holds weights in folders alone", f"give {fold}")
+    save_encoder(encoder, tmp_path / "probe" / "classifier" / MODEL_FILE, {})
+    assert refusal(tmp_path / "probe", ExitCode.USAGE).advice == f"give {tmp_path / 'probe' / 'classifier'}"
 
 
 def test_ours_with_a_tensor_missing_or_from_the_future_is_refused(saved):

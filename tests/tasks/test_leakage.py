@@ -1,6 +1,7 @@
 """What pretraining has seen is found by voxels and by patient, and said; what is not known is not called none."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +117,17 @@ def test_a_list_elsewhere_is_not_that_of_a_folder_of_weights(tmp_path):
     leakage.record(store.rows, tmp_path / "run")
     (tmp_path / "run" / "study" / "fold-0").mkdir(parents=True)
     assert not leakage.seen(store.rows, tmp_path / "run" / "study" / "fold-0").known
+
+
+def test_the_list_of_a_run_is_that_of_the_weights_in_it(tmp_path, monkeypatch):
+    store = made(tmp_path, 2)
+    leakage.record(store.rows, tmp_path / "run")
+    file = tmp_path / "run" / "weights" / "model.safetensors"
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.chdir(file.parent)
+    for weights in (tmp_path / "run", file.parent, file, Path(), Path(file.name)):
+        assert leakage.seen(store.rows, weights).known
 
 
 def test_rows_without_hash_or_patient_match_nothing(tmp_path):

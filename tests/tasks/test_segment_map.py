@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import small_study
+from dagman import files
 from dagman.ct import crops
 from dagman.ct.index import index
 from dagman.ct.store import AIR_HU, padded_crop
-from dagman.errors import DagmanError
+from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import build
 from dagman.nets.swin import SwinConfig
 from dagman.nets.unetr import SegmentationNetwork
@@ -148,6 +149,29 @@ def test_a_kill_while_a_prediction_is_noted_costs_that_note_alone(tmp_path, brig
     assert segment.before([named], two, folder)
     segment.predict([named], one, folder)
     assert segment.before([named], one, folder) == made
+
+
+def test_no_prediction_replaces_that_of_another_scan(tmp_path, bright):
+    paths = [tmp_path / name / "ct.nii.gz" for name in ("pat1", "pat2", "copy")]
+    for path, level in zip(paths, (0, 10, 0), strict=True):
+        path.parent.mkdir()
+        nibabel.save(nibabel.Nifti1Image(body((40, 36, 34), (2.0,) * 3) + np.int16(level), np.eye(4) * 2), path)
+    named, folder = replace(bright, digest="weights"), tmp_path / "out"
+    one, two, copy = (index([path])[0][0] for path in paths)
+    made = segment.predict([named], one, folder)
+    before = made.path.read_bytes()
+    row = files.read_lines(folder / segment.DONE)[0]
+    assert (row["source"], row["source_sha256"]) == (str(paths[0]), files.sha256_file(paths[0]))
+    with pytest.raises(DagmanError, match=rf"E-DUPCASE {paths[1]}: is not the scan that .*, {paths[0]}; ") as caught:
+        segment.predict([replace(bright, digest="others")], two, folder)
+    assert caught.value.exit_code == ExitCode.REFUSED
+    assert made.path.read_bytes() == before
+    assert segment.before([named], two, folder) is None
+    assert segment.before([named], copy, folder) == made, "the same files, wherever they lie"
+    segment.predict([replace(bright, digest="others")], one, folder)
+    made.path.unlink()
+    segment.predict([named], two, folder)
+    assert segment.before([named], two, folder)
 
 
 @pytest.mark.parametrize(("suffix", "spacing_mm"), [(".nrrd", (0.9, 1.1, 3.0)), (".mha", (3.0, 1.0, 1.0))])

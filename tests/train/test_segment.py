@@ -343,6 +343,12 @@ def test_no_prediction_replaces_what_it_is_made_from(short, tmp_path, capsys, mo
     assert sorted(path.name for path in scan.parent.iterdir()) == ["c0.nii.gz", "cases.csv", "masks"]
 
 
+def test_a_store_is_no_scan_to_predict(short, store, tmp_path, capsys):
+    command = ["segment", "predict", "--weights", str(short[0] / "fold-0"), "-i", str(store.folder)]
+    assert run([*command, "-o", str(tmp_path / "out")]) == ExitCode.NOTHING_USABLE
+    assert f"E-NODATA {store.folder}: is a prepared store" in capsys.readouterr().err
+
+
 def test_ctrl_c_between_two_scans_loses_nothing_and_says_so(short, tmp_path, capsys, monkeypatch):
     small_study.write_cases(tmp_path / "raw", {f"c{number}": small_study.case(number) for number in range(2)})
     scans = [str(tmp_path / "raw" / f"c{number}.nii.gz") for number in range(2)]

@@ -7,8 +7,15 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dagman.cli.watching import Device, Number, Output, Switch, by, next_step, progress, require, say
-from dagman.errors import ExitCode, count
+from dagman.cli.watching import Device, Number, Output, Switch, by, maker, next_step, progress, require, say
+from dagman.errors import DagmanError, ExitCode, count
+
+KNOWN = (
+    "a recipe's name, a run folder, weights, a classifier, a segmenter, a prepared store, features with their .json, "
+    "or what a verb wrote"
+)
+OUTPUTS = {"comparison.json": "compare", "predictions.jsonl": "segment predict"}
+"""Files by which a verb's output is known that has no `result.json`."""
 
 
 def embed(
@@ -114,7 +121,7 @@ def export(*, weights: Path, output: Output, to: Literal["monai"] = "monai") -> 
 
 
 def info(thing: str, /) -> int:
-    """Say what a recipe, a run folder, a weights file, a classifier, a segmenter or a prepared store is.
+    """Say what a recipe, a run folder, a weights file, a classifier, a segmenter, a store or a verb's output is.
 
     Args:
         thing: A recipe's name or a path.
@@ -145,10 +152,36 @@ def info(thing: str, /) -> int:
         rows = Run(path).metrics()
         print(f"run after {rows[-1]['step'] if rows else 0} steps")
         print(Run(path).config_file.read_text(), end="")
-    elif path.exists():
+    elif _may_be_weights(path):
         encoder = load_encoder(path)
         print(encoder.report)
         print(encoder.preparation)
+    elif line := _made(path):
+        print(line)
+    elif path.exists():
+        raise DagmanError("THING", path, "is not known", f"give {KNOWN}; of scans, `dagman check` says what they are")
     else:
         raise configs.unknown("THING", thing, [*recipes.RECIPES, "a path that exists"])
     return ExitCode.OK
+
+
+def _may_be_weights(path: Path) -> bool:
+    """Whether a file begins as safetensors or a pickle do, or a folder holds weights; what is wrong is then told."""
+    if not path.is_file():
+        return (path / "weights").is_dir() or (path / "model.safetensors").is_file()
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    return path.suffix == ".safetensors" or start[8:] == b"{" or start.startswith((b"PK\x03\x04", b"\x80"))
+
+
+def _made(path: Path) -> str | None:
+    """What a verb wrote, in one line: a table of features, or what lies in the folder of its results."""
+    from dagman.tasks.origin import read_origin
+
+    if path.suffix in (".csv", ".json") and path.is_file() and (origin := read_origin(path.with_suffix(".csv"))):
+        cases = count(len(origin.cases), "case", "cases")
+        return f"features ({origin.which}) of {cases}, by {origin.weights or 'new random weights'}"
+    folder = path if path.is_dir() else path.parent
+    others = (verb for name, verb in OUTPUTS.items() if (folder / name).is_file())
+    verb = (maker(folder) or next(others, None)) if path.exists() else None
+    return verb and f"{'the result' if path.is_dir() else 'a file in the result'} of `dagman {verb}`"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Weights = Annotated[list[Path], Parameter(consume_multiple=True, negative=())]
 Store = Annotated[Path, Parameter(name=["--input", "-i"])]
+MAPS = "maps.jsonl"
+"""What maps were made from what, a line for each scan."""
 
 
 def attention(
@@ -43,21 +45,24 @@ def attention(
     Args:
         weights: Run folders or .safetensors files, shown side by side; the others are compared with the first.
         sources: A CT file, DICOM folder, or CSV with masks; patients in the CSV give the gain an interval.
-        output: Folder for CASE_attention.nii.gz and CASE_attention.png of each case, attention.csv and result.json.
+        output: Folder for CASE_attention.nii.gz and CASE_attention.png of each case, attention.csv, result.json, and
+            maps.jsonl, which says what each was made from.
         mask: Label map of a single CT, outlined in the picture.
         heads: Also draw every head by itself, in CASE_heads.png.
         group_by: What the gain's interval draws again: `case` where patients are unknown; the result is stamped.
         device: `cpu` or `cuda`.
     """
-    from dagman.ct.index import index
+    from dagman.ct.index import index, refuse_nothing
     from dagman.ct.prepare import refuse_inside
-    from dagman.tasks import leakage, pointing, statistics
-    from dagman.tasks.attention import explain
+    from dagman.files import append_line, repair_log
+    from dagman.tasks import leakage, pointing, provenance, statistics
+    from dagman.tasks.attention import explain, picture_of
 
     refuse_inside(sources, output)
     claim(output, "attention")
     encoders = _loaded(weights)
     scans, problems = index(sources)
+    refuse_nothing(sources, scans, problems)
     if mask:
         require(
             len(scans) == 1, "--mask", f"was given with {len(scans)} scans", "give one CT, or a CSV with a mask column"
@@ -67,6 +72,8 @@ def attention(
     looks, seen = [], []
     for number, scan in enumerate(scans, 1):
         try:
+            made = provenance.of(scan)
+            provenance.refuse_other(output / MAPS, picture_of(scan, output), made)
             with progress(f"Attention of {scan.case_id} ({number} of {len(scans)})") as tell:
                 found = explain(encoders, scan, output, heads=heads, device=device, progress=tell)
         except DagmanError as error:
@@ -74,6 +81,8 @@ def attention(
                 raise
             say(str(error))
             continue
+        repair_log(output / MAPS)
+        append_line(output / MAPS, made | {"file": found.picture.name})
         seen.append(scan)
         looks += [look.pointing for look in found.looks.values()]
         for name, (nifti, look) in found.looks.items():

@@ -24,8 +24,10 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: Number 
             probe.
         sources: CT files, folders, DICOM trees, a CSV (with masks, if the classifier learnt around masks), or a
             prepared store.
-        output: Folder for predictions.csv, with all scans prepared into its folder `prepared`, by this call or earlier.
-            Where scans have labels (a CSV), `tested` says what predictions are worth.
+        output: Folder for predictions.csv, with all scans prepared into its folder `prepared`, by this call or earlier,
+            but for those that share their name with a scan that this call cannot use. Its column `source` says where
+            each lies; of an earlier call, or of a store, as the store's manifest does. Where scans have labels (a CSV),
+            `tested` says what predictions are worth.
         workers: Processes that prepare scans.
         device: `cpu` or `cuda`.
     """
@@ -39,25 +41,26 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: Number 
     say(f"{count(len(loaded), 'classifier', 'classifiers')} of {', '.join(first.names)}")
     given = len(sources) == 1 and (sources[0] / MANIFEST).is_file()
     stored = sources[0] if given else output / "prepared"
-    rejected = 0 if given else _prepared(sources, stored, first.network.preparation, workers)
+    known, lost = (None, set()) if given else _prepared(sources, stored, first.network.preparation, workers)
     store = PreparedStore(stored)
-    rows, said = classifiers.usable(loaded, store)
+    rows, said = classifiers.usable(loaded, store, lost)
     for line in said:
         say(line)
-    if not rows:
+    if not any(known is None or store.rows[row]["case_id"] in known for row in rows):
         say("no scan can be used")
         return ExitCode.NOTHING_USABLE
     with progress("Classifying") as tell:
         table, called = classifiers.predict(loaded, store, rows, device=device, progress=tell)
-    path = classifiers.write_predictions(table, called, first.names, output)
+    places = {row["case_id"]: row.get("source", "") for row in store.rows} | (known or {})
+    path = classifiers.write_predictions(table, called, first.names, [places[case] for case in table.case_ids], output)
     found = ", ".join(f"{called.count(name)} {name}" for name in first.names)
     say(f"{count(len(called), 'case', 'cases')}: {found}")
     say(f"wrote {path}")
     _tested(table, loaded, store, weights, output / "tested")
     if isinstance(first.network, EncoderClassifier) and first.network.encoder.config.has_cls:
-        place = classifiers.places(weights)[0]
-        next_step("dagman attention --weights", place, "-i SCANS -o", output / "attention")
-    return ExitCode.REJECTED if rejected or len(rows) < len(store) else ExitCode.OK
+        one = classifiers.places(weights)[0]
+        next_step("dagman attention --weights", one, "-i SCANS -o", output / "attention")
+    return ExitCode.REJECTED if lost or len(rows) < len(store) else ExitCode.OK
 
 
 def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", weights: Path, folder: Path) -> None:
@@ -92,20 +95,28 @@ def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", 
     say(f"wrote {' and '.join(map(str, paths))}")
 
 
-def _prepared(sources: list[Path], stored: Path, preparation: "Preparation", workers: int) -> int:
-    """Bring new scans into the form that a classifier knows; name those that cannot be used, and count them."""
+def _prepared(
+    sources: list[Path], stored: Path, preparation: "Preparation", workers: int
+) -> tuple[dict[str, str], set[str | None]]:
+    """Bring new scans into the form that a classifier knows; name those that cannot be used.
+
+    Returns:
+        Where each case lies that can be used; and the names of what cannot, None of what has no name: the store may
+        hold another scan of such a name, prepared earlier.
+    """
     from dagman.ct.prepare import REJECTED, PrepareConfig, prepare
     from dagman.files import read_lines
 
     with progress("Preparing") as tell:
         config = PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)
         summary = prepare(sources, stored, config, workers=workers, progress=tell)
-    for row in read_lines(stored / REJECTED)[:MOST_NAMED]:
+    rejected = read_lines(stored / REJECTED)
+    for row in rejected[:MOST_NAMED]:
         where = f"{row['case_id']} ({row['source']})" if row["case_id"] else row["source"]
         say(f"E-{row['code']} {where}: {row['problem']}; {row['advice']}")
     if summary.rejected > MOST_NAMED:
         say(f"and {summary.rejected - MOST_NAMED} more: see {stored / REJECTED}")
-    return summary.rejected
+    return summary.given, {row["case_id"] for row in rejected}
 
 
 def say_result(result: dict[str, Any]) -> None:

@@ -187,7 +187,7 @@ def predict(
         to: `dicom-seg` writes a DICOM segmentation with the patient's references, for DICOM input.
         device: `cpu` or `cuda`.
     """
-    from dagman.ct.index import index
+    from dagman.ct.index import index, refuse_nothing
     from dagman.ct.prepare import refuse_inside
     from dagman.tasks import leakage, segmenter
     from dagman.tasks import segment as segmenting
@@ -196,6 +196,7 @@ def predict(
     claim(output, "segment predict")
     loaded = segmenter.load(weights)
     scans, problems = index(sources)
+    refuse_nothing(sources, scans, problems)
     segmenting.refuse_inputs(scans, output, to=to)
     failed = say_problems(problems)
     networks = count(len(loaded), "network", "networks")

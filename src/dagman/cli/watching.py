@@ -146,14 +146,20 @@ def claim(output: Path, verb: str) -> None:
         problem = "is a file, and a folder is written"
     elif (output / "metrics.jsonl").is_file() and (output / "config.yaml").is_file():
         problem = "is a pretraining run"
-    elif (output / RESULT).is_file():
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            other = json.loads((output / RESULT).read_text()).get("made_by", verb)
-            problem = "" if other == verb else f"holds the result of `dagman {other}`"
-    elif (output / "predictions.csv").is_file() and verb != PREDICT:
-        problem = f"holds the result of `dagman {PREDICT}`"
+    elif (other := maker(output) or verb) != verb:
+        problem = f"holds the result of `dagman {other}`"
     if problem:
         raise DagmanError("OUTPUT", output, problem, "choose another output folder", exit_code=ExitCode.REFUSED)
+
+
+def maker(folder: Path) -> str | None:
+    """The verb whose `result.json` or predicted classes a folder holds; None where nothing says so."""
+    if (folder / RESULT).is_file():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found: str | None = json.loads((folder / RESULT).read_text()).get("made_by")
+            return found
+        return None
+    return PREDICT if (folder / "predictions.csv").is_file() else None
 
 
 def next_step(*words: str | Path) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int16, Integer
 from dagman.ct import crops, read, resample, store
 from dagman.ct.index import patient_key_id
 from dagman.ct.sources import medmnist, medmnist_files
-from dagman.ct.survey import Problem
+from dagman.ct.survey import Problem, folder_of
 from dagman.errors import DagmanError, ExitCode, printable
 from dagman.files import fault_point, sha256_file
 from dagman.types import Scan, Volume
@@ -256,6 +256,7 @@ def fingerprint(scan: Scan) -> Row:
         raise DagmanError("GONE", scan.source, problem, "put it back and run the command again") from None
     return {
         "place": _place(scan.source),
+        "folder": printable(folder_of(scan.source)),
         "mask_place": _place(scan.mask) if scan.mask else None,
         "files": [[printable(name), state.st_size, state.st_mtime_ns] for name, state in states]
         + [[roi, 0, 0] for roi in scan.rois],
@@ -265,11 +266,11 @@ def fingerprint(scan: Scan) -> Row:
 def origin_of(entry: Row) -> str | None:
     """What journal entries share that are of one scan and mask and were named by `index`; None for items of a file.
 
-    `index` adds a hash to a name where it is not the only one.
+    `index` puts the folder's name in front of a name, or adds a hash to it, where it is not the only one.
     """
     if entry["row"].get("window_hu"):
         return None
-    plain = re.sub(r"(-[0-9a-f]{8})+$", "", entry["case_id"])
+    plain = re.sub(r"(-[0-9a-f]{8})+$", "", entry["case_id"]).removeprefix(f"{entry.get('folder', '')}_")
     return repr([plain, entry["place"], entry.get("mask_place"), [name for name, *_ in entry["files"]]])
 
 
@@ -314,7 +315,7 @@ def refuse_other_case(scan: Scan, row: Row) -> None:
             "DUPCASE",
             scan.source,
             f"the store holds another scan as {scan.case_id}, from {row['source']}",
-            "rename the file, or choose another output",
+            "give both scans in one command, rename the file, or choose another output",
         )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dagman.ct import guard, layouts, table
 from dagman.ct.sources import medmnist
-from dagman.ct.survey import PATIENT_KEY, Found, Problem, Survey, clean_name, look_through, short_hash
-from dagman.errors import DagmanError
+from dagman.ct.store import MANIFEST, SETTINGS
+from dagman.ct.survey import PATIENT_KEY, Found, Problem, Survey, clean_name, folder_of, look_through, short_hash
+from dagman.errors import DagmanError, ExitCode
 from dagman.types import Scan
 
 
@@ -76,18 +77,42 @@ def refuse_missing(sources: Sequence[Path]) -> None:
             raise DagmanError("GONE", source, "does not exist", "give a file or a folder that does")
 
 
+def refuse_nothing(sources: Sequence[Path], scans: Sequence[Scan], problems: Sequence[Problem]) -> None:
+    """Refuse sources in which `index` found neither a scan nor anything wrong.
+
+    Raises:
+        DagmanError: `E-NODATA`, exit code 5.
+    """
+    if scans or any(not problem.ignored for problem in problems):
+        return
+    made = [source for source in sources if (source / MANIFEST).is_file() and (source / SETTINGS).is_file()]
+    subject = ", ".join(map(str, made or sources))
+    problem = "is a prepared store, which holds no scan as it was made" if made else "holds no scan"
+    advice = "give the scans themselves" if made else f"see what each file is with `dagman check {sources[0]}`"
+    raise DagmanError("NODATA", subject, problem, advice, exit_code=ExitCode.NOTHING_USABLE)
+
+
 def _named(found: Found, case_id: str) -> Scan:
     return Scan(case_id=case_id, files=found.files, kind=found.kind, patient=found.patient)
 
 
 def _case_ids(found: Sequence[Found], taken: Iterable[str]) -> list[str]:
-    """Names from stems; a hash of where it lies is added when a name was cleaned or is not the only one."""
-    cleaned = [clean_name(each.stem.rpartition("/")[2]) for each in found]
-    uses = Counter([name.lower() for name in cleaned] + [name.lower() for name in taken])
-    names = []
-    for each, name in zip(found, cleaned, strict=True):
-        plain = each.stem.rpartition("/")[2]
-        names.append(name if name == plain and uses[name.lower()] == 1 else f"{name}-{short_hash(each.stem)}")
+    """Names from stems: `ct`, or `pat1_ct` where several are `ct`; never those of series, which have no folder's name.
+
+    A hash of where it lies is added to a stem where that had to be cleaned, or still is not the only one.
+    """
+    plain = [each.stem.rpartition("/")[2] for each in found]
+    elsewhere = [name.lower() for name in taken]
+    uses = Counter([clean_name(name).lower() for name in plain] + elsewhere)
+    wanted = [
+        name if uses[clean_name(name).lower()] == 1 or each.kind == "dicom" else f"{folder_of(each.files[0])}_{name}"
+        for each, name in zip(found, plain, strict=True)
+    ]
+    uses = Counter([name.lower() for name in wanted] + elsewhere)
+    names = [
+        want if want == clean_name(want) and uses[want.lower()] == 1 else f"{clean_name(name)}-{short_hash(each.stem)}"
+        for each, name, want in zip(found, plain, wanted, strict=True)
+    ]
     twice = {name for name, count in Counter(names).items() if count > 1}
     return [
         f"{name}-{short_hash(os.path.abspath(each.files[0]))}" if name in twice else name  # noqa: PTH100

@@ -36,8 +36,8 @@ from dagman.ct.case import (
     source_name,
 )
 from dagman.ct.fanout import stoppable, unordered
-from dagman.ct.index import index, patient_key_id, refuse_missing
-from dagman.errors import DagmanError, ExitCode, count
+from dagman.ct.index import index, patient_key_id, refuse_missing, refuse_nothing
+from dagman.errors import DagmanError, ExitCode, count, printable
 from dagman.files import (
     TEMPORARY_SUFFIX,
     append_line,
@@ -72,6 +72,8 @@ class Summary:
     kept: int
     """Cases in the store whose source is not among those given now."""
     rejected: int
+    given: dict[str, str] = field(default_factory=dict)
+    """Where each case lies whose source is among those given now: its file, or the folder of its series."""
     codes: dict[str, int] = field(default_factory=dict)
     """Rejections by error code, most frequent first."""
     duplicates: tuple[tuple[str, ...], ...] = ()
@@ -125,10 +127,6 @@ def prepare(
         try:
             with stoppable():
                 run = _Run(given, output, config)
-                if not run.scans and not run.rejected:
-                    named = ", ".join(map(str, given))
-                    advice = f"see what each file is with `dagman check {given[0]}`"
-                    raise DagmanError("NODATA", named, "holds no scan", advice, exit_code=ExitCode.NOTHING_USABLE)
                 if any(scan.kind == "dicom" for scan in run.scans.values()):
                     _adopt_key(output)
                 run.work(workers, progress or _silent)
@@ -153,6 +151,7 @@ class _Run:
     def __init__(self, sources: Sequence[Path], output: Path, config: PrepareConfig) -> None:
         self.sources, self.output, self.config = sources, output, config
         scans, problems = index(sources)
+        refuse_nothing(sources, scans, problems)
         self.scans = {scan.case_id: scan for scan in sorted(scans, key=lambda scan: scan.case_id)}
         self.rejected = [
             rejected_row(problem.case_id, relative(Path(problem.source), sources), problem)
@@ -289,6 +288,7 @@ class _Run:
             already_there=len(self.done) - self.num_stored,
             kept=len(rows) - len(self.done),
             rejected=len(rejected),
+            given={case_id: printable(self.scans[case_id].source) for case_id in sorted(self.done)},
             codes=dict(Counter(row["code"] for row in rejected).most_common()),
             duplicates=tuple(tuple(cases) for cases in same.values() if len(cases) > 1),
             notes=self.notes,

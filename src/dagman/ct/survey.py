@@ -90,6 +90,11 @@ def clean_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:80] or "scan"
 
 
+def folder_of(path: Path) -> str:
+    """Name of the folder that a file lies in."""
+    return os.path.basename(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH119, PTH120
+
+
 def look_through(sources: Sequence[Path], survey: Survey) -> list[Found]:
     """Every scan in files and folders; what is not used goes to `survey.problems`.
 

@@ -62,9 +62,9 @@ def load_encoder(path: Path | str) -> Encoder:
     """An encoder in eval mode, with its `preparation` and the `report` of what was loaded.
 
     Args:
-        path: A run folder, or a safetensors file: this project's, of MONAI's SwinTransformer or SwinUNETR, or of
-            SMIT. The network of a foreign file is read off the shapes of its tensors; it has no
-            semantic attention.
+        path: A run folder, the folder `weights` in it, or a safetensors file: this project's, of MONAI's
+            SwinTransformer or SwinUNETR, or of SMIT. The network of a foreign file is read off the shapes of its
+            tensors; it has no semantic attention.
 
     Raises:
         DagmanError: `E-WEIGHTS`, exit code 4, for a missing or damaged file, a pickle, NaN, or a file that fills less
@@ -159,8 +159,13 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def _find(path: Path) -> Path:
-    """The weights a path means."""
+    """The weights a path means: a file, or that of a run folder or of the folder `weights` in it."""
     file = path / MODEL_FILE if path.is_dir() else path
+    if not file.is_file() and (path / MODEL_FILE.name).is_file():
+        return path / MODEL_FILE.name
+    inside = sorted(each for name in ("fold-*", "classifier") for each in path.glob(f"{name}/{MODEL_FILE}"))
+    if not file.is_file() and inside:
+        raise DagmanError("WEIGHTS", path, "holds weights in folders alone", f"give {inside[0].parent.parent}")
     if not file.is_file():
         raise DagmanError("WEIGHTS", file, "does not exist", "give a run folder or a .safetensors file")
     return file

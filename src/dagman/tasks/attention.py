@@ -112,7 +112,7 @@ def explain(
         centre=centre(maps[first], body, mask),
         window_hu=encoders[first].preparation.window_hu,
     )
-    picture = folder / f"{scan.case_id}_attention.png"
+    picture = picture_of(scan, folder)
     figure.write_png(scene, picture)
     if not heads:
         return Outputs(looks, picture)
@@ -124,6 +124,11 @@ def explain(
     by_head = {name: head_maps(encoder, volume, plane, device=device) for name, encoder in encoders.items()}
     figure.write_heads_png(scene, by_head, sheet)
     return Outputs(looks, picture, sheet)
+
+
+def picture_of(scan: Scan, folder: Path) -> Path:
+    """Where `explain` draws a scan, whatever the encoders."""
+    return folder / f"{scan.case_id}_attention.png"
 
 
 def attention_map(

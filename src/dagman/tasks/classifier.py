@@ -219,9 +219,12 @@ def probed(
     return replace(table, features=likely.float().numpy())
 
 
-def usable(classifiers: Sequence[Classifier], store: PreparedStore) -> tuple[list[int], list[str]]:
-    """Rows of a store that can be classified, and what a person should know about it and the others."""
+def usable(
+    classifiers: Sequence[Classifier], store: PreparedStore, without: Container[str | None] = ()
+) -> tuple[list[int], list[str]]:
+    """Rows of a store that can be classified, but for the cases `without`; and what a person should know of them."""
     rows, said = crops.croppable(store)
+    rows = [row for row in rows if store.rows[row]["case_id"] not in without]
     bare = sum(store.rows[row]["mask"] is None for row in rows)
     if bare and any(each.card.get(MASKS) for each in classifiers):
         said.append(
@@ -300,13 +303,23 @@ def tested(table: Table, classifiers: Sequence[Classifier], learnt: Container[st
     )
 
 
-def write_predictions(table: Table, called: Sequence[str], names: Sequence[str], folder: Path) -> Path:
-    """Write `predictions.csv`: `case_id, patient, predicted, probability_...`."""
+def write_predictions(
+    table: Table, called: Sequence[str], names: Sequence[str], sources: Sequence[str], folder: Path
+) -> Path:
+    """Write `predictions.csv`: `case_id, patient, predicted, probability_..., source`.
+
+    Args:
+        table: From `predict`.
+        called: The class of each case.
+        names: Of the classes.
+        sources: Where the scan of each case lies: its file, or the folder of its series.
+        folder: Where.
+    """
     path = folder / "predictions.csv"
     patients = [patient or "" for patient in table.patients]
     write_rows(
         path,
-        ("case_id", "patient", "predicted", *(f"probability_{name}" for name in names)),
-        zip(table.case_ids, patients, called, *table.features.T, strict=True),
+        ("case_id", "patient", "predicted", *(f"probability_{name}" for name in names), "source"),
+        zip(table.case_ids, patients, called, *table.features.T, sources, strict=True),
     )
     return path

@@ -77,7 +77,10 @@ def _source(row: Mapping[str, Any]) -> str | None:
 
 def _listed(weights: Path) -> list[dict[str, Any]]:
     """What weights were trained on; a row without a case where there is no list."""
-    near = [weights] if weights.is_dir() else [weights.parent, weights.parent.parent]
+    place = weights.absolute()
+    whole = place.is_dir() and not (place / "model.safetensors").is_file()
+    folder = place if place.is_dir() else place.parent
+    near = [folder] if whole else [folder, folder.parent]
     file = next((folder / CASES for folder in near if (folder / CASES).is_file()), None)
     if file is None:
         return [{"case_id": None, "patient": None, "voxel_sha256": None}]

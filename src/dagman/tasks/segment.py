@@ -19,7 +19,7 @@ from dagman.ct.read import read
 from dagman.ct.store import AIR_HU
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.unetr import SegmentationNetwork
-from dagman.tasks import dicom_seg
+from dagman.tasks import dicom_seg, provenance
 from dagman.tasks.attention import onto
 from dagman.tasks.embed import MOST_CROPS, Progress, in_turn
 from dagman.tasks.segmenter import Segmenter
@@ -65,13 +65,16 @@ def predict(
         progress: Hears of each finished batch of crops.
 
     Raises:
-        DagmanError: As `ct.read.read` and `refuse_inputs`; `E-FORMAT` for `dicom-seg` of what is no DICOM series.
+        DagmanError: As `ct.read.read` and `refuse_inputs`; `E-FORMAT` for `dicom-seg` of what is no DICOM series;
+            `E-DUPCASE`, exit code 4, where another scan's prediction lies.
     """
     refuse_inputs([scan], folder, to=to)
     if to == "dicom-seg" and scan.kind != "dicom":
         raise DagmanError("FORMAT", scan.source, "is no DICOM, so there is nothing to refer to", "leave out --to")
     if to == "dicom-seg":
         dicom_seg.refuse_bare(scan.files[0])
+    path, identity = _place(folder, scan, to), _identity(segmenters, scan)
+    provenance.refuse_other(folder / DONE, path, identity)
     volume = read(scan)
     classes, preparation = segmenters[0].classes, segmenters[0].preparation
     prepared = prepare_volume(
@@ -85,7 +88,6 @@ def predict(
     x, y, z = volume.hu.shape
     own = volume.own_grid or Grid((x, y, z), volume.affine)
     numbers = most_likely(found, prepared.affine, own)
-    path = _place(folder, scan, to)
     if to == "nifti":
         write_nifti(classes.label_map(numbers), own.affine, path)
     else:
@@ -95,21 +97,18 @@ def predict(
     volumes = dict(zip(classes.names, (counts * voxel_cc).tolist(), strict=True))
     made = {"file": path.name, "sha256": files.sha256_file(path), "volumes_cc": volumes}
     files.repair_log(folder / DONE)
-    files.append_line(folder / DONE, _identity(segmenters, scan) | made)
+    files.append_line(folder / DONE, identity | made)
     return Outputs(path, volumes)
 
 
 def before(segmenters: Sequence[Segmenter], scan: Scan, folder: Path, *, to: To = "nifti") -> Outputs | None:
     """What `predict` wrote earlier with the same weights of the same files, if it still lies there unchanged."""
     path = _place(folder, scan, to)
-    if not (all(each.digest for each in segmenters) and path.is_file() and (folder / DONE).is_file()):
+    found = provenance.noted(folder / DONE, path, required=("case_id", "sha256", "volumes_cc"))
+    if not (found and all(each.digest for each in segmenters) and found["sha256"] == files.sha256_file(path)):
         return None
-    rows = files.read_lines(folder / DONE, required=("case_id", "file", "sha256", "volumes_cc"))
-    found = [row for row in rows if row["file"] == path.name][-1:]
-    if not found or found[0]["sha256"] != files.sha256_file(path):
-        return None
-    identity = _identity(segmenters, scan)
-    return Outputs(path, found[0]["volumes_cc"]) if identity.items() <= found[0].items() else None
+    same = all(found.get(name) == value for name, value in _identity(segmenters, scan).items() if name != "source")
+    return Outputs(path, found["volumes_cc"]) if same else None
 
 
 def refuse_inputs(scans: Sequence[Scan], folder: Path, *, to: To = "nifti") -> None:
@@ -135,9 +134,8 @@ def _place(folder: Path, scan: Scan, to: To) -> Path:
 
 
 def _identity(segmenters: Sequence[Segmenter], scan: Scan) -> dict[str, Any]:
-    """What decides a prediction."""
-    source = sorted(files.sha256_file(path) for path in scan.files)
-    return {"case_id": scan.case_id, "weights": [each.digest for each in segmenters], "source": source}
+    """What decides a prediction; and where the scan lies, which does not."""
+    return provenance.of(scan) | {"weights": [each.digest for each in segmenters]}
 
 
 def probabilities(
