@@ -55,7 +55,6 @@ _MEMORY_ADVICE = (
     "and start a new run"
 )
 
-
 Status = Literal["finished", "stopped", "complete"]
 
 
@@ -93,8 +92,7 @@ def pretrain(
 
     Args:
         config: Settings of the run; they are written to the folder and may not change when it goes on.
-        store: Prepared volumes. Those whose `split` is `validation` or `test` are not trained on. Grey cubes (MedMNIST)
-            are shown in their own window, whatever the settings say.
+        store: Prepared volumes. Those whose `split` is `validation` or `test` are not trained on.
         folder: The run folder.
         devices: Processes that share a step.
         device: Where to compute; without it the GPU where there is one.
