@@ -106,7 +106,7 @@ def pretrain(
 
     Raises:
         DagmanError: `E-CONFIG` for a store of CTs and grey cubes; `E-OUTPUT`, `E-RESUME` or `E-CHECKPOINT` (exit code
-            4), `E-NODATA` (5), `E-DISK` or `E-MEMORY` (6), `E-UNHEALTHY` (7).
+            4), `E-NODATA` (5), `E-DISK` or `E-MEMORY` (6), `E-UNHEALTHY` (7), `E-READER` or `E-PROCESS` (75).
 
     Reference:
         DAGMaN section 3 and figure 1.
