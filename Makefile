@@ -15,6 +15,7 @@ CONSTRAINTS := constraints/cpu-py311.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' $(CONSTRAINTS))
 READY := $(VENV)/.ready
 DEMO ?= $(if $(DATA),demo-own,demo)
+home = $(patsubst ~/%,$(HOME)/%,$(1))
 
 .PHONY: setup check test demo bench docs clean
 
@@ -39,10 +40,10 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
 demo: setup
-	$(BIN)/dagman demo --output '$(DEMO)' $(if $(DATA),--data '$(DATA)') $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/dagman demo --output '$(DEMO)' $(if $(DATA),--data '$(call home,$(DATA))') $(if $(STEPS),--steps $(STEPS))
 
 bench: setup
-	$(BIN)/python benchmarks/bench.py $(if $(BENCH_DATA),--data '$(BENCH_DATA)') $(if $(BENCH_SERIES),--series '$(BENCH_SERIES)')
+	$(BIN)/python benchmarks/bench.py $(if $(BENCH_DATA),--data '$(call home,$(BENCH_DATA))') $(if $(BENCH_SERIES),--series '$(call home,$(BENCH_SERIES))')
 	if [ -f '$(DEMO)/summary.json' ]; then cp '$(DEMO)/summary.json' benchmarks/results/demo.json; fi
 	$(MAKE) docs
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dagman.errors import DagmanError, ExitCode
+from dagman.errors import DagmanError, ExitCode, printable
 
 TEMPORARY_SUFFIX = ".tmp"
 _faults_seen: dict[str, int] = {}
@@ -293,7 +293,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 print(
-                    f"Note: {folder}: this file system has no locks; run one command at a time in it", file=sys.stderr
+                    f"Note: {printable(folder)}: this file system has no locks; run one command at a time in it",
+                    file=sys.stderr,
                 )
                 yield
                 return

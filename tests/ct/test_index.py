@@ -135,6 +135,67 @@ def test_a_series_whose_last_file_is_damaged_is_refused_not_shortened(tmp_path: 
     assert "may be a slice of ct-" in told.problem
 
 
+def flat(folder: Path, names: dict[str, list[str]]) -> None:
+    """Series in one folder, each under the names given."""
+    for number, (patient, given) in enumerate(names.items()):
+        series(folder / "new", str(number + 5), patient=patient)
+        for path, name in zip(sorted((folder / "new").iterdir()), given, strict=True):
+            path.rename(folder / name)
+    (folder / "new").rmdir()
+
+
+@pytest.mark.parametrize(
+    ("damaged", "kept"),
+    [("IM000005", "bc"), ("IM000015", "c"), ("IM000047", "ab"), ("IM000048", "ab")],
+    ids=["middle of a", "last of a or first of b", "last of c", "after c"],
+)
+def test_in_a_flat_folder_a_damaged_file_costs_the_series_beside_it(tmp_path: Path, damaged: str, kept: str) -> None:
+    tmp_path.joinpath("x").mkdir()
+    flat(tmp_path / "x", {who: [f"IM{place * 16 + k:06d}" for k in range(16)] for place, who in enumerate("abc")})
+    patients = {scan.case_id: scan.patient for scan in index([tmp_path / "x"])[0]}
+    wanted = [scan for scan in index([tmp_path / "x"])[0] if scan.files[0].name[2:] in {"000000", "000016", "000032"}]
+    (tmp_path / "x" / damaged).write_bytes(b"")
+    scans, _ = index([tmp_path / "x"])
+    owners = dict(zip([scan.patient for scan in sorted(wanted, key=lambda scan: scan.files[0])], "abc", strict=True))
+    assert sorted(owners[patients[scan.case_id]] for scan in scans) == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["A{:07X}", "{:08x}-ab12-4cde-9f01-0123456789ab", "1.2.840.{}", "P001_S1_{:04d}.dcm"],
+    ids=["media", "uuid", "uid", "named"],
+)
+def test_a_last_slice_is_missed_however_files_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x").mkdir()
+    flat(tmp_path / "x", {"a": [name.format(k) for k in range(16)]})
+    (tmp_path / "x" / name.format(15)).write_bytes(b"")
+    assert index([tmp_path / "x"])[0] == []
+
+
+def test_where_names_of_series_mix_a_damaged_file_may_be_of_any(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    flat(tmp_path / "x", {who: [f"IM{2 * k + place:03d}" for k in range(16)] for place, who in enumerate("ab")})
+    (tmp_path / "x" / "IM032").write_bytes(b"")
+    assert index([tmp_path / "x"])[0] == []
+
+
+def test_a_link_to_a_slice_that_was_not_fetched_is_a_slice_that_is_missing(tmp_path: Path) -> None:
+    series(tmp_path / "s", "5")
+    (tmp_path / "s" / "s16").symlink_to(tmp_path / "elsewhere")
+    scans, problems = index([tmp_path / "s"])
+    assert scans == []
+    assert "s16" in next(problem.source for problem in problems if problem.code == "SLICE")
+
+
+def test_an_object_of_another_kind_without_series_costs_none(tmp_path: Path) -> None:
+    series(tmp_path / "s", "5")
+    other = make_corpus.one_slice(0)
+    other.Modality = "MR"
+    del other.SeriesInstanceUID
+    make_corpus.save(other, tmp_path / "s" / "s16")
+    assert len(index([tmp_path / "s"])[0]) == 1
+
+
 def test_empty_files_of_other_names_cost_no_series(tmp_path: Path) -> None:
     series(tmp_path / "s", "5")
     for name in ("_SUCCESS", "VERSION", "done.txt"):

@@ -104,11 +104,11 @@ def test_padding_and_metal_stay_exact(tmp_path: Path) -> None:
         assert np.array_equal(volume.hu[1:], PHANTOM_HU[1:])
 
 
-@pytest.mark.parametrize(("stored", "padding", "hu"), [(63536, 63536, -1024), (4095, 4095, -1024), (1024, 1024, 0)])
-def test_padding_of_dicom_is_air_unless_it_is_a_value_of_tissue(
+@pytest.mark.parametrize(("stored", "padding", "hu"), [(63536, 63536, -1024), (4095, 4095, 3071), (1024, 1024, 0)])
+def test_padding_of_dicom_is_air_unless_it_is_a_value_of_the_body(
     stored: int, padding: int, hu: int, tmp_path: Path
 ) -> None:
-    """Unsigned values: what SimpleITK gives as 62512 HU. The tag of the last names what is water as well."""
+    """Unsigned values: what SimpleITK gives as 62512 HU. The tags of the others name what is metal or water as well."""
     shown = (PHANTOM_HU + 1024).astype(np.uint16)
     shown[:4] = stored
     for k, data in enumerate(make_corpus.slices()):

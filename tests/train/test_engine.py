@@ -5,6 +5,7 @@ import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
@@ -77,6 +78,10 @@ class Numbers(Dataset[int]):
             raise DagmanError("CHECKSUM", "five", "is damaged", "prepare again", exit_code=ExitCode.REFUSED)
         if sample == 5 and self.ill == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if sample == 5 and self.ill == "too large":
+            np.empty(1 << 60, np.uint8)
+        if sample == 5 and self.ill == "a bug":
+            raise RuntimeError("shapes differ")
         return sample
 
 
@@ -92,14 +97,31 @@ def test_what_a_reader_meets_is_told_whichever_process_reads(ill: str, workers: 
     assert (caught.value.code, caught.value.exit_code) == wanted
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reader_out_of_memory_is_no_fault_of_what_it_reads(workers: int) -> None:
+    fabric = engine.fabric(1, "float32", "cpu")
+    source = engine.batches(fabric, Numbers("too large"), SampleOrder(0, 8), default_collate, batch=2, workers=workers)
+    with pytest.raises(DagmanError) as caught, engine.memory_guard("lower the batch size"):
+        list(source)
+    assert (caught.value.code, caught.value.exit_code) == ("MEMORY", ExitCode.RESOURCES)
+
+
+def test_a_bug_where_no_other_process_reads_stays_one() -> None:
+    fabric = engine.fabric(1, "float32", "cpu")
+    source = engine.batches(fabric, Numbers("a bug"), SampleOrder(0, 8), default_collate, batch=2, workers=0)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        list(source)
+
+
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 SLURM |= {"SLURM_NNODES": "1", "SLURM_NODELIST": "node", "SLURM_NTASKS": "4"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 
 
-def test_a_slurm_job_alone_starts_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`sbatch --ntasks=4` and no `srun`: one process runs."""
-    for name, value in SLURM.items():
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_NUM_TASKS": "4"}])
+def test_a_slurm_job_alone_starts_no_processes(monkeypatch: pytest.MonkeyPatch, step: dict[str, str]) -> None:
+    """`sbatch --ntasks=4` and no `srun`, or four works side by side: each process is one of its own."""
+    for name, value in (SLURM | step).items():
         monkeypatch.setenv(name, value)
     assert engine.fabric(1, "float32", "cpu").world_size == 1
 
@@ -108,7 +130,7 @@ def test_a_slurm_job_alone_starts_no_processes(monkeypatch: pytest.MonkeyPatch) 
     ("environment", "said"),
     [
         (TORCHRUN, "E-DEVICE devices 1: but torchrun started 2 processes here; give devices 2"),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, "E-DEVICE devices 1: but srun started 4 processes here"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, "E-DEVICE devices 3: but srun started 4 processes here"),
     ],
 )
 def test_a_launcher_that_started_others_than_asked_for_is_told(
@@ -117,7 +139,7 @@ def test_a_launcher_that_started_others_than_asked_for_is_told(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(DagmanError, match=said):
-        engine.fabric(1, "float32", "cpu")
+        engine.fabric(int(said.split()[2].strip(":")), "float32", "cpu")
 
 
 def test_what_srun_cannot_do_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +157,17 @@ def leave_or_go_on(rank: int, folder: str) -> None:
         os._exit(0)
     with pytest.raises(DagmanError, match="another process of the run ended") as caught, engine.company_guard():
         distributed.all_reduce(torch.ones(1))
-    assert (caught.value.code, caught.value.exit_code) == ("PROCESS", ExitCode.STOPPED)
+    assert (caught.value.code, caught.value.exit_code) == ("PROCESS", ExitCode.RESOURCES)
     os._exit(0)
 
 
-def test_the_end_of_another_process_is_told_and_the_same_command_continues(tmp_path: object) -> None:
+def test_the_end_of_another_process_is_told(tmp_path: object) -> None:
     multiprocessing.spawn(leave_or_go_on, (str(tmp_path),), nprocs=2)
 
 
-def test_other_errors_pass_the_guard() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), engine.company_guard():
-        raise RuntimeError("shapes differ")
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), distributed.DistBackendError("Duplicate GPU detected : rank 0 and rank 1")]
+)
+def test_other_errors_pass_the_guard(error: RuntimeError) -> None:
+    with pytest.raises(type(error), match=str(error)), engine.company_guard():
+        raise error

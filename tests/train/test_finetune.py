@@ -218,5 +218,24 @@ def test_what_cannot_be_read_loses_no_step_that_is_done(tmp_path, workers):
     assert same(weights(again), weights(whole))
 
 
+def test_a_signal_that_ended_those_who_read_too_is_a_stop(tmp_path, monkeypatch):
+    """As `scancel` sends it to all of a step."""
+    begun = engine.batches
+
+    def batches(*what, **how):
+        source = begun(*what, **how)
+        yield from (next(source) for _ in range(3))
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise DagmanError("READER", "data", "reading stopped", "see", exit_code=ExitCode.STOPPED)
+
+    monkeypatch.setattr(engine, "batches", batches)
+    ended = fit(Line(), PLAIN, tmp_path / "run", device="cpu")
+    assert (ended.finished, ended.step) == (False, 3)
+    monkeypatch.undo()
+    again = Line()
+    assert fit(again, PLAIN, tmp_path / "run", device="cpu").finished
+    assert again.steps == PLAIN.steps - 3
+
+
 def test_settings_can_be_written_as_json():
     json.dumps(finetune.configs.to_dict(FinetuneConfig()))

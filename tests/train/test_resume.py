@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,13 +221,33 @@ def test_a_finished_run_says_so_and_changes_nothing(store: PreparedStore, whole:
 
 def test_a_finished_run_writes_again_what_it_lost(store: PreparedStore, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
-    lost = [tmp_path / "run" / name for name in ("weights/model.safetensors", "weights/config.json", "progress.png")]
-    before = [path.read_bytes() for path in lost[:2]]
-    for path in lost:
-        path.unlink()
-    assert pretrain(small(), store, tmp_path / "run").status == "complete"
-    assert [path.read_bytes() for path in lost[:2]] == before
-    assert lost[2].read_bytes().startswith(b"\x89PNG")
+    weights = tmp_path / "run" / "weights"
+    for name in ("model.safetensors", "student.safetensors", "config.json"):
+        before = (weights / name).read_bytes()
+        (weights / name).unlink()
+        (tmp_path / "run" / "progress.png").unlink(missing_ok=True)
+        assert pretrain(small(), store, tmp_path / "run").status == "complete"
+        assert (weights / name).read_bytes() == before
+    assert (tmp_path / "run" / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_signal_that_ended_those_who_read_too_is_a_stop(
+    store: PreparedStore, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = engine.batches
+
+    def batches(*what: Any, **how: Any) -> Iterator[Any]:
+        source = begun(*what, **how)
+        yield from (next(source) for _ in range(3))
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise DagmanError("READER", "data", "reading stopped", "see", exit_code=ExitCode.STOPPED)
+
+    monkeypatch.setattr(engine, "batches", batches)
+    ended = pretrain(small(), store, tmp_path / "run")
+    assert (ended.status, ended.step, ended.stop_asked) == ("stopped", 3, True)
+    monkeypatch.undo()
+    pretrain(small(), store, tmp_path / "run")
+    assert final_state(tmp_path / "run") == final_state(whole)
 
 
 @pytest.mark.parametrize(

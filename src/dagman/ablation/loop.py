@@ -21,7 +21,7 @@ from dagman.train.pretrain import pretrain
 from dagman.train.settings import PretrainConfig
 from dagman.types import Scan
 
-CONCERNS_ALL = ("DEVICE", "DISK", "LOCKED", "NODATA", "READER")
+CONCERNS_ALL = ("DEVICE", "DISK", "LOCKED", "NODATA", "PROCESS", "READER")
 """Errors that would meet every member, or tell of another process at work: they end the call."""
 _PATIENCE = timedelta(days=7)
 MEMORY_ADVICE = "free memory, then run the same command again"
@@ -177,8 +177,8 @@ def ablate(
                     comparison.score(name, run, labelled, organs, device=device or _default_device(), say=say)
                     complete = complete and comparison.finetune(name, run, labelled, finetune, **tuning)
         except DagmanError as error:
-            if error.code in CONCERNS_ALL:
-                raise
+            if error.code in CONCERNS_ALL or (devices > 1 and error.code != "UNHEALTHY"):
+                raise  # with several processes, the others may not have met it, and wait
             failed += 1
             complete = complete and not error.stop_asked
             say(str(error))

@@ -79,7 +79,7 @@ def pretrain(
             _refuse_moving(output, stores)
         _forecast(chosen, store, output, devices, device, fresh=fresh)
         return ExitCode.OK
-    if fresh and output.exists() and _first_started():
+    if fresh and output.exists() and _first_started(devices):
         _move_aside(output, stores)
     where: dict[str, Any] = {"devices": devices, "device": device, "workers": workers, "compiled": compiled}
     with progress("Pretraining") as tell:
@@ -88,7 +88,7 @@ def pretrain(
             chosen, store, output, **where, checkpoint_every=checkpoint_every, listeners=shown, labelled=watch
         )
     if result.status == "stopped":
-        return _stopped()
+        return _stopped(devices)
     say(f"wrote {output / 'weights'} and {output / 'progress.png'}")
     if result.collapsed:
         raise DagmanError(
@@ -181,14 +181,14 @@ def _places(path: Path) -> tuple[Path, Path]:
     return path.resolve(), Path(os.path.normpath(path.absolute()))
 
 
-def _first_started() -> bool:
+def _first_started(devices: int) -> bool:
     """Whether this is the first of the processes that share a work, whoever started them."""
-    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return devices == 1 or all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-def _stopped() -> ExitCode:
+def _stopped(devices: int) -> ExitCode:
     """A stop is told by the first process, which Lightning kills where another ends otherwise than well."""
-    return ExitCode.STOPPED if _first_started() else ExitCode.OK
+    return ExitCode.STOPPED if _first_started(devices) else ExitCode.OK
 
 
 def _move_aside(output: Path, stores: Sequence[Path]) -> None:
@@ -312,7 +312,7 @@ def ablate(
         pictures = [outputs.picture, *([outputs.clusters] if outputs.clusters.exists() else [])]
         say(f"wrote {', '.join(map(str, [outputs.table, outputs.summary, *pictures]))}")
     if not outputs.complete:
-        return _stopped()
+        return _stopped(devices)
     if outputs.failed:
         say(f"{outputs.failed} runs failed; the same command tries them again")
         return ExitCode.REJECTED

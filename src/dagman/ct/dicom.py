@@ -15,9 +15,9 @@ from dagman.ct.store import AIR_HU
 from dagman.errors import DagmanError
 
 MAX_TILT_DEGREES = 0.1
-_METAL_HU = 3071
-"""The highest value of twelve bits. What a file calls padding and would be above is air around the image; below, the
-tag is not trusted: in many files it names a value that tissue has too."""
+_MOST_HU = 3071
+"""Of twelve bits, where metal ends. What a file calls padding and would lie above is air around the image; below, the
+tag is not trusted: in many files it names a value that the body has too."""
 _EXPORT = "export the series again from the archive"
 _CONVERT = "convert it with dcm2niix, which corrects it, and give the NIfTI file"
 
@@ -59,11 +59,12 @@ def read(paths: Sequence[Path], max_voxels: int) -> tuple[np.ndarray, np.ndarray
             `E-MIXED`, `E-AFFINE`, `E-SPACING`, `E-SMALL`, `E-DUPPOS`, `E-GAP`, `E-TILT`, `E-DIMS`, `E-SLICE`,
             `E-CODEC`.
     """
-    frames = []
+    frames: list[Frame] = []
+    seen: dict[str, str] = {}
     for path in paths:
         with pixels.parsing("DICOM", path, "its header is broken", _EXPORT):
-            frames += _frames(path, paths)
-    frames = _distinct(frames)
+            frames += _frames(path, paths, seen)
+    frames = _distinct(frames, seen)
     source = paths[0].parent if len(paths) > 1 else paths[0]
     check_alike(frames)
     ordered, affine = stack(source, frames)
@@ -97,12 +98,12 @@ def _voxels(frames: list[Frame], *, whole: bool = True) -> np.ndarray:
             to += np.array(intercept).astype(np.int16)
         else:
             hu[:, :, k] = (stored * np.float64(frame.slope) + frame.intercept).T
-        if frame.padding is not None and frame.padding * frame.slope + frame.intercept >= _METAL_HU:
+        if frame.padding is not None and frame.padding * frame.slope + frame.intercept > _MOST_HU:
             hu[:, :, k][(stored == frame.padding).T] = AIR_HU
     return hu
 
 
-def _frames(path: Path, paths: Sequence[Path]) -> list[Frame]:
+def _frames(path: Path, paths: Sequence[Path], seen: dict[str, str]) -> list[Frame]:
     """Of one file of a series: one slice, or those of a multi-frame file, of which there may be copies alone."""
     file, header = _parsed(path)
     if pixels.word(header, "Modality") != "CT":
@@ -115,10 +116,9 @@ def _frames(path: Path, paths: Sequence[Path]) -> list[Frame]:
             raise DagmanError("MULTIFRAME", path, f"holds {count} frames without their positions", _CONVERT)
         return [_frame(path, header, lambda _: header, 0, file)]
     per_frame = header.PerFrameFunctionalGroupsSequence
-    seen: dict[str, str] = {}
     if len(per_frame) != count:
         raise DagmanError("MULTIFRAME", path, f"says it holds {count} frames, and places {len(per_frame)}", _EXPORT)
-    if len({_digest(seen, other) for other in paths}) > 1:
+    if len(paths) > 1 and len({_digest(seen, other) for other in paths}) > 1:
         raise DagmanError("MULTIFRAME", path, f"is one of {len(paths)} multi-frame files of a series", _CONVERT)
     shared = header.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()]
 
@@ -216,9 +216,8 @@ def _vector(path: Path, header: Any, name: str, count: int) -> np.ndarray:
     return values
 
 
-def _distinct(frames: list[Frame]) -> list[Frame]:
+def _distinct(frames: list[Frame], seen: dict[str, str]) -> list[Frame]:
     """Frames without byte-identical copies of one file; the same identity over different bytes stays, to be refused."""
-    seen: dict[str, str] = {}
     first: dict[str, Frame] = {}
     distinct = []
     for frame in frames:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ class Survey:
     """Case names and image-mask pairs of all tables, and the table and row that used each first."""
     images: "dict[Path, Found | None]" = field(default_factory=dict)
     """What each image of a table holds."""
+    lost: list[Path] = field(default_factory=list)
+    """Links to what is not here, as those of data sets whose files were not fetched."""
 
     def reject(self, code: str, source: object, problem: str, advice: str, *, ignored: bool = False) -> None:
         """Note something that is not used."""
@@ -123,7 +126,9 @@ def look_through(sources: Sequence[Path], survey: Survey) -> list[Found]:
     for (name, _, modality, patient), slices in sorted(_sorted_out(images).items()):
         if each := _series(name, patient, modality, slices, survey):
             found.append(each)
-    ill += [path for path, fact in images.items() if not fact["series"]]
+    ill += [path for path, fact in images.items() if not fact["series"] and fact["modality"] in ("CT", "unknown")]
+    ill += survey.lost
+    survey.lost = []
     found = _without_shortened(found, ill, survey)
     for source, paths in others.items():
         _report_others(source, paths, survey, ignored=source.is_dir())
@@ -143,31 +148,56 @@ def _sorted_out(images: dict[Path, dict[str, Any]]) -> dict[tuple[str, ...], lis
 
 
 def _without_shortened(found: list[Found], ill: Sequence[Path], survey: Survey) -> list[Found]:
-    """Scans but for series that may lack a slice: a file that is no image, among slices of names like its own.
+    """Scans but for series that may lack a slice: a file that is no image stands next to theirs, with a name like them.
 
     One that is missing in the middle leaves a gap; one at an end would shorten the scan without a trace.
     """
-    named: dict[tuple[Path, str], list[Path]] = defaultdict(list)
-    for path in ill:
-        named[_like(path)].append(path)
-    whole = []
-    for each in found:
-        likes = {_like(path) for path in each.files} if each.kind == "dicom" else set()
-        lost = sorted({path for like in likes for path in named.get(like, [])} - set(each.files))
-        if not lost:
-            whole.append(each)
-            continue
-        more = f", as {count(len(lost) - 1, 'other is', 'others are')}," if len(lost) > 1 else ""
-        slices = count(len(each.files), "file", "files")
-        problem = f"is empty, damaged or no image of a series{more} and may be a slice of {each.stem} ({slices})"
-        advice = "copy or export it again, or move it away where it is none"
-        survey.reject("SLICE", lost[0], problem, advice)
-    return whole
+    series = {path: place for place, each in enumerate(found) if each.kind == "dicom" for path in each.files}
+    likes: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+    for path in {*ill} - series.keys():
+        likes[_like(path)].append(path)
+    for path in series if likes else ():
+        if _like(path) in likes:
+            likes[_like(path)].append(path)
+    may_lack: dict[int, list[Path]] = defaultdict(list)
+    for names in likes.values():
+        for path, places in _beside(sorted(names, key=_counting), series):
+            for place in places:
+                may_lack[place].append(path)
+    for place, each in enumerate(found):
+        if lost := may_lack.get(place):
+            more = f", as {count(len(lost) - 1, 'other is', 'others are')}," if len(lost) > 1 else ""
+            slices = count(len(each.files), "file", "files")
+            problem = f"is empty, damaged or no image of a series{more} and may be a slice of {each.stem} ({slices})"
+            advice = "copy or export it again, or move it away where it is none"
+            survey.reject("SLICE", min(lost), problem, advice)
+    return [each for place, each in enumerate(found) if place not in may_lack]
+
+
+def _beside(names: Sequence[Path], series: Mapping[Path, int]) -> list[tuple[Path, set[int]]]:
+    """Files that are of no series, and the series next to each by name; all, where the names of series mix."""
+    places = [series[path] for path in names if path in series]
+    mixed = sum(one != other for one, other in itertools.pairwise(places)) >= len(set(places))
+    beside = []
+    for number, path in enumerate(names):
+        if path not in series:
+            before = [series[name] for name in reversed(names[:number]) if name in series][:1]
+            after = [series[name] for name in names[number:] if name in series][:1]
+            beside.append((path, set(places if mixed else before + after)))
+    return beside
 
 
 def _like(path: Path) -> tuple[Path, str]:
-    """A file's folder, and its name without the numbers in which slices of a series differ."""
-    return path.parent, re.sub(r"[0-9a-f]{16,}|\d+", "#", path.name.lower())
+    """A file's folder, and its name without that in which slices of a series differ: numbers, or all of it in hex."""
+    name = path.name.lower()
+    if re.fullmatch(r"[0-9a-f-]{8,}", path.stem.lower()):
+        return path.parent, "#" + path.suffix.lower()
+    return path.parent, re.sub(r"[0-9a-f]{16,}|\d+", "#", name)
+
+
+def _counting(path: Path) -> list[tuple[int, str]]:
+    """Sorts names as people count: 2 before 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
 def _files(source: Path, survey: Survey) -> list[Path]:
@@ -255,6 +285,7 @@ def _walk(source: Path, survey: Survey) -> list[Path]:
                 why, identity = _new(path, survey, stat.S_ISREG)
                 if why:
                     passed[why].append(path)
+                    survey.lost += [path] * (not path.exists())
                 else:
                     survey.visited.add(identity)
                     files.append(path)

@@ -46,7 +46,7 @@ def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | 
         raise DagmanError("DEVICE", f"devices {devices}", "is no number of processes", "give at least 1")
     if devices > found:
         raise DagmanError("DEVICE", f"devices {devices}", f"{found} of kind {kind} found", f"give 1 to {found}")
-    launcher, started = ("", 1) if devices == 1 and _together() else _launched()  # the first may work on alone
+    launcher, started = _launched(devices)
     if launcher and started != devices:
         problem = f"but {launcher} started {started} processes here"
         raise DagmanError("DEVICE", f"devices {devices}", problem, f"give devices {started}, or start one process")
@@ -68,16 +68,15 @@ def fabric(devices: int, precision: Precision, device: Literal["cpu", "cuda"] | 
     return engine
 
 
-def _together() -> bool:
-    """Whether this process is one of several that already share a work."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _launched(devices: int) -> tuple[str, int]:
+    """Who started this process as one of several that share a work, and how many; no name where nobody did.
 
-
-def _launched() -> tuple[str, int]:
-    """Who started this process among several on this machine, and how many; no name where nobody did."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    Tasks of `srun` with one device each are works of their own; so is what the first process of a work does alone.
+    """
+    alone = devices == 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if "TORCHELASTIC_RUN_ID" in os.environ and not alone:
         return "torchrun", int(os.environ["LOCAL_WORLD_SIZE"])
-    if (tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+    if devices > 1 and (tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
         return "srun", int(tasks)
     return "", 1
 
@@ -191,9 +190,11 @@ def batches(
             if isinstance(given, DagmanError):
                 raise given
             yield given
-    except (torch.OutOfMemoryError, DagmanError):
+    except DagmanError:
         raise
     except (RuntimeError, OSError, EOFError) as error:
+        if _is_memory(error) or not (workers or isinstance(error, OSError)):
+            raise
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         advice = "see to what it names, then run the same command to continue"
         raise DagmanError("READER", "data", f"reading stopped ({why})", advice, exit_code=ExitCode.STOPPED) from error
@@ -290,9 +291,15 @@ def memory_guard(advice: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise _memory_error(error, advice) from error
     except RuntimeError as error:
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not _is_memory(error):
             raise
         raise _memory_error(error, advice) from error
+
+
+def _is_memory(error: Exception) -> bool:
+    """Also where a process that reads has met it: PyTorch makes a RuntimeError of all that one raises."""
+    said = ("not enough memory", "can't allocate memory", "Unable to allocate", "MemoryError")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def _memory_error(error: Exception, advice: str) -> DagmanError:
@@ -302,17 +309,17 @@ def _memory_error(error: Exception, advice: str) -> DagmanError:
 
 @contextlib.contextmanager
 def company_guard() -> Iterator[None]:
-    """Turn the loss of another process of a run into `E-PROCESS`, exit code 75."""
+    """Turn the loss of another process of a run into `E-PROCESS`, exit code 6: most often it ran out of memory."""
     try:
         yield
     except RuntimeError as error:
         why = (str(error).strip().splitlines() or [""])[0]
-        if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in why:
+        if "gloo/transport" not in why and "ncclRemoteError" not in str(error):
             raise
         advice = "see what it said, or the system's log of killed processes, then run the same command to continue"
         plain = re.sub(r"^\[\S+\] | This is typically.*", "", why).strip(" .")
         problem = f"another process of the run ended ({plain})"
-        raise DagmanError("PROCESS", "training", problem, advice, exit_code=ExitCode.STOPPED) from error
+        raise DagmanError("PROCESS", "training", problem, advice, exit_code=ExitCode.RESOURCES) from error
 
 
 def all_finite(values: Sequence[float]) -> bool:

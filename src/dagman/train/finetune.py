@@ -155,7 +155,13 @@ def fit(
             fabric, lesson.dataset, order, default_collate, batch=config.batch_size, workers=workers
         )
         for done in range(start + 1, total + 1):
-            row = course.step(done - 1, samples)
+            try:
+                row = course.step(done - 1, samples)
+            except DagmanError as error:
+                if error.code != "READER" or not stop.wanted:
+                    raise
+                # the signal reached the processes that read as well
+                return Fitted(finished=False, step=done - 1, best_step=done - 1, best_score=None)
             checked = done % config.check_every == 0 or done == total
             if checked:
                 row["score"] = course.check(done)

@@ -17,7 +17,7 @@ from dagman import files
 from dagman.ct.datasets import Pairs, SampleOrder, SharedCollate, ViewsDataset, mean_intensity
 from dagman.ct.store import PreparedStore
 from dagman.errors import DagmanError, ExitCode, count
-from dagman.nets import kernel
+from dagman.nets import gpu, kernel, launches
 from dagman.nets.encoder import checkpoint_blocks
 from dagman.nets.weights import save_encoder
 from dagman.pretext import hiding
@@ -178,6 +178,15 @@ def prepare(
     return job
 
 
+def compile_rest(job: Job, *, wanted: bool) -> None:
+    """Where it is wanted, compile what can be, and say how much that is."""
+    if not wanted:
+        return
+    chosen = launches.compile_rest(job.module)
+    why_not = gpu.why_not(job.fabric.device)
+    job.say(f"{len(chosen)} modules compile when they first run" if chosen else f"nothing is compiled: {why_not}")
+
+
 def describe(job: Job) -> str:
     """Data, device and size of a run in one line."""
     optimisation = job.config.optimisation
@@ -262,7 +271,7 @@ def _save_encoders(job: Job, done: int) -> None:
 
 def _restore_outputs(job: Job) -> None:
     """Write again what a finished run has lost of what it wrote last."""
-    if not all((job.run.weights / name).exists() for name in _ENCODERS.values()):
+    if not all((job.run.weights / name).exists() for name in (*_ENCODERS.values(), "config.json")):
         _save_encoders(job, job.total)
     if not job.run.progress_file.exists():
         draw(job)

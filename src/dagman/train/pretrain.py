@@ -14,18 +14,18 @@ from dagman import files
 from dagman.ct.datasets import Pairs, ViewsDataset, collate, show
 from dagman.ct.store import PreparedStore, refuse_inside
 from dagman.errors import DagmanError, ExitCode, duration
-from dagman.nets import gpu, launches
 from dagman.pretext.codistill import Outcome
 from dagman.pretext.examination import TOGETHER, examine
 from dagman.pretext.method import check_fit
 from dagman.randomness import torch_seed
 from dagman.run import Run
 from dagman.tasks import watching
-from dagman.train import cost, engine, health
+from dagman.train import checkpoints, cost, engine, health
 from dagman.train.job import (
     Job,
     Listener,
     batches,
+    compile_rest,
     describe,
     draw,
     draw_crops,
@@ -106,7 +106,7 @@ def pretrain(
 
     Raises:
         DagmanError: `E-CONFIG` for a store of CTs and grey cubes; `E-OUTPUT`, `E-RESUME` or `E-CHECKPOINT` (exit code
-            4), `E-NODATA` (5), `E-DISK` or `E-MEMORY` (6), `E-UNHEALTHY` (7), `E-READER` or `E-PROCESS` (75).
+            4), `E-NODATA` (5), `E-DISK`, `E-MEMORY` or `E-PROCESS` (6), `E-UNHEALTHY` (7), `E-READER` (75).
 
     Reference:
         DAGMaN section 3 and figure 1.
@@ -128,7 +128,7 @@ def pretrain(
         engine.flushed_denormals(),
     ):
         job = prepare(config, store, Run(folder), fabric, listeners=listeners, keep=keep)
-        _compile(job, wanted=compiled)
+        compile_rest(job, wanted=compiled)
         start = resume(job)
         if start == job.total:
             job.say(f"already complete: {start} of {job.total} steps")
@@ -142,7 +142,7 @@ def pretrain(
                 every = config.optimisation.examine_every
                 job.say(f"{len(labelled)} cases of {labelled.folder} are probed at the first step and every {every}")
             note_labelled(job, labelled, start)
-        done = _loop(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
+        done = _until_stopped(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
         if done < job.total:
             job.say(f"stopped after {done} of {job.total} steps; the same command continues")
             return _result(job, "stopped", done, stop, set())
@@ -212,13 +212,15 @@ def _loop(
     return job.total
 
 
-def _compile(job: Job, *, wanted: bool) -> None:
-    """Where it is wanted, compile what can be, and say how much that is."""
-    if not wanted:
-        return
-    chosen = launches.compile_rest(job.module)
-    why_not = gpu.why_not(job.fabric.device)
-    job.say(f"{len(chosen)} modules compile when they first run" if chosen else f"nothing is compiled: {why_not}")
+def _until_stopped(job: Job, start: int, stop: engine.StopRequest, *how: Any, **where: Any) -> int:
+    """As `_loop`; a signal that reached the processes that read too, and ended them, is a stop like any other."""
+    try:
+        return _loop(job, start, stop, *how, **where)
+    except DagmanError as error:
+        if error.code != "READER" or not stop.wanted:
+            raise
+        stop.agreed = True
+        return checkpoints.last_step(job.run.checkpoints)
 
 
 def _step(job: Job, step: int, source: Iterator[Pairs], stop: engine.StopRequest) -> dict[str, Any]:
@@ -336,10 +338,7 @@ def _next(job: Job, source: Iterator[Pairs], step: int) -> Pairs:
 
 @torch.no_grad()
 def _validate(job: Job, step: int) -> float | None:
-    """Mean AMIP of the student on the validation cases: always the same views with the same cells hidden or dropped.
-
-    With attended hiding the cells follow the teacher's attention of the day.
-    """
+    """Mean AMIP of the student on the validation cases: always the same views, hidden by the attention of the day."""
     seed, batch = job.config.optimisation.seed, job.config.optimisation.batch_size
     data = replace(job.config.data, flip_ratio=0.0, jitter_ratio=0.0, pairs_per_volume=1)
     dataset = ViewsDataset(job.store, data, seed, job.validation_rows)
