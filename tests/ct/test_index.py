@@ -196,6 +196,16 @@ def test_an_object_of_another_kind_without_series_costs_none(tmp_path: Path) -> 
     assert len(index([tmp_path / "s"])[0]) == 1
 
 
+def test_masks_of_totalsegmentator_beside_their_ct_are_no_scans(tmp_path: Path) -> None:
+    for case in ("s0001", "s0002"):
+        write(tmp_path / case, "ct.nii.gz", "segmentations/liver.nii.gz", "segmentations/spleen.nii.gz")
+    scans, problems = index([tmp_path])
+    assert sorted(scan.case_id for scan in scans) == ["s0001_ct", "s0002_ct"]
+    assert rejected(problems) == []
+    assert "2 entries are passed over (masks as TotalSegmentator writes them)" in problems[0].problem
+    assert len(index([tmp_path / "s0001" / "segmentations"])[0]) == 2, "asked for by name"
+
+
 def test_empty_files_of_other_names_cost_no_series(tmp_path: Path) -> None:
     series(tmp_path / "s", "5")
     for name in ("_SUCCESS", "VERSION", "done.txt"):

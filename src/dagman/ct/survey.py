@@ -264,6 +264,9 @@ def _walk(source: Path, survey: Survey) -> list[Path]:
     folders = [source]
     while folders:
         folder = folders.pop()
+        if folder.name == "segmentations" and (folder.parent / "ct.nii.gz").is_file() and folder != source:
+            passed["masks as TotalSegmentator writes them"].append(folder)
+            continue
         why, identity = _new(folder, survey, stat.S_ISDIR)
         if why:
             passed[why].append(folder)
