@@ -126,13 +126,13 @@ def test_no_map_replaces_that_of_another_scan(scans, two_runs, tmp_path, capsys)
     written = output / "ct_attention.nii.gz"
     before = written.read_bytes()
     capsys.readouterr()
-    assert run([*command, str(sources[1])]) == ExitCode.NOTHING_USABLE
+    assert run([*command, str(sources[1])]) == ExitCode.REFUSED
     told = f"E-DUPCASE {sources[1]}: is not the scan that {output / 'ct_attention.png'} was made from, {sources[0]}; "
     assert told in capsys.readouterr().err
     assert run([*command, str(sources[1]), str(scans / "image2.nii.gz")]) == ExitCode.REJECTED
     assert [row["case_id"] for row in rows_of(output / "attention.csv")] == ["image2"]
     two = ["attention", "--weights", *map(str, two_runs), "-o", str(output), "-i"]
-    assert run([*two, str(sources[1])]) == ExitCode.NOTHING_USABLE, "whatever the weights"
+    assert run([*two, str(sources[1])]) == ExitCode.REFUSED, "whatever the weights"
     assert written.read_bytes() == before
     assert run([*two, str(sources[0])]) == run([*command, str(sources[0])]) == 0
     assert [row["case_id"] for row in rows_of(output / "attention.csv")] == ["ct"]

@@ -2,6 +2,8 @@
 
 import csv
 import shutil
+import sys
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -13,6 +15,9 @@ from dagman.cli import run
 from dagman.errors import ExitCode
 from dagman.nets.classifier import EncoderClassifier
 from dagman.tasks import classifier
+
+sys.path.append(str(Path(__file__).parents[1] / "corpus"))
+import make_corpus
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +65,28 @@ def test_another_scan_of_a_stored_name_is_not_answered_with_the_stored_one(weigh
     shutil.copy(second, first)
     assert predict(weights, output, first) == 0, "a scan that changed where it lies is that scan"
     assert rows_of(output)[0] != before[0]
+
+
+@pytest.mark.parametrize("how", ["emptied", "cut", "row without image", "series with a damaged end"])
+def test_a_scan_that_can_no_longer_be_read_is_not_answered_with_what_it_was(weights, tmp_path, how, capsys):
+    """Whatever names it: its file, its row of a table, or a slice of it."""
+    a, b = (ct(tmp_path / "in" / f"{name}.nii.gz", number) for number, name in enumerate("ab", 1))
+    source, output = tmp_path / "in", tmp_path / "out"
+    if how == "row without image":
+        source = tmp_path / "in" / "t.csv"
+        source.write_text(f"case_id,image\na,{a}\nb,{b}\n")
+    if how == "series with a damaged end":
+        a.unlink()
+        make_corpus.SERIES["good"][1](tmp_path / "in" / "s")
+    assert predict(weights, output, source) == 0
+    assert len(rows_of(output)) == 2
+    if how == "emptied":
+        a.write_bytes(b"")
+    elif how == "cut":
+        a.write_bytes(a.read_bytes()[:50])
+    elif how == "row without image":
+        a.unlink()
+    else:
+        max((tmp_path / "in" / "s").iterdir()).write_bytes(b"")
+    assert predict(weights, output, source) == ExitCode.REJECTED
+    assert [row["case_id"] for row in rows_of(output)] == ["b"]

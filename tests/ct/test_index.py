@@ -172,6 +172,12 @@ def test_a_last_slice_is_missed_however_files_are_named(tmp_path: Path, name: st
     assert index([tmp_path / "x"])[0] == []
 
 
+def test_any_sign_in_a_name_can_be_sorted(tmp_path: Path) -> None:
+    series(tmp_path / "s", "5")
+    (tmp_path / "s" / "s1\u00b2").touch()
+    assert len(index([tmp_path / "s"])[0]) == 1
+
+
 def test_where_names_of_series_mix_a_damaged_file_may_be_of_any(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     flat(tmp_path / "x", {who: [f"IM{2 * k + place:03d}" for k in range(16)] for place, who in enumerate("ab")})

@@ -162,6 +162,12 @@ def test_no_prediction_replaces_that_of_another_scan(tmp_path, bright):
     before = made.path.read_bytes()
     row = files.read_lines(folder / segment.DONE)[0]
     assert (row["source"], row["source_sha256"]) == (str(paths[0]), files.sha256_file(paths[0]))
+    log = folder / segment.DONE  # as versions before wrote it
+    older = {name: value for name, value in row.items() if name != "source_sha256"}
+    files.write_text(log, files.json_line(older | {"source": [row["source_sha256"]]}))
+    with pytest.raises(DagmanError, match=rf"E-DUPCASE {paths[1]}: "):
+        segment.predict([replace(bright, digest="others")], two, folder)
+    files.write_text(log, files.json_line(row))
     with pytest.raises(DagmanError, match=rf"E-DUPCASE {paths[1]}: is not the scan that .*, {paths[0]}; ") as caught:
         segment.predict([replace(bright, digest="others")], two, folder)
     assert caught.value.exit_code == ExitCode.REFUSED

@@ -69,7 +69,7 @@ def attention(
         )
         scans = [replace(scans[0], mask=mask)]
     failed = say_problems(problems)
-    looks, seen = [], []
+    looks, seen, ends = [], [], set()
     for number, scan in enumerate(scans, 1):
         try:
             made = provenance.of(scan)
@@ -80,6 +80,7 @@ def attention(
             if error.exit_code == ExitCode.RESOURCES or error.code == "NOATTENTION":
                 raise
             say(str(error))
+            ends.add(error.exit_code)
             continue
         repair_log(output / MAPS)
         append_line(output / MAPS, made | {"file": found.picture.name})
@@ -91,7 +92,7 @@ def attention(
             say(f"wrote {nifti}")
         say(f"wrote {', '.join(str(path) for path in (found.picture, found.heads) if path)}")
     if not seen:
-        return ExitCode.NOTHING_USABLE
+        return ExitCode.REFUSED if ends == {ExitCode.REFUSED} else ExitCode.NOTHING_USABLE
     overlap = _overlap(encoders, weights, leakage.scan_rows(seen))
     for row in pointing.summary(looks, group_by=group_by)["rows"]:
         if row["cases_with_gain"]:

@@ -41,8 +41,9 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: Number 
     say(f"{count(len(loaded), 'classifier', 'classifiers')} of {', '.join(first.names)}")
     given = len(sources) == 1 and (sources[0] / MANIFEST).is_file()
     stored = sources[0] if given else output / "prepared"
-    known, lost = (None, set()) if given else _prepared(sources, stored, first.network.preparation, workers)
+    known, rejected = (None, []) if given else _prepared(sources, stored, first.network.preparation, workers)
     store = PreparedStore(stored)
+    lost = {row["case_id"] for row in store.rows if row["case_id"] not in (known or {}) and _concerns(rejected, row)}
     rows, said = classifiers.usable(loaded, store, lost)
     for line in said:
         say(line)
@@ -60,7 +61,7 @@ def predict(*, weights: Path, sources: Sources, output: Output, workers: Number 
     if isinstance(first.network, EncoderClassifier) and first.network.encoder.config.has_cls:
         one = classifiers.places(weights)[0]
         next_step("dagman attention --weights", one, "-i SCANS -o", output / "attention")
-    return ExitCode.REJECTED if lost or len(rows) < len(store) else ExitCode.OK
+    return ExitCode.REJECTED if rejected or len(rows) < len(store) else ExitCode.OK
 
 
 def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", weights: Path, folder: Path) -> None:
@@ -97,12 +98,11 @@ def _tested(table: "Table", loaded: "list[Classifier]", store: "PreparedStore", 
 
 def _prepared(
     sources: list[Path], stored: Path, preparation: "Preparation", workers: int
-) -> tuple[dict[str, str], set[str | None]]:
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Bring new scans into the form that a classifier knows; name those that cannot be used.
 
     Returns:
-        Where each case lies that can be used; and the names of what cannot, None of what has no name: the store may
-        hold another scan of such a name, prepared earlier.
+        Where each case lies that can be used; and what is said of those that cannot.
     """
     from dagman.ct.prepare import REJECTED, PrepareConfig, prepare
     from dagman.files import read_lines
@@ -116,7 +116,13 @@ def _prepared(
         say(f"E-{row['code']} {where}: {row['problem']}; {row['advice']}")
     if summary.rejected > MOST_NAMED:
         say(f"and {summary.rejected - MOST_NAMED} more: see {stored / REJECTED}")
-    return summary.given, {row["case_id"] for row in rejected}
+    return summary.given, rejected
+
+
+def _concerns(rejected: list[dict[str, Any]], stored: dict[str, Any]) -> bool:
+    """Whether a stored case has the name or the place of a scan that cannot be used: it may be another, or older."""
+    name, place = stored["case_id"], stored.get("source")
+    return any(row["case_id"] == name or (place and f"{row['source']}/".startswith(f"{place}/")) for row in rejected)
 
 
 def say_result(result: dict[str, Any]) -> None:

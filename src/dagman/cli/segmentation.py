@@ -202,7 +202,7 @@ def predict(
     networks = count(len(loaded), "network", "networks")
     say(f"{count(len(scans), 'scan', 'scans')}; segmenting {', '.join(loaded[0].classes.names)} with {networks}")
     _say_learnt(leakage.scan_rows(scans), segmenter.places(weights))
-    done = 0
+    done, ends = 0, set()
     for number, scan in enumerate(scans, 1):
         try:
             if there := segmenting.before(loaded, scan, output, to=to):
@@ -215,12 +215,13 @@ def predict(
             if error.exit_code == ExitCode.RESOURCES or error.code == "HIGHDICOM":
                 raise
             say(str(error))
+            ends.add(error.exit_code)
             continue
         done += 1
         volumes = ", ".join(f"{name} {volume:.1f} cc" for name, volume in found.volumes_cc.items())
         say(f"wrote {found.path}: {volumes}")
     if not done:
-        return ExitCode.NOTHING_USABLE
+        return ExitCode.REFUSED if ends == {ExitCode.REFUSED} else ExitCode.NOTHING_USABLE
     if to == "nifti":
         chosen = loaded[0].chosen
         labels = ["--labels", shlex.quote(chosen)] if chosen else []

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int16, Integer
 from dagman.ct import crops, read, resample, store
 from dagman.ct.index import patient_key_id
 from dagman.ct.sources import medmnist, medmnist_files
-from dagman.ct.survey import Problem, folder_of
+from dagman.ct.survey import Problem, clean_name, without_ending
 from dagman.errors import DagmanError, ExitCode, printable
 from dagman.files import fault_point, sha256_file
 from dagman.types import Scan, Volume
@@ -256,7 +256,6 @@ def fingerprint(scan: Scan) -> Row:
         raise DagmanError("GONE", scan.source, problem, "put it back and run the command again") from None
     return {
         "place": _place(scan.source),
-        "folder": printable(folder_of(scan.source)),
         "mask_place": _place(scan.mask) if scan.mask else None,
         "files": [[printable(name), state.st_size, state.st_mtime_ns] for name, state in states]
         + [[roi, 0, 0] for roi in scan.rois],
@@ -270,8 +269,11 @@ def origin_of(entry: Row) -> str | None:
     """
     if entry["row"].get("window_hu"):
         return None
-    plain = re.sub(r"(-[0-9a-f]{8})+$", "", entry["case_id"]).removeprefix(f"{entry.get('folder', '')}_")
-    return repr([plain, entry["place"], entry.get("mask_place"), [name for name, *_ in entry["files"]]])
+    plain = re.sub(r"(-[0-9a-f]{8})+$", "", entry["case_id"])
+    names = [name for name, *_ in entry["files"]]
+    stem = clean_name(without_ending(names[0])) if names else plain
+    plain = stem if plain.endswith(f"_{stem}") else plain
+    return repr([plain, entry["place"], entry.get("mask_place"), names])
 
 
 def _place(path: Path) -> str:
@@ -303,7 +305,12 @@ def names_of(scan: Scan) -> dict[str, str]:
 
 def source_sha256(files: Iterable[Path]) -> str:
     """SHA-256 of one file, or of the sorted SHA-256s of several (a series in any order)."""
-    digests = sorted(sha256_file(path) for path in files)
+    return of_several(sha256_file(path) for path in files)
+
+
+def of_several(checksums: Iterable[str]) -> str:
+    """One checksum for those of several files, in any order; that of one file is its own."""
+    digests = sorted(checksums)
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -78,9 +78,12 @@ class Survey:
     lost: list[Path] = field(default_factory=list)
     """Links to what is not here, as those of data sets whose files were not fetched."""
 
-    def reject(self, code: str, source: object, problem: str, advice: str, *, ignored: bool = False) -> None:
+    def reject(
+        self, code: str, source: object, problem: str, advice: str, *, ignored: bool = False, case_id: str | None = None
+    ) -> None:
         """Note something that is not used."""
-        self.problems.append(Problem.of(DagmanError(code, source, problem, advice), ignored=ignored))
+        found = Problem.of(DagmanError(code, source, problem, advice), ignored=ignored)
+        self.problems.append(dataclasses.replace(found, case_id=case_id))
 
 
 def short_hash(text: str) -> str:
@@ -91,6 +94,11 @@ def short_hash(text: str) -> str:
 def clean_name(name: str) -> str:
     """A text as the name of a case: letters, digits, `.`, `_` and `-`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:80] or "scan"
+
+
+def without_ending(name: str) -> str:
+    """A file's name without what says its format."""
+    return _ENDINGS.sub("", name)
 
 
 def folder_of(path: Path) -> str:
@@ -122,7 +130,7 @@ def look_through(sources: Sequence[Path], survey: Survey) -> list[Found]:
             name = fact["series"] or short_hash(str(Path(_place(source, path)).parent))
             images[path] = fact | {"name": name, "folder": "" if fact["series"] else str(path.absolute().parent)}
         else:
-            found.append(Found(files=(path,), kind=fact["kind"], stem=_ENDINGS.sub("", _place(source, path))))
+            found.append(Found(files=(path,), kind=fact["kind"], stem=without_ending(_place(source, path))))
     for (name, _, modality, patient), slices in sorted(_sorted_out(images).items()):
         if each := _series(name, patient, modality, slices, survey):
             found.append(each)
@@ -170,21 +178,24 @@ def _without_shortened(found: list[Found], ill: Sequence[Path], survey: Survey) 
             slices = count(len(each.files), "file", "files")
             problem = f"is empty, damaged or no image of a series{more} and may be a slice of {each.stem} ({slices})"
             advice = "copy or export it again, or move it away where it is none"
-            survey.reject("SLICE", min(lost), problem, advice)
+            survey.reject("SLICE", min(lost), problem, advice, case_id=each.stem)
     return [each for place, each in enumerate(found) if place not in may_lack]
 
 
 def _beside(names: Sequence[Path], series: Mapping[Path, int]) -> list[tuple[Path, set[int]]]:
     """Files that are of no series, and the series next to each by name; all, where the names of series mix."""
     places = [series[path] for path in names if path in series]
-    mixed = sum(one != other for one, other in itertools.pairwise(places)) >= len(set(places))
-    beside = []
-    for number, path in enumerate(names):
-        if path not in series:
-            before = [series[name] for name in reversed(names[:number]) if name in series][:1]
-            after = [series[name] for name in names[number:] if name in series][:1]
-            beside.append((path, set(places if mixed else before + after)))
-    return beside
+    if sum(one != other for one, other in itertools.pairwise(places)) >= len(set(places)):
+        return [(path, set(places)) for path in names if path not in series]
+    beside: dict[Path, set[int]] = {path: set() for path in names if path not in series}
+    for one_way in (names, reversed(names)):
+        last: set[int] = set()
+        for path in one_way:
+            if path in series:
+                last = {series[path]}
+            else:
+                beside[path] |= last
+    return list(beside.items())
 
 
 def _like(path: Path) -> tuple[Path, str]:
@@ -197,7 +208,7 @@ def _like(path: Path) -> tuple[Path, str]:
 
 def _counting(path: Path) -> list[tuple[int, str]]:
     """Sorts names as people count: 2 before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name) if part]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
 def _files(source: Path, survey: Survey) -> list[Path]:

@@ -55,9 +55,10 @@ def scans(
         try:
             scan = _scan(row, path, here, survey)
         except OSError:
-            survey.reject(code, subject, "names a path that cannot be looked at", _CORRECT)
-        except ValueError as problem:
-            survey.reject(code, subject, str(problem), _CORRECT)
+            problem = "names a path that cannot be looked at"
+            survey.reject(code, subject, problem, _CORRECT, case_id=row.get("case_id"))
+        except ValueError as error:
+            survey.reject(code, subject, str(error), _CORRECT, case_id=row.get("case_id"))
         else:
             found += [scan] if scan else []
     return found

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dagman import files
-from dagman.ct.case import source_sha256
+from dagman.ct.case import of_several, source_sha256
+from dagman.ct.sources import medmnist
 from dagman.errors import DagmanError, ExitCode, printable
 from dagman.types import Scan
 
@@ -17,7 +18,7 @@ def of(scan: Scan) -> dict[str, Any]:
         DagmanError: `E-GONE` for a file that cannot be read.
     """
     try:
-        digest = source_sha256(scan.files)
+        digest = medmnist.sha256(scan.files[0]) if scan.kind == "medmnist" else source_sha256(scan.files)
     except OSError as error:
         problem, advice = f"cannot be read ({error.strerror})", "put it back and run the command again"
         raise DagmanError("GONE", scan.source, problem, advice) from None
@@ -33,7 +34,10 @@ def noted(log: Path, path: Path, required: Iterable[str] = ()) -> dict[str, Any]
     if not path.is_file():
         return None
     rows = files.read_lines(log, required=("file", *required))
-    return next((row for row in reversed(rows) if row["file"] == path.name), None)
+    found: dict[str, Any] | None = next((row for row in reversed(rows) if row["file"] == path.name), None)
+    if found and isinstance(found.get("source"), list):  # of earlier versions: checksums alone
+        return found | {"source": "elsewhere", "source_sha256": of_several(found["source"])}
+    return found
 
 
 def refuse_other(log: Path, path: Path, made: Mapping[str, Any]) -> None:

@@ -298,7 +298,7 @@ def memory_guard(advice: str) -> Iterator[None]:
 
 def _is_memory(error: Exception) -> bool:
     """Also where a process that reads has met it: PyTorch makes a RuntimeError of all that one raises."""
-    said = ("not enough memory", "can't allocate memory", "Unable to allocate", "MemoryError")
+    said = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "Unable to allocate", "MemoryError")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
