@@ -148,10 +148,11 @@ def _sorted_out(images: dict[Path, dict[str, Any]]) -> dict[tuple[str, ...], lis
     series: dict[tuple[str, ...], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     for path, fact in images.items():
         series[fact["name"], fact["folder"], fact["modality"], fact["patient"] or ""].append((path, fact))
-    for key in [key for key in series if not key[-1]]:
-        named = [other for other in series if other[:-1] == key[:-1] and other[-1]]
-        if len(named) == 1:
-            series[named[0]] += series.pop(key)
+    named: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
+    for key in series:
+        named[key[:-1]] += [key] if key[-1] else []
+    for key in [key for key in series if not key[-1] and len(named[key[:-1]]) == 1]:
+        series[named[key[:-1]][0]] += series.pop(key)
     return series
 
 
