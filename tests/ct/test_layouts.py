@@ -1,6 +1,7 @@
 """Data sets as they lie: nnU-Net, the Decathlon, MONAI datalists; each read, each broken in every way, and prepared."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,50 @@ def test_datalist_with_masks_classes_words_and_folds(tmp_path: Path) -> None:
     assert [scan.patient for scan in index([source])[0]] == ["12", None, None]
 
 
+def test_an_item_may_have_a_class_and_a_mask(tmp_path: Path) -> None:
+    items = [{"image": "ct/a.nii.gz", "label": 1, "mask": "seg/a.nii.gz"}, {"image": "ct/b.nii.gz", "label": 0}]
+    source = datalist(tmp_path, training=items)
+    assert rows(source) == [
+        ("a", "a.nii.gz", "a.nii.gz", "train", "1"),
+        ("b", "b.nii.gz", None, "train", "0"),
+    ]
+
+
+def test_keys_that_are_not_used_are_noted_and_near_ones_refused(tmp_path: Path) -> None:
+    item = {"image": "ct/a.nii.gz", "label": 1}
+    source = datalist(tmp_path, training=[item | {"spacing": 1}], test=[{"image": "ct/b.nii.gz", "age": 3}])
+    scans, problems = index([source])
+    assert [scan.case_id for scan in scans] == ["a", "b"]
+    assert [(problem.ignored, problem.problem) for problem in problems] == [
+        (True, "2 keys of its items are not used (spacing, age)")
+    ]
+    for key, like in (("patient_id", "patient"), ("Mask", "mask"), ("folds", "fold")):
+        cases, told = lost(datalist(tmp_path, training=[item | {key: "x"}]))
+        assert cases == []
+        assert len(told) == 1
+        assert f"has items with {key}, which is nearly {like}; name it {like}" in told[0]
+
+
+def test_a_label_that_names_structures_of_a_file_is_a_mask(tmp_path: Path) -> None:
+    """Without a slash in it: the ending stands in front of the names. That file does not exist."""
+    _, problems = lost(datalist(tmp_path, training=[{"image": "ct/a.nii.gz", "label": "rt.dcm#GTV-1|Lung"}]))
+    assert len(problems) == 1
+    assert "rt.dcm does not exist" in problems[0]
+
+
+def test_cases_listed_by_name_are_refused_by_name(tmp_path: Path) -> None:
+    """nnU-Net's second version reads them in place of its folders."""
+    named = {"dataset": {"k": {"images": ["a.nii.gz"], "label": "b.nii.gz"}}}
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        nnunet(folder, {**NNUNET, **named})
+    shutil.rmtree(tmp_path / "two" / "imagesTr")
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        cases, problems = lost(folder)
+        assert cases == []
+        assert len(problems) == 1
+        assert "lists its cases under dataset, by name" in problems[0]
+
+
 def test_one_image_with_two_masks_is_two_cases_and_equal_stems_stay_apart(tmp_path: Path) -> None:
     image(tmp_path / "other" / "a.nii.gz", PHANTOM_HU + np.int16(1))
     names = [("ct/a.nii.gz", "seg/a.nii.gz"), ("ct/a.nii.gz", "seg/b.nii.gz"), ("other/a.nii.gz", "seg/c.nii.gz")]
@@ -168,6 +213,10 @@ def test_a_downloaded_list_may_not(tmp_path: Path, path: str) -> None:
         ({"image": "ct/a.nii.gz", "label": [1, 0]}, "neither a number nor a word"),
         ({"image": "ct/a.nii.gz", "label": True}, "neither a number nor a word"),
         ({"image": "ct/a.nii.gz", "fold": {}}, "fold"),
+        (
+            {"image": "ct/a.nii.gz", "label": "seg/a.nii.gz", "mask": "seg/b.nii.gz"},
+            "a label that is a file, and a mask",
+        ),
         ({"image": "x" * 5000 + ".nii.gz"}, "cannot be looked at"),
         ({"image": "seg"}, "holds 3 scans"),
         ({"image": "ct/b.nii.gz"}, "the same as in training[0] of list.json"),

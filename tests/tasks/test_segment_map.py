@@ -16,6 +16,7 @@ import small_study
 from dagman import files
 from dagman.ct import crops
 from dagman.ct.index import index
+from dagman.ct.resample import positions
 from dagman.ct.store import AIR_HU, padded_crop
 from dagman.errors import DagmanError, ExitCode
 from dagman.nets.encoder import build
@@ -229,6 +230,22 @@ def test_nothing_is_predicted_where_nothing_was_looked_at(bright):
     wide = Grid((9, 3, 3), np.eye(4))
     wide.affine[0, 3] = -3
     np.testing.assert_array_equal(segment.most_likely(likely, np.eye(4), wide)[:, 1, 1], [0, 0, 0, 1, 1, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("slices", "size_mm"), [(98, 0.6), (104, 0.7), (203, 0.3), (512, 0.65), (109, 0.625), (61, 1.0)]
+)
+def test_a_scan_has_labels_up_to_its_last_voxels(slices, size_mm):
+    """The prepared grid may end a quarter of its voxel before them."""
+    where = positions(slices, size_mm, 2.0)
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[2, 3] = where[0] * size_mm
+    likely = np.stack([np.full((4, 4, len(where)), share, np.float32) for share in (0.2, 0.8)])
+    found = segment.most_likely(likely, affine, Grid((4, 4, slices), np.diag([2.0, 2.0, size_mm, 1.0])))
+    assert (found == 1).all()
+    affine[2, 3] += 40
+    found = segment.most_likely(likely, affine, Grid((4, 4, slices), np.diag([2.0, 2.0, size_mm, 1.0])))
+    assert (found[..., : int(38 / size_mm)] == 0).all(), "nothing was looked at there"
 
 
 @pytest.mark.parametrize("shape", [(20, 30, 64), (40, 33, 70), (65, 32, 129)])

@@ -14,7 +14,7 @@ from typing import Any
 
 from dagman.ct import table
 from dagman.ct.survey import Survey, clean_name, short_hash
-from dagman.errors import DagmanError, printable
+from dagman.errors import DagmanError, count, printable
 from dagman.types import Scan
 
 DATASET = "dataset.json"
@@ -24,6 +24,8 @@ NOT_CT = re.compile(r"(MRI?|T1|T2|FLAIR|ADC|DWI|PET|US)\b.*", re.IGNORECASE)
 """Names of channels that are no CT."""
 _MOST_BYTES = 64 * 2**20
 _ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".dcm")
+ITEM_KEYS = ("image", "label", "mask", "patient", "fold")
+"""What is read of an item of a datalist."""
 _FOLDERS = (("imagesTr", "labelsTr", "train"), ("imagesTs", "labelsTs", "test"))
 Item = dict[str, str]
 
@@ -53,7 +55,12 @@ def _is_dataset(path: Path) -> bool:
         content = _content(path)
     except DagmanError:
         return False
-    return _is_listed(content) or _is_nnunet(path, content)
+    return _is_listed(content) or _is_nnunet(path, content) or _lists_by_name(content)
+
+
+def _lists_by_name(content: dict[str, Any]) -> bool:
+    """Whether cases stand under their names, as nnU-Net's second version allows."""
+    return isinstance(content.get("dataset"), dict)
 
 
 def _is_listed(content: dict[str, Any]) -> bool:
@@ -67,8 +74,9 @@ def _is_nnunet(path: Path, content: dict[str, Any]) -> bool:
 def read(path: Path, survey: Survey) -> list[Scan]:
     """Scans of a data set or datalist; cases that cannot be used go to `survey.problems` with their place in the list.
 
-    A label is a mask where it names a file, and a class where it is a number or a word. Training cases are of the split
-    `train`, or of `fold-N` where the list names folds; nobody's patient is known unless an item has `patient`.
+    A label is a mask where it names a file, and a class where it is a number or a word; `mask` is one beside it. Cases
+    for training are of the split `train`, or of `fold-N` where the list names folds; nobody's patient is known unless
+    an item has `patient`. Keys that are not used are noted.
 
     Args:
         path: A `dataset.json`, or a MONAI datalist whose paths count from its own folder.
@@ -81,8 +89,11 @@ def read(path: Path, survey: Survey) -> list[Scan]:
         content = _content(path)
         _check_channels(path, content)
         _check_labels(path, content)
+        if _lists_by_name(content):
+            raise _refused(path, "lists its cases under dataset, by name, which is not read", "give a MONAI datalist")
         if _is_listed(content):
             items = _listed(path, content)
+            _note_unused(path, content, survey)
         elif _is_nnunet(path, content):
             items = _nnunet(path, content)
         else:
@@ -231,6 +242,25 @@ def _listed(path: Path, content: dict[str, Any]) -> list[tuple[str, Item]]:
     return items
 
 
+def _note_unused(path: Path, content: dict[str, Any], survey: Survey) -> None:
+    """Say which keys of the items are left alone.
+
+    Raises:
+        DagmanError: `E-LAYOUT` where a key is nearly one that no item has: its values would be lost.
+    """
+    entries = [entry for key in SPLITS for entry in content.get(key, []) if isinstance(entry, dict)]
+    keys = list(dict.fromkeys(printable(str(key)) for entry in entries for key in entry))
+    absent = [key for key in ITEM_KEYS if key not in keys]
+    unused = [key for key in keys if key not in ITEM_KEYS]
+    if near := next(((key, like) for key in unused if (like := table.nearest(key, absent))), None):
+        raise _refused(path, f"has items with {near[0]}, which is nearly {near[1]}", f"name it {near[1]}")
+    if unused:
+        problem = (
+            f"{count(len(unused), 'key of its items is', 'keys of its items are')} not used ({', '.join(unused)[:120]})"
+        )
+        survey.reject("LAYOUT", path, problem, f"those that are used are {', '.join(ITEM_KEYS)}", ignored=True)
+
+
 def _item(path: Path, entry: Any, split: str) -> Item:
     entry = {"image": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict):
@@ -243,8 +273,12 @@ def _item(path: Path, entry: Any, split: str) -> Item:
         item["patient"] = _scalar(patient, "patient")
     if (label := entry.get("label")) is not None:
         word = _scalar(label, "label")
-        is_file = isinstance(label, str) and ("/" in word or word.lower().endswith(_ENDINGS))
+        is_file = isinstance(label, str) and ("/" in word or word.partition("#")[0].lower().endswith(_ENDINGS))
         item["mask" if is_file else "label"] = _inside(path, word) if is_file else word
+    if (mask := entry.get("mask")) is not None:
+        if "mask" in item:
+            raise ValueError("has a label that is a file, and a mask")
+        item["mask"] = _inside(path, _scalar(mask, "mask"))
     return item
 
 

@@ -276,7 +276,8 @@ def onto(
 ) -> Float32[np.ndarray, "other_x other_y other_z"]:
     """Values on another grid whose axes run along the same lines, in any order and direction.
 
-    Linear between voxel centres; up to half a voxel beyond the last one it counts, and 0 further out.
+    Linear between voxel centres. The last one counts for three quarters of a voxel beyond it, and 0 stands further out:
+    a resampled grid ends up to a quarter of its voxel before the scan does (`resample.positions`).
     """
     step = np.linalg.inv(affine) @ target.affine
     order = [int(np.abs(step[:3, axis]).argmax()) for axis in range(3)]
@@ -287,7 +288,7 @@ def onto(
             values = values if step[source, axis] > 0 else np.flip(values, source)
             continue
         low = np.clip(np.floor(where + 1e-6).astype(np.int64), 0, num - 1)
-        inside = np.abs(where - (num - 1) / 2) <= num / 2 + 1e-6
+        inside = np.abs(where - (num - 1) / 2) <= num / 2 + 0.25 + 1e-6
         share = np.clip(where - low, 0, 1)
         weights = np.stack([inside * (1 - share), inside * share]).astype(np.float32)
         weights = weights.reshape(2, *(-1 if other == source else 1 for other in range(3)))
