@@ -58,7 +58,7 @@ def table(axis: str) -> str:
 
 
 PLACES = ("stage 1", "stage 2", "semantic attention", "stage 3", "stage 4")
-HEADS = {"distance_entropy_ratio": "distances differ", "row_entropy": "rows are even"}
+HEADS = {"distance_entropy_ratio": "entropy of distances", "row_entropy": "entropy of rows"}
 EFFECTS = {
     "attended less random": (("attended", "random"), ("attended, noisy teacher", "random, noisy teacher")),
     "noisy less clean": (("random, noisy teacher", "random"), ("attended, noisy teacher", "attended")),

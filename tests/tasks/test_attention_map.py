@@ -21,7 +21,7 @@ from dagman.figures import attention as figure
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
 from dagman.nets.vit import ViTConfig, ViTEncoder
 from dagman.tasks import attention
-from dagman.types import Features, Preparation, Volume
+from dagman.types import Features, Preparation, Scan, Volume
 
 CROP = (32, 32, 32)
 NETWORK = SwinConfig(
@@ -218,6 +218,31 @@ def test_maps_of_the_heads_have_the_map_as_their_mean():
     level[2, 3] = 2.0 * 11
     plane = attention.head_maps(encoder, volume, attention.Grid((40, 36, 1), level))
     np.testing.assert_allclose(plane[..., 0], maps[..., 11], atol=1e-5)
+
+
+def test_a_volume_of_other_axes_or_with_nan_is_refused():
+    """What nibabel gives of an LPS file: its map would be that of a mirrored patient."""
+    hu = np.full((40, 36, 32), 40, np.int16)
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    for other, codes in ((np.diag([-2.0, -2.0, 2.0, 1.0]), "LPS"), (affine[[1, 0, 2, 3]], "ARS")):
+        with pytest.raises(DagmanError, match=f"E-ORIENT.*run to {codes}, where RAS is wanted"):
+            attention.attention_map(make(), Volume(hu=hu, affine=other))
+    broken = hu.astype(np.float32)
+    broken[3, 3, 3] = np.nan
+    with pytest.raises(DagmanError, match="E-NONFINITE"):
+        attention.attention_map(make(), Volume(hu=broken, affine=affine))
+
+
+def test_of_several_encoders_the_one_without_attention_is_named_before_the_work(tmp_path):
+    encoders = {
+        "with": make(),
+        "without": SwinEncoder(SwinConfig(embed_dim=12, num_heads=(2, 2, 4, 4), attention=None)),
+    }
+    with pytest.raises(DagmanError, match="E-NOATTENTION without: has no semantic attention"):
+        attention.explain(
+            encoders, Scan(case_id="a", files=(tmp_path / "none.nii.gz",), kind="nifti"), tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_encoder_without_semantic_attention_is_refused():

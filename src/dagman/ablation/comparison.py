@@ -36,7 +36,7 @@ TITLES = {
 CLUSTERS = {cluster.MEANINGS[name]: f"organs, {cluster.MEANINGS[name]}" for name in ("map_ratio", "knn")}
 """What is drawn of clusters of organs, where they were asked for."""
 HEADS = {
-    "distance_entropy_ratio": "how differently heads look: entropy of their distances / ln(heads)",
+    "distance_entropy_ratio": "entropy of heads' distances / ln(heads), 1 where all look equally far",
     "distance_mm": "how far heads look: attention-weighted distance, mm",
 }
 _LAID_OUT = set(cluster.MEANINGS.values())

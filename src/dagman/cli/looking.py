@@ -183,7 +183,7 @@ def diversity(
     seed: int = 0,
     device: Device = "cpu",
 ) -> int:
-    """Compare how far attention heads look, and how differently: distances in mm and entropies by stage.
+    """Compare how far attention heads look, and how evenly far: distances in mm and entropies by stage.
 
     Args:
         weights: Run folders or .safetensors files; the first is what the others are compared with.

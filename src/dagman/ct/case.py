@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int16, Integer
 
 from dagman.ct import crops, read, resample, store
+from dagman.ct.grid import check_ras
 from dagman.ct.index import patient_key_id
 from dagman.ct.sources import medmnist, medmnist_files
 from dagman.ct.survey import Problem, clean_name, without_ending
@@ -63,8 +64,12 @@ def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarr
         mask: Labels on the volume's own grid; comes along by nearest neighbour, and the crop holds all of it.
 
     Raises:
-        DagmanError: `E-MASKLOST` when two labels would share one voxel.
+        DagmanError: `E-MASKLOST` when two labels would share one voxel, `E-ORIENT` when the volume is not RAS+,
+            `E-NONFINITE` when it holds NaN or infinity.
     """
+    check_ras(volume.affine)
+    if not np.isfinite([volume.hu.min(), volume.hu.max()]).all():
+        raise DagmanError("NONFINITE", "volume", "holds NaN or infinity", "give Hounsfield units")
     low, high = store.AIR_HU, np.iinfo(np.int16).max
     within = low <= volume.hu.min() and volume.hu.max() <= high
     outside = 0 if within else np.count_nonzero(volume.hu < low) + np.count_nonzero(volume.hu > high)

@@ -65,6 +65,19 @@ def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return array, turned
 
 
+def check_ras(affine: np.ndarray) -> None:
+    """Refuse the affine of a volume made in memory whose axes were not turned to run nearest to right, front, head.
+
+    Raises:
+        DagmanError: `E-ORIENT`.
+    """
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    nearest = max(sum(abs(axes[i, p[i]]) for i in range(3)) for p in itertools.permutations(range(3)))
+    if np.trace(axes) < nearest - 1e-6:
+        problem = f"its axes run to {axis_codes(affine)}, where RAS is wanted"
+        raise DagmanError("ORIENT", "volume", problem, "turn it first (nibabel.as_closest_canonical), or read its file")
+
+
 def axis_codes(affine: np.ndarray) -> str:
     """Direction of each voxel axis, such as `LPS`."""
     letters = ("LR", "PA", "IS")

@@ -1,4 +1,4 @@
-"""Attention heads of several runs as box plots by stage: how far, how differently and how widely they look."""
+"""Attention heads of several runs as box plots by stage: how far, how evenly far and how widely they look."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Boxes(NamedTuple):
 
 PANELS = {
     "distance_mm": ("how far a head looks\n(one point a head)", "attention-weighted distance, mm"),
-    "distance_entropy": ("how differently heads look\n(one point a crop)", "entropy of distances / ln(heads)"),
+    "distance_entropy": ("how evenly far heads look\n(one point a crop)", "entropy of distances / ln(heads)"),
     "row_entropy": ("how widely a head spreads\n(one point a head)", "entropy of rows / largest possible"),
 }
 

@@ -87,6 +87,8 @@ def explain(
     Reference:
         Figure 5.
     """
+    for name, encoder in encoders.items():
+        _require_attention(encoder, name)
     volume = read(scan, limits)
     labels = read_mask_of(scan, volume)
     mask = labels.hu > 0 if labels else None
@@ -203,6 +205,12 @@ def head_rows(
     return rows / rows.sum(dim=-1).mean(dim=1)[:, None, None]
 
 
+def _require_attention(encoder: Encoder, name: str) -> None:
+    if not encoder.config.has_cls:
+        advice = "give weights of a recipe with semantic attention"
+        raise DagmanError("NOATTENTION", name, "has no semantic attention", advice)
+
+
 def _blended(
     encoder: Encoder,
     volume: Volume,
@@ -211,10 +219,7 @@ def _blended(
     progress: Progress | None,
 ) -> tuple[Float[np.ndarray, "4 4"], Float32[np.ndarray, "maps x y z"]]:
     """Rows (batch, maps, cells) of overlapping crops as maps on the prepared volume's grid, after its affine."""
-    if not encoder.config.has_cls:
-        raise DagmanError(
-            "NOATTENTION", "encoder", "has no semantic attention", "give weights of a recipe with semantic attention"
-        )
+    _require_attention(encoder, "encoder")
     preparation = encoder.preparation
     prepared = prepare_volume(
         volume, PrepareConfig(spacing_mm=preparation.spacing_mm, resampling=preparation.resampling)

@@ -1,4 +1,4 @@
-"""How far attention heads look, and how differently: attention-weighted distances in mm, and entropies.
+"""How far attention heads look, and how evenly far: attention-weighted distances in mm, and entropies.
 
 Every figure of a stage is a mean over crops, one value a crop; patients are drawn again for its interval.
 
