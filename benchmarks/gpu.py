@@ -1,4 +1,4 @@
-"""Prove and time the GPU path: benchmarks/gpu.sh calls this. Imports torch, numpy and dagman's nets and pretext alone.
+"""Prove and time the GPU path: benchmarks/gpu.sh calls this, with little but torch, Triton and dagman installed.
 
 Numerics of every kernel against float64 on the CPU; every kernel's time beside what the card's measured matrix
 product and copy would need for its work; whole steps (teacher and student on both views, AdamW, EMA) of crops of
@@ -21,7 +21,9 @@ from unittest import mock
 
 TARGETS = "targets on an H200, 128^3, bf16: 4 ms a sample, 5 times the MONAI-like composition, 1.5 GB a sample"
 DEVICE = "cuda"
-NEEDED = ("torch", "triton", "numpy", "jaxtyping")
+NEEDED = ("torch", "triton", "numpy", "jaxtyping", "lightning_fabric")
+WHERE_SECONDS = 45
+"""Kept of the time for the part that says where it goes."""
 PAPER_STAGES = ((48, 4, 2), (96, 4, 4), (192, 8, 8), (384, 16, 16))
 """Width and heads of a stage's blocks, and voxels a side of one of its tokens."""
 
@@ -81,7 +83,7 @@ def proofs() -> Iterator[dict[str, Any]]:
     from dagman.nets import gpu
     from dagman.nets.stage import WindowBlock
 
-    grids = [(2, 8, 8, 12), (1, 6, 5, 9), (3, 4, 8, 4), (2, 2, 3, 4)]
+    grids = [(2, 8, 8, 12), (1, 6, 5, 9), (2, 2, 3, 4)]
     for width, heads in [(24, 2), (48, 4), (96, 4), (192, 8)]:
         for kind in (torch.float32, torch.bfloat16):
             worst = {"out": 0.0, "gradient": 0.0, "plain_gradient": 0.0}
@@ -378,7 +380,9 @@ def main() -> int:
         "proofs": proofs,
         "kernels": lambda: kernel_times(found["ceilings"]),
         "watching": lambda: iter([diagnostics_time()]),
-        "steps": lambda: (timed_step(*row) for row in plan() if time.monotonic() < deadline or left.append(row)),
+        "steps": lambda: (
+            timed_step(*row) for row in plan() if time.monotonic() < deadline - WHERE_SECONDS or left.append(row)
+        ),
         "where": where,
         "tuning": tuning,
     }
@@ -390,6 +394,8 @@ def main() -> int:
                 show(row)
                 found[name].append(row)
                 out.write_text(json.dumps(found, indent=1) + "\n")
+                if name != "steps" and time.monotonic() > deadline:
+                    raise TimeoutError(f"{options.minutes:g} minutes are over")
         except Exception as problem:
             found[name].append({"problem": f"{type(problem).__name__}: {problem}"[:400]})
             print(found[name][-1]["problem"])

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prove and time everything on a machine with a GPU, in one call of under 10 minutes; needs torch, triton and numpy.
+# Prove and time everything on a machine with a GPU, in one call of under 10 minutes; needs torch, triton,
+# numpy, jaxtyping and lightning-fabric.
 #
 #     benchmarks/gpu.sh [--minutes 9] [--only PART ...] [--json FILE]
 #

@@ -2,9 +2,10 @@
 
     PYTHONPATH=src python benchmarks/gpu_compile.py [--arch 90] [--widths 48 96 192]
 
-Blocks of the paper's widths run forward and backward up to each launch, which only compiles: with the arguments, types
-and sizes of a real one. The interpreter proves what kernels compute, but takes what the compiler refuses. Exits 1
-where a kernel takes more shared memory than the card has.
+Blocks of the paper's widths, with its heads and with the widest that the kernels take, run forward and backward up to
+each launch, which only compiles: with the arguments, types, sizes and stages of a real one on such a card. The
+interpreter proves what kernels compute, but takes what the compiler refuses. Exits 1 where a kernel takes more shared
+memory than the card has.
 """
 
 import argparse
@@ -60,20 +61,18 @@ def usage(binary: bytes) -> dict[str, int]:
     return {word.lower(): int(re.search(rf"{word}:(\d+)", told)[1]) for word in ("REG", "STACK")}
 
 
-def compiled(width: int, kind: torch.dtype) -> list[dict[str, Any]]:
+def compiled(width: int, heads: int, kind: torch.dtype, stages: int) -> list[dict[str, Any]]:
     """A row for each kernel of a block, forward and backward, on a map that windows reach over."""
     rows = []
 
-    def compile_only(
-        kernel: Any, number: int, _: Any, *args: Any, warps: int = 4, stages: int = 1, **sizes: Any
-    ) -> None:
+    def compile_only(kernel: Any, number: int, _: Any, *args: Any, warps: int = 4, **sizes: Any) -> None:
         made = kernel.warmup(*args, grid=(number,), num_warps=warps, num_stages=stages, **sizes)
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
         shared = made.metadata.shared / 1024
         rows.append({"kernel": name, "warps": warps, **usage(made.asm["cubin"]), "shared_kib": shared})
 
     on_card = "tf32x3" if kind == torch.float32 else "tf32"
-    block = WindowBlock(width, num_heads=HEADS[width], window=4, shift=2, mlp_ratio=4.0, drop_path=0.1).train()
+    block = WindowBlock(width, num_heads=heads, window=4, shift=2, mlp_ratio=4.0, drop_path=0.1).train()
     x = torch.randn(1, 8, 8, 6, width).to(kind).requires_grad_()
     with (
         mock.patch.object(tiles, "launch", compile_only),
@@ -94,12 +93,14 @@ def main() -> int:
     parser.add_argument("--widths", type=int, nargs="+", default=[48, 96, 192], choices=sorted(HEADS))
     options = parser.parse_args()
     driver.set_active(AbsentCard(options.arch))
-    fits = True
+    fits, stages = True, tiles.stages(1024 * SHARED_KIB[options.arch])
+    blocks = [(width, heads) for width in options.widths for heads in (HEADS[width], -(-width // gpu.MOST_HEAD_WIDTH))]
     for kind in (torch.bfloat16, torch.float32):
-        for width in options.widths:
-            for row in compiled(width, kind):
+        for width, heads in blocks:
+            for row in compiled(width, heads, kind, stages):
                 fits &= row["shared_kib"] <= SHARED_KIB[options.arch]
-                print(f"width {width:3}  {str(kind)[6:]:8}", *(f"{name} {value}" for name, value in row.items()))
+                shown = "  ".join(f"{name} {value}" for name, value in row.items())
+                print(f"width {width:3}  heads {heads:2}  {str(kind)[6:]:8}  stages {stages}  {shown}")
     return 0 if fits else 1
 
 

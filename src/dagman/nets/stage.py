@@ -43,7 +43,8 @@ class WindowBlock(nn.Module):
                 alike and are computed once; the result is the same.
         """
         tokens = self.attn.tokens((x.shape[1], x.shape[2], x.shape[3]))
-        if gpu.chosen(x, tokens) == "triton" and gpu.fuses(x, self.mlp.linear1.out_features):
+        head_width = x.shape[-1] // self.attn.num_heads
+        if gpu.chosen(x, tokens, head_width) == "triton" and gpu.fuses(x, self.mlp.linear1.out_features):
             return self._forward_on_chip(x, tokens)
         return self._forward_all(x) if blank is None else self._forward_once(x, blank)
 

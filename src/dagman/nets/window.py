@@ -43,7 +43,7 @@ class WindowAttention(nn.Module):
         """Attend within each window of each map, up to the last layer: `proj` is applied where the branch joins."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
         tokens = self.tokens(grid)
-        if gpu.chosen(x, tokens) == "triton":
+        if gpu.chosen(x, tokens, x.shape[-1] // self.num_heads) == "triton":
             return gpu.window_attention(
                 self.qkv(x), self.qkv.bias, self.bias(tokens), window=self.window, shift=self.shift
             )

@@ -19,6 +19,8 @@ Path = Literal["triton", "plain"]
 
 MOST_TOKENS = 64
 """Of a window: it is one tile."""
+MOST_HEAD_WIDTH = 64
+"""Of a wider one tiles take more memory than a block may share on some cards."""
 MOST_FUSED_WIDTH = 96
 """Of a token: the weights of a wider half-block do not fit on a multiprocessor, and the library's products win."""
 
@@ -35,17 +37,19 @@ def forced(path: Path | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def chosen(x: Tensor, tokens: int) -> Path:
+def chosen(x: Tensor, tokens: int, head_width: int) -> Path:
     """The path that a map takes: Triton's on a GPU that has it, in any type but float64.
 
     Args:
         x: The map.
         tokens: In a window.
+        head_width: Of a token in a head.
     """
     forced = _forced.get()
     if forced == "plain" or (forced is None and why_not(x.device) is not None):
         return "plain"
-    return "plain" if tokens > MOST_TOKENS or computes_in(x) == torch.float64 else "triton"
+    fits = tokens <= MOST_TOKENS and head_width <= MOST_HEAD_WIDTH
+    return "triton" if fits and computes_in(x) != torch.float64 else "plain"
 
 
 def fuses(x: Tensor, hidden_width: int) -> bool:
