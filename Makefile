@@ -36,7 +36,14 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: setup
+# The kernels for GPUs run in Triton's interpreter; PyTorch's builds for CUDA bring a Triton of their own.
+$(VENV)/.triton: $(READY)
+	$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' \
+	  || $(BIN)/python -m pip install --quiet --no-deps 'triton==3.9.0' \
+	  || echo 'Note: no Triton for this machine; the tests of the kernels for GPUs are skipped'
+	@touch $@
+
+test: setup $(VENV)/.triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
 demo: setup

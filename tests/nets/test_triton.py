@@ -59,6 +59,12 @@ def randomised(module: nn.Module) -> nn.Module:
     return module.to(DEVICE)
 
 
+def attention(width: int, heads: int, window: int, shift: int) -> nn.Module:
+    """With the projection that a block applies where the branch joins."""
+    module = WindowAttention(width, num_heads=heads, window=window, shift=shift)
+    return randomised(nn.Sequential(module, module.proj))
+
+
 def check(module: nn.Module, x: Tensor, *, out: float = 1e-6, gradient: float = 1e-5) -> None:
     """Output and all gradients of the Triton path against the plain path in float64."""
     probe = torch.randn(x.shape, dtype=torch.float64)
@@ -82,8 +88,7 @@ def test_window_attention_of_any_shape_equals_float64(shape, shifted, heads, see
     torch.manual_seed(seed)
     grid, window = shape
     shift = window // 2 if shifted else 0
-    module = randomised(WindowAttention(12 * heads, num_heads=heads, window=window, shift=shift))
-    check(module, torch.randn(2, *grid, 12 * heads))
+    check(attention(12 * heads, heads, window, shift), torch.randn(2, *grid, 12 * heads))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_window_attention_of_any_shape_equals_float64(shape, shifted, heads, see
 )
 def test_window_attention_in_corner_cases(grid, window, shift, width, heads, launched):
     torch.manual_seed(0)
-    check(randomised(WindowAttention(width, num_heads=heads, window=window, shift=shift)), torch.randn(1, *grid, width))
+    check(attention(width, heads, window, shift), torch.randn(1, *grid, width))
     assert launched == ["attention._forward", "attention._backward"]
 
 
@@ -232,13 +237,12 @@ def test_the_path_is_chosen_by_device_type_and_size():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", ["80", "89", "90"])
-def test_the_compiler_takes_every_kernel_for_a_card_that_is_not_here(tmp_path, arch):
-    """A card for games shares less memory than one for data centres: what is launched there must fit as well."""
+def test_the_compiler_takes_every_kernel_for_a_card_that_is_not_here(tmp_path):
+    """One of those that share the least memory between the warps of a block, where other stages are launched."""
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root / "src")}
-    command = [sys.executable, str(root / "benchmarks" / "gpu_compile.py"), "--arch", arch, "--widths", "96"]
+    command = [sys.executable, str(root / "benchmarks" / "gpu_compile.py"), "--arch", "89", "--widths", "96"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 16
