@@ -1,8 +1,10 @@
 """What every encoder does alike."""
 
 import copy
+import re
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 
@@ -44,3 +46,10 @@ def test_computes_in_the_type_of_its_weights(encoder, dtype, tolerance):
                 torch.testing.assert_close(ours.float(), wanted, rtol=0, atol=tolerance)
     found.pooled.float().square().sum().backward()
     assert all(each.grad.isfinite().all() for each in cast.parameters() if each.grad is not None)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 32), (1, 32, 32, 32), (1, 2, 32, 32, 32), (1, 1, 1, 32, 32, 32)])
+def test_what_is_no_batch_of_crops_is_refused(encoder, shape, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=rf"\(batch, 1, x, y, z\), not {re.escape(str(shape))}$"):
+        encoder(torch.rand(shape))

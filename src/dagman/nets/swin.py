@@ -204,7 +204,7 @@ class SemanticAttention(nn.Module):
     def forward(self, cells: Float[Tensor, "batch x y z width"]) -> SemanticTokens:
         """Attend over the cells."""
         batch, *grid, width = cells.shape
-        position = sine_cosine_position((grid[0], grid[1], grid[2]), width, cells.device)
+        position = sine_cosine_position((grid[0], grid[1], grid[2]), width, cells.device).to(self.cls_token.dtype)
         tokens, between = cells.flatten(1, 3), None
         if self.position == "residual":
             tokens = tokens + position

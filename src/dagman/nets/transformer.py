@@ -123,7 +123,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(query, key, value)
     with torch.autocast("cpu", enabled=False):
         single = torch.promote_types(query.dtype, torch.float32)
-        return functional.scaled_dot_product_attention(query.to(single), key.to(single), value.to(single))
+        mixed = functional.scaled_dot_product_attention(query.to(single), key.to(single), value.to(single))
+        return mixed.to(query.dtype)
 
 
 @torch.no_grad()
