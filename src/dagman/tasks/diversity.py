@@ -31,7 +31,7 @@ from dagman.nets.vit import ViTEncoder
 from dagman.nets.windows import FORBIDDEN, effective_window, partition, window_layout
 from dagman.randomness import generator
 from dagman.tasks import statistics
-from dagman.tasks.embed import suited
+from dagman.tasks.embed import refuse_training, suited
 from dagman.tasks.protocol import GroupBy
 from dagman.tasks.table import write_rows
 from dagman.types import Preparation
@@ -254,6 +254,7 @@ def heads(encoder: Encoder, images: Float[Tensor, "batch 1 x y z"]) -> list[Head
         encoder: In eval mode.
         images: Crops in [0, 1], on the encoder's device.
     """
+    refuse_training(encoder)
     places = _places(encoder)
     seen: list[tuple[Any, tuple[Any, ...]]] = []
     hooks = [module.register_forward_pre_hook(lambda one, given: seen.append((one, given))) for module in places]

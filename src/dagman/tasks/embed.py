@@ -99,12 +99,21 @@ def encode(
     precision: Precision,
 ) -> Features:
     """Features of a batch; nothing is hidden, and an encoder in training mode is refused."""
-    if encoder.training:
-        raise ValueError("features are taken in eval mode: call encoder.eval()")
+    refuse_training(encoder)
     encoder.to(device)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         features: Features = encoder(images.to(device))
     return features
+
+
+def refuse_training(encoder: Encoder) -> None:
+    """Refuse an encoder that drops paths at random.
+
+    Raises:
+        ValueError: In training mode.
+    """
+    if encoder.training:
+        raise ValueError("features are taken in eval mode: call encoder.eval()")
 
 
 def crops_at_once(preparation: Preparation) -> int:
