@@ -178,3 +178,8 @@ def test_grey_cubes_are_seen_through_the_window_that_gives_them_back(organ_store
 def test_no_crops_are_refused(organ_store, two_runs, num_crops: int) -> None:
     with pytest.raises(DagmanError, match="E-CONFIG"):
         diversity.head_diversity(load_encoder(two_runs[0]), organ_store, num_crops=num_crops)
+
+
+def test_an_encoder_in_training_is_refused(uniform: SwinEncoder) -> None:
+    with pytest.raises(ValueError, match="eval mode"):
+        diversity.heads(uniform.train(), torch.rand(1, 1, 64, 64, 64))

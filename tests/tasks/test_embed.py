@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jaxtyping
 import nibabel
 import numpy as np
 import pytest
@@ -169,3 +170,20 @@ def test_a_case_with_an_empty_mask_is_named_and_the_rest_goes_on(encoder, tmp_pa
     assert cli.run([*command, "-o", str(tmp_path / "features.csv")]) == ExitCode.REJECTED
     assert "E-NOMASK c2: its mask is empty; draw it" in capsys.readouterr().err
     assert read_csv(tmp_path / "features.csv").case_ids == ("c0", "c1", "c3")
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"precision": "fp16"}, "E-USAGE precision: cannot be fp16; give one of bf16, float32"),
+        ({"rows": [50]}, "E-USAGE rows: 50 is no row of 4; count from 0"),
+        ({"rows": [-1]}, "E-USAGE rows: -1 is no row of 4; count from 0"),
+        ({"device": "cuda"}, "E-DEVICE device cuda: no CUDA device is here; leave the device out, or give cpu"),
+    ],
+)
+def test_what_is_not_there_is_refused(encoder, store, monkeypatch, asked, told):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DagmanError) as caught:
+        embed.embed(encoder, store, **asked)
+    assert str(caught.value) == told

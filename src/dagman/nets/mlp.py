@@ -50,7 +50,7 @@ class MLP(nn.Module):
     def _fuses(self, x: Tensor, normalised: Tensor, factors: Tensor | None) -> bool:
         """Whether the kernel can compute the branch, and is the faster way."""
         first, second, dtype = self.linear1, self.linear2, rows.dtype_of_products(normalised)
-        plain = rows.is_plain_layer(first) and rows.joins(x, normalised, second, factors)
+        plain = rows.is_plain_layer(first) and rows.joins(second, x, normalised, factors)
         if not plain or normalised.shape != x.shape or dtype not in NAMES:
             return False
         hidden, width = first.weight.shape

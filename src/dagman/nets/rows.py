@@ -6,7 +6,7 @@ each gradient.
 """
 
 import ctypes
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dagman.nets.kernel import NAMES, address, floats, loaded, runs
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 RESIDUALS = {
     (torch.float32, torch.float32): "float32",
@@ -38,7 +40,7 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x)
 
 
-def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Linear) -> Float[Tensor, "*shape outputs"]:
+def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Module) -> Float[Tensor, "*shape outputs"]:
     """A linear layer and the exact GELU."""
     if runs(x) and is_plain_layer(layer) and dtype_of_products(x) in NAMES:
         activated: Tensor = BiasGelu.apply(functional.linear(x, layer.weight), layer.bias)  # type: ignore[no-untyped-call]
@@ -46,9 +48,9 @@ def linear_gelu(x: Float[Tensor, "*shape width"], layer: nn.Linear) -> Float[Ten
     return functional.gelu(layer(x))
 
 
-def branch_off(x: Float[Tensor, "*shape width"], norm: LayerNorm) -> tuple[Tensor, Tensor]:
+def branch_off(x: Float[Tensor, "*shape width"], norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The residual stream as it is, and normalised for a branch; the gradients of both are added in one pass."""
-    if runs(x) and _is_plain(norm) and _normalises(norm, x):
+    if runs(x) and is_bare(norm, LayerNorm) and _normalises(norm, x):
         return residual(x, norm=norm)
     return x, norm(x)
 
@@ -56,11 +58,11 @@ def branch_off(x: Float[Tensor, "*shape width"], norm: LayerNorm) -> tuple[Tenso
 def join(
     x: Float[Tensor, "items *shape width"],
     mixed: Float[Tensor, "items *shape in_width"],
-    layer: nn.Linear,
+    layer: nn.Module,
     factors: Float[Tensor, " items"] | None,
 ) -> Float[Tensor, "items *shape width"]:
     """Add a branch to the residual stream, as `join_and_branch_off`."""
-    if joins(x, mixed, layer, factors):
+    if joins(layer, x, mixed, factors):
         return residual(x, functional.linear(mixed, layer.weight), layer.bias, factors)[0]
     branch: Tensor = layer(mixed)
     return x + (branch if factors is None else branch * factors.view(-1, *(1,) * (x.ndim - 1)))
@@ -69,9 +71,9 @@ def join(
 def join_and_branch_off(
     x: Float[Tensor, "items *shape width"],
     mixed: Float[Tensor, "items *shape in_width"],
-    layer: nn.Linear,
+    layer: nn.Module,
     factors: Float[Tensor, " items"] | None,
-    norm: LayerNorm,
+    norm: nn.Module,
 ) -> tuple[Float[Tensor, "items *shape width"], Float[Tensor, "items *shape width"]]:
     """Add a branch to the residual stream, and branch off the next.
 
@@ -85,7 +87,7 @@ def join_and_branch_off(
     Returns:
         The stream, and what comes out of the norm, in the precision of products.
     """
-    if joins(x, mixed, layer, factors) and _is_plain(norm) and _normalises(norm, x):
+    if joins(layer, x, mixed, factors) and is_bare(norm, LayerNorm) and _normalises(norm, x):
         return residual(x, functional.linear(mixed, layer.weight), layer.bias, factors, norm)
     x = join(x, mixed, layer, factors)
     return x, norm(x)
@@ -104,10 +106,12 @@ def residual(
     return applied
 
 
-def joins(x: Tensor, mixed: Tensor, layer: nn.Linear, factors: Tensor | None) -> bool:
+def joins(layer: nn.Module, x: Tensor, mixed: Tensor, factors: Tensor | None) -> TypeGuard[nn.Linear]:
     """Whether the kernel can add such a branch; PyTorch refuses what does not fit together."""
+    if not (runs(x) and is_plain_layer(layer)):
+        return False
     fits = (*mixed.shape[:-1], layer.out_features) == x.shape and (factors is None or factors.shape == x.shape[:1])
-    return fits and runs(x) and is_plain_layer(layer) and (x.dtype, dtype_of_products(mixed)) in RESIDUALS
+    return fits and (x.dtype, dtype_of_products(mixed)) in RESIDUALS
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
@@ -115,14 +119,20 @@ def dtype_of_products(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def is_plain_layer(layer: nn.Linear) -> bool:
+def is_plain_layer(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a kernel can do what the layer does, and nobody waits for the layer to be called."""
-    return type(layer) is nn.Linear and _is_plain(layer) and _is_readable(layer.bias)
+    return is_bare(layer, nn.Linear) and _is_readable(layer.bias)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether nobody waits for the layer to be called."""
-    return not (layer._forward_hooks or layer._forward_pre_hooks)
+def is_bare(layer: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether the layer is of this very kind, and nobody waits for it to be called or for its gradients."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) is kind and not any(hooks) and "forward" not in vars(layer)
+
+
+def is_affine(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether weight and bias are all that there is to the layer, wherever they lie."""
+    return is_bare(layer, nn.Linear) and layer.bias is not None
 
 
 def _normalises(norm: nn.LayerNorm, x: Tensor) -> bool:

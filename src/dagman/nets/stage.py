@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dagman.nets import gpu
+from dagman.nets import gpu, rows
 from dagman.nets.mlp import MLP
 from dagman.nets.rows import LayerNorm, branch_off, join_and_branch_off
 from dagman.nets.transformer import DropPath
@@ -43,10 +43,19 @@ class WindowBlock(nn.Module):
                 alike and are computed once; the result is the same.
         """
         tokens = self.attn.tokens((x.shape[1], x.shape[2], x.shape[3]))
-        head_width = x.shape[-1] // self.attn.num_heads
-        if gpu.chosen(x, tokens, head_width) == "triton" and gpu.fuses(x, self.mlp.linear1.out_features):
+        triton = gpu.chosen(x, tokens, x.shape[-1] // self.attn.num_heads) == "triton"
+        if triton and self._is_bare() and gpu.fuses(x, self.mlp.linear1.out_features):
             return self._forward_on_chip(x, tokens)
-        return self._forward_all(x) if blank is None else self._forward_once(x, blank)
+        if blank is None or not rows.is_bare(self.attn, WindowAttention):
+            return self._forward_all(x)
+        return self._forward_once(x, blank)
+
+    def _is_bare(self) -> bool:
+        """Whether nobody waits for a part to be called, and each does what its weights say."""
+        attn, mlp = self.attn, self.mlp
+        parts = (attn, WindowAttention), (mlp, MLP), (self.norm1, LayerNorm), (self.norm2, LayerNorm)
+        layers = attn.qkv, attn.proj, mlp.linear1, mlp.linear2
+        return all(rows.is_bare(part, kind) for part, kind in parts) and all(map(rows.is_affine, layers))
 
     def _forward_all(self, x: Tensor) -> Tensor:
         """Every window."""

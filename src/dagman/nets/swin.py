@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
-from dagman.nets import cells
+from dagman.nets import cells, rows
 from dagman.nets.cells import Size
 from dagman.nets.rows import LayerNorm
 from dagman.nets.stage import Stage
@@ -158,14 +158,17 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 1 x y z"]) -> Float[Tensor, "batch x/2 y/2 z/2 width"]:
         """Embed each patch."""
+        x = self._product(images) if rows.is_bare(self.proj, nn.Conv3d) else self.proj(images).movedim(1, -1)
+        return self.norm(x) if self.norm else x
+
+    def _product(self, images: Tensor) -> Tensor:
         batch, _, *sides = images.shape
         split = [size for side in sides for size in (side // PATCH_SIDE, PATCH_SIDE)]
         patches = images.reshape(batch, *split).permute(0, 1, 3, 5, 2, 4, 6)
         # a convolution with this stride is a product, which needs no other layout of its result; where the weight lies
         # input by output, its gradient, a sum over all patches, is taken several times as fast and rounded less
         weight = self.proj.weight.flatten(1).t().contiguous().t()
-        x = functional.linear(patches.flatten(4), weight, self.proj.bias)
-        return self.norm(x) if self.norm else x
+        return functional.linear(patches.flatten(4), weight, self.proj.bias)
 
 
 class SemanticTokens(NamedTuple):
@@ -201,7 +204,7 @@ class SemanticAttention(nn.Module):
     def forward(self, cells: Float[Tensor, "batch x y z width"]) -> SemanticTokens:
         """Attend over the cells."""
         batch, *grid, width = cells.shape
-        position = sine_cosine_position((grid[0], grid[1], grid[2]), width, cells.device)
+        position = sine_cosine_position((grid[0], grid[1], grid[2]), width, cells.device).to(self.cls_token.dtype)
         tokens, between = cells.flatten(1, 3), None
         if self.position == "residual":
             tokens = tokens + position

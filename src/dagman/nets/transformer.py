@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dagman.errors import DagmanError
+from dagman.nets import rows
 from dagman.nets.mlp import MLP
 from dagman.nets.rows import LayerNorm, branch_off, join_and_branch_off
 
@@ -104,7 +105,11 @@ class GlobalBlock(nn.Module):
 
     def _heads_of(self, normalised: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         batch, tokens, width = normalised.shape
-        qkv = self.qkv(normalised).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        qkv = self.qkv(normalised)
+        if position is not None and not rows.is_affine(self.qkv):  # what it makes of a sum, it alone knows
+            placed, position = self.qkv(normalised + position), None
+            qkv = torch.cat([placed[..., : 2 * width], qkv[..., 2 * width :]], dim=-1)
+        qkv = qkv.view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if position is not None:
             moved = functional.linear(position, self.qkv.weight[: 2 * width]).view(tokens, 2, self.num_heads, -1)
@@ -118,7 +123,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(query, key, value)
     with torch.autocast("cpu", enabled=False):
         single = torch.promote_types(query.dtype, torch.float32)
-        return functional.scaled_dot_product_attention(query.to(single), key.to(single), value.to(single))
+        mixed = functional.scaled_dot_product_attention(query.to(single), key.to(single), value.to(single))
+        return mixed.to(query.dtype)
 
 
 @torch.no_grad()

@@ -156,7 +156,8 @@ class ViTEncoder(nn.Module):
         """
         grid = self.config.grid((images.shape[2], images.shape[3], images.shape[4]))
         patches = cells.replaced(self.patch_embed(images), hidden, dropped, self.hidden_token)
-        placed = patches + sine_cosine_position(grid, self.config.width, images.device)
+        position = sine_cosine_position(grid, self.config.width, images.device).to(self.cls_token.dtype)
+        placed = patches + position
         x = torch.cat([self.cls_token.expand(len(images), 1, -1), placed], dim=1)
         wanted = () if final_only else self.config.levels[:-1]
         levels = []

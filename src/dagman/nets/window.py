@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dagman.nets import gpu, kernel
+from dagman.nets import gpu, kernel, rows
 from dagman.nets.cells import Size
 from dagman.nets.windows import (
     WindowLayout,
@@ -42,13 +42,14 @@ class WindowAttention(nn.Module):
     def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x y z width"]:
         """Attend within each window of each map, up to the last layer: `proj` is applied where the branch joins."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
-        tokens = self.tokens(grid)
-        if gpu.chosen(x, tokens, x.shape[-1] // self.num_heads) == "triton":
+        tokens, affine = self.tokens(grid), rows.is_affine(self.qkv)
+        if affine and gpu.chosen(x, tokens, x.shape[-1] // self.num_heads) == "triton":
             return gpu.window_attention(
                 self.qkv(x), self.qkv.bias, self.bias(tokens), window=self.window, shift=self.shift
             )
         layout = window_layout(x.shape[0], grid, self.window, self.shift, x.device)
-        if layout.padded == grid and kernel.takes(x, layout.tokens):  # it finds a window's tokens where they lie
+        # the kernel finds a window's tokens where they lie
+        if affine and layout.padded == grid and kernel.takes(x, layout.tokens):
             return self._attend_in_place(x, layout, layout.order)
         return reverse(self.attend(partition(x, layout), layout), layout, grid)
 
@@ -65,16 +66,18 @@ class WindowAttention(nn.Module):
     ) -> Float[Tensor, "windows tokens width"]:
         """Attend within windows; `layout.masks` names the rows of `windows` that need one."""
         count, tokens, width = windows.shape
-        if kernel.takes(windows, tokens):
+        affine = rows.is_affine(self.qkv)
+        if affine and kernel.takes(windows, tokens):
             return self._attend_in_place(windows, layout, torch.arange(count * tokens, dtype=torch.int32))
         bias, head_width = self.bias(tokens), width // self.num_heads
-        weight: Tensor = self.qkv.weight
-        added: Tensor = self.qkv.bias
-        trains = torch.is_grad_enabled() and any(each.requires_grad for each in (windows, weight, added, bias))
-        if windows.device.type == "cuda" and not trains:
-            weight, added = wide_heads(weight, head_width), wide_heads(added, head_width)
-        qkv = functional.linear(windows, weight, added).view(count, tokens, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        given = windows, bias, *self.qkv.parameters()
+        trains = torch.is_grad_enabled() and any(each.requires_grad for each in given)
+        if affine and windows.device.type == "cuda" and not trains:
+            wider = [wide_heads(values, head_width) for values in (self.qkv.weight, self.qkv.bias)]
+            qkv = functional.linear(windows, *wider)
+        else:
+            qkv = self.qkv(windows)
+        query, key, value = qkv.view(count, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if trains:
             mixed = explicit_attention(query, key, value, bias, layout, scale=head_width**-0.5)
         else:

@@ -31,7 +31,7 @@ from dagman.nets.vit import ViTEncoder
 from dagman.nets.windows import FORBIDDEN, effective_window, partition, window_layout
 from dagman.randomness import generator
 from dagman.tasks import statistics
-from dagman.tasks.embed import suited
+from dagman.tasks.embed import move, refuse_training, suited
 from dagman.tasks.protocol import GroupBy
 from dagman.tasks.table import write_rows
 from dagman.types import Preparation
@@ -110,7 +110,8 @@ def head_diversity(
         progress: Hears of each finished crop.
 
     Raises:
-        DagmanError: `E-GRID` for a store of another spacing; `E-CONFIG` for no crop; `E-STORE` for an empty store.
+        DagmanError: `E-GRID` for a store of another spacing; `E-CONFIG` for no crop; `E-STORE` for an empty store;
+            `E-DEVICE` for a GPU that is not there.
 
     Reference:
         Section 4.5, figure 4a.
@@ -120,7 +121,7 @@ def head_diversity(
         raise DagmanError("CONFIG", "number of crops", f"cannot be {num_crops}", "look at 1 or more")
     if not len(store):
         raise DagmanError("STORE", store.folder, "holds no case", "prepare scans into it")
-    encoder.to(device)
+    move(encoder, device)
     order = generator(seed, "diversity.order").permutation(len(store)).tolist()
     looks = []
     for number in range(num_crops):
@@ -254,6 +255,7 @@ def heads(encoder: Encoder, images: Float[Tensor, "batch 1 x y z"]) -> list[Head
         encoder: In eval mode.
         images: Crops in [0, 1], on the encoder's device.
     """
+    refuse_training(encoder)
     places = _places(encoder)
     seen: list[tuple[Any, tuple[Any, ...]]] = []
     hooks = [module.register_forward_pre_hook(lambda one, given: seen.append((one, given))) for module in places]

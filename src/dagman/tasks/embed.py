@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -64,7 +64,8 @@ def embed(
 
     Raises:
         DagmanError: `E-GRID`, exit code 4, for a store of another spacing; `E-NOCLS` for `cls` of an encoder without;
-            `E-NOMASK` for cases with an empty mask.
+            `E-NOMASK` for cases with an empty mask; `E-USAGE` for another word or a row that the store lacks;
+            `E-DEVICE` for a GPU that is not there.
     """
     width_of(encoder.config, which)
     preparation = suited(store, encoder.preparation)
@@ -99,12 +100,35 @@ def encode(
     precision: Precision,
 ) -> Features:
     """Features of a batch; nothing is hidden, and an encoder in training mode is refused."""
-    if encoder.training:
-        raise ValueError("features are taken in eval mode: call encoder.eval()")
-    encoder.to(device)
+    refuse_training(encoder)
+    if precision not in get_args(Precision):
+        wanted = ", ".join(get_args(Precision))
+        raise DagmanError("USAGE", "precision", f"cannot be {precision}", f"give one of {wanted}")
+    move(encoder, device)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         features: Features = encoder(images.to(device))
     return features
+
+
+def refuse_training(encoder: Encoder) -> None:
+    """Refuse an encoder that drops paths at random.
+
+    Raises:
+        ValueError: In training mode.
+    """
+    if encoder.training:
+        raise ValueError("features are taken in eval mode: call encoder.eval()")
+
+
+def move(encoder: Encoder, device: torch.device | str) -> None:
+    """Put an encoder where it computes.
+
+    Raises:
+        DagmanError: `E-DEVICE` for a GPU that is not there.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise DagmanError("DEVICE", f"device {device}", "no CUDA device is here", "leave the device out, or give cpu")
+    encoder.to(device)
 
 
 def crops_at_once(preparation: Preparation) -> int:
@@ -164,11 +188,14 @@ def mean_per_case(
         rows: Of the store; all where None.
 
     Raises:
-        DagmanError: `E-NOMASK` for cases with an empty mask; `E-USAGE` for batches of nothing.
+        DagmanError: `E-NOMASK` for cases with an empty mask; `E-USAGE` for batches of nothing or a row that the
+            store lacks.
     """
     if batch_size is not None and batch_size < 1:
         raise DagmanError("USAGE", "batch_size", f"cannot be {batch_size}", "give at least 1")
     chosen = range(len(store)) if rows is None else rows
+    if missing := [row for row in chosen if not 0 <= row < len(store)]:
+        raise DagmanError("USAGE", "rows", f"{missing[0]} is no row of {len(store)}", "count from 0")
     crops.refuse_empty_masks(store, chosen)
     queue = itertools.chain.from_iterable(_crops_of(store, row, place, preparation) for place, row in enumerate(chosen))
     sums: list[np.ndarray] = []
