@@ -10,6 +10,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+$(if $(word 2,$(VENV)),$(error E-VENV $(VENV): make cannot build what has spaces in its name; give a path without))
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/cpu-py311.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' $(CONSTRAINTS))
@@ -22,6 +23,7 @@ home = $(patsubst ~/%,$(HOME)/%,$(1))
 setup: $(READY)
 
 $(READY): pyproject.toml hatch_build.py $(wildcard src/dagman/nets/*.cpp src/dagman/nets/*.h) $(CONSTRAINTS)
+	@$(PYTHON) -c '' 2>/dev/null || { echo "E-PYTHON $(PYTHON): does not run; run make PYTHON=python3.11, or a later one that is installed"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "E-PYTHON $(PYTHON): is older than 3.11; run make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

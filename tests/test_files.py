@@ -105,6 +105,20 @@ def test_the_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None
         pass
 
 
+def test_who_waits_has_the_folder_after_the_other(tmp_path: Path) -> None:
+    script = (
+        "from dagman import files; from pathlib import Path\nprint('here', flush=True)\n"
+        f"with files.folder_lock(Path({str(tmp_path)!r}), wait=True): print('held')"
+    )
+    with files.folder_lock(tmp_path):
+        waiting = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "here\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.3)
+    assert waiting.communicate(timeout=60)[0] == "held\n"
+
+
 def test_where_there_are_no_locks_the_work_goes_on_and_other_faults_are_no_lock_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -274,10 +274,14 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold `folder` for this process; a second process is told who holds it. A dead holder's lock frees itself.
 
     On a file system that has no locks (some of clusters) nothing is held, which is said on standard error.
+
+    Args:
+        folder: Made where it is not there.
+        wait: For the one who holds it, in place of an error: for what takes moments.
 
     Raises:
         DagmanError: `E-LOCKED`, exit code 4, when another process works in the folder.
@@ -289,7 +293,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         raise disk_error(folder, error) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 print(

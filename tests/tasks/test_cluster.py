@@ -1,6 +1,7 @@
 """How classes hold together, on points whose answer is known, against scikit-learn, and on data that has no answer."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -218,6 +219,24 @@ def test_what_numba_compiled_for_a_map_serves_the_next_process():
     drawn = cluster.lay_out(np.eye(20), seed=0)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["1", drawn.tobytes().hex()]
+
+
+@needs_umap
+@pytest.mark.umap
+def test_where_numba_finds_no_folder_to_write_to_it_is_given_one_that_goes(tmp_path):
+    """As where Python's packages and the home are read-only: numba then looks in neither."""
+    (tmp_path / "umap.py").write_text("import numba\n@numba.njit(cache=True)\ndef kept(): pass\n")
+    code = "import os\nfrom dagman.tasks import layout\nlayout._imported()\nprint(os.listdir(os.environ['TMPDIR']))"
+    (tmp_path / "temporary").mkdir()
+    environment = {name: os.environ[name] for name in os.environ.keys() - {"XDG_CACHE_HOME", "NUMBA_CACHE_DIR"}} | {
+        "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator,UserWideCacheLocator",
+        "HOME": "/dev/null",
+        "TMPDIR": str(tmp_path / "temporary"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+    }
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert ended.stdout.startswith("['dagman-numba-"), ended.stderr
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_encoders_stand_beside_the_untrained_one_and_voxels(organ_store, two_runs, tmp_path):

@@ -206,6 +206,20 @@ def test_a_stopped_study_goes_on_bit_for_bit(short, store, tmp_path):
         assert (tmp_path / "fold-1" / name).read_bytes() == (short[0] / "fold-1" / name).read_bytes()
 
 
+def test_a_fold_that_another_process_learns_meanwhile_is_in_the_result(store, tmp_path):
+    told = []
+
+    def say(line):
+        if line.startswith("fold 1:") and not told:
+            training.train(small_study.encoder(), store, tmp_path, SHORT, only=[0])
+        told.append(line)
+
+    result = training.train(small_study.encoder(), store, tmp_path, SHORT, only=[1], say=say)
+    assert result["folds_finished"] == [0, 1]
+    assert json.loads((tmp_path / "result.json").read_text())["cases"] == 4
+    assert told[-1] == "1 fold is not finished yet, of 3"
+
+
 def test_it_learns_and_a_frozen_encoder_stays(store, tmp_path):
     config = SegmentConfig(
         finetune=FinetuneConfig(

@@ -4,14 +4,13 @@ import os
 import signal
 import sys
 import traceback
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError
 
 from dagman import __version__
-from dagman.cli import classification, comparing, encoder, looking, scans, segmentation, training
+from dagman.cli import classification, comparing, encoder, looking, scans, segmentation, streams, training
 from dagman.cli.usage import refusal
 from dagman.errors import DagmanError, ExitCode
 
@@ -52,6 +51,7 @@ kept, in large pages where the system gives them; see `benchmarks/step.py --allo
 
 def main() -> None:
     """Run the command line and leave with an exit code of the contract."""
+    streams.open_closed()
     training = {"pretrain", "ablate", "demo", "classify", "segment"}.intersection(sys.argv[1:2])
     own = any(name.startswith("MALLOC_") for name in os.environ)  # as in what begins here
     if training and sys.platform == "linux" and not own:
@@ -60,8 +60,7 @@ def main() -> None:
         safe = [] if module else ["-P"]
         again = [sys.executable, *safe, "-m", "dagman", *sys.argv[1:]]
         os.execve(sys.executable, again, KEEP_MEMORY | os.environ)  # noqa: S606
-    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal has no letters for is written all the same
-        sys.stdout.reconfigure(errors="backslashreplace")
+    streams.steady()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop a job so: as Ctrl-C does
     sys.exit(run(sys.argv[1:]))
 
@@ -71,16 +70,13 @@ def run(arguments: list[str]) -> int:
     try:
         _refuse_lost_folder()
         code = _parsed(arguments)
-        sys.stdout.flush()
+        streams.refuse_lost_output()
     except DagmanError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         print("stopped; run the same command again", file=sys.stderr)
         return int(ExitCode.STOPPED)
-    except BrokenPipeError:  # whoever read what is printed has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(ExitCode.OK)
     except MemoryError:
         advice = "close other programs, or lower --optimisation.batch-size, then --data.crop"
         print(f"E-MEMORY dagman: out of memory; {advice}", file=sys.stderr)

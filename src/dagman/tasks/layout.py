@@ -1,8 +1,13 @@
 """A map of features in two dimensions: UMAP, compiled once for all processes."""
 
+import atexit
 import contextlib
 import importlib
+import os
+import tempfile
 import warnings
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +29,8 @@ def lay_out(features: Float[np.ndarray, "crops width"], *, seed: int) -> Float[n
     with warnings.catch_warnings(), contextlib.ExitStack() as afterwards:
         afterwards.callback(torch.set_num_threads, threads)  # numba sets OpenMP's threads for the whole process
         warnings.simplefilter("ignore")  # of parts that are not installed, and of small or disconnected data
-        import umap
-
+        umap = _imported()
         _keep_compiled()
-
         layout = umap.UMAP(
             n_neighbors=min(MAP_NEIGHBOURS, len(features) - 1),
             random_state=randomness.torch_seed(seed, "cluster.map") % 2**31,
@@ -35,6 +38,19 @@ def lay_out(features: Float[np.ndarray, "crops width"], *, seed: int) -> Float[n
         )
         drawn: np.ndarray = layout.fit_transform(features.astype(np.float32))
     return drawn.astype(np.float64)
+
+
+def _imported() -> ModuleType:
+    """UMAP; numba, which fails where it can keep nothing of what it compiles, then has a folder that goes at the end."""
+    try:
+        return importlib.import_module("umap")
+    except RuntimeError:
+        numba: Any = importlib.import_module("numba")
+        folder = tempfile.TemporaryDirectory(prefix="dagman-numba-")
+        atexit.register(folder.cleanup)
+        os.environ["NUMBA_CACHE_DIR"] = folder.name
+        numba.config.reload_config()
+        return importlib.import_module("umap")
 
 
 def _keep_compiled() -> None:

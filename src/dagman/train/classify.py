@@ -8,7 +8,7 @@ not learnt again; one under way goes on bit for bit.
 import copy
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -220,8 +220,7 @@ def finetune(
             say(f"fold {part.number}: all {len(part.test)} test cases are {only}, so that it will have no AUC")
     if resnet and config.network == "resnet50":
         say(str(study.network(parts[0]).report))
-    done = learn(study, parts, config.finetune, device=device, workers=workers, progress=progress, say=say)
-    return None if done is None else study.summarise(done)
+    return learn(study, parts, config.finetune, device=device, workers=workers, progress=progress, say=say)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -374,7 +373,7 @@ class _Study:
         likely = lesson.likely(lesson.held_out)[:, 1]
         return threshold(likely, positive), likely.tolist()
 
-    def summarise(self, done: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    def summarise(self, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
         """The study over its parts: `predictions.csv`, `result.json`, `roc.png`."""
         config, results = self.config, list(done.values())
         found = predictions.together(

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from dagman.errors import DagmanError
+from dagman import files
+from dagman.errors import DagmanError, count
 from dagman.tasks.protocol import Part
 from dagman.train.finetune import FinetuneConfig, Fitted, Lesson, Progress, finished, fit, forget
 
@@ -32,6 +33,9 @@ class Study(Protocol):
     def told(self, part: Part, result: dict[str, Any]) -> str:
         """How good it is, for a person."""
 
+    def summarise(self, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        """Write the study over its finished parts, by number; its `result.json`."""
+
 
 def place(study: Study, part: Part) -> Path:
     """The folder of a part."""
@@ -48,8 +52,10 @@ def learn(
     workers: int = 0,
     progress: Progress | None = None,
     say: Callable[[str], None],
-) -> dict[int, dict[str, Any]] | None:
-    """Learn and test every part that is not finished; the results by number, or None when a signal stopped it.
+) -> dict[str, Any] | None:
+    """Learn and test every part that is not finished; the study's result, or None when a signal stopped it.
+
+    Other processes may learn other parts meanwhile: the result is over all that are finished at its end.
 
     Args:
         study: What is learnt.
@@ -64,9 +70,10 @@ def learn(
     Raises:
         DagmanError: `E-RESUME` (exit code 4) for a part that was learnt with other settings; and as `fit`.
     """
-    done: dict[int, dict[str, Any]] = {}
+    identities = []
     for part in parts:
         lesson = study.lesson(part)
+        identities.append(lesson.identity)
         result = finished(place(study, part), lesson.identity)
         if result is None and (only is None or part.number in only):
             say(
@@ -80,9 +87,13 @@ def learn(
             result = study.conclude(part, lesson, fitted, time.monotonic() - started)
             forget(place(study, part))
         if result is not None:
-            done[part.number] = result
             say(f"fold {part.number}: best step {result['best_step']}, {study.told(part, result)}")
-    return done
+    with files.folder_lock(study.folder, wait=True):  # whoever is last sees all
+        found = {part.number: finished(place(study, part), one) for part, one in zip(parts, identities, strict=True)}
+        done = {number: result for number, result in found.items() if result is not None}
+        if missing := len(parts) - len(done):
+            say(f"{count(missing, 'fold is', 'folds are')} not finished yet, of {len(parts)}")
+        return study.summarise(done)
 
 
 def sided(classes: Sequence[str]) -> list[str]:

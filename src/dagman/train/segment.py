@@ -187,8 +187,7 @@ def train(
         raise DagmanError(
             "CONFIG", "fold", f"cannot be {', '.join(map(str, only)) or 'none'}: {there}", "give one of them"
         )
-    done = learn(work, chosen, config.finetune, only=only, device=device, workers=workers, progress=progress, say=say)
-    return None if done is None else work.summarise(done)
+    return learn(work, chosen, config.finetune, only=only, device=device, workers=workers, progress=progress, say=say)
 
 
 def _with_crop(encoder: Encoder, preparation: Preparation, config: SegmentConfig) -> Encoder:
