@@ -1,5 +1,7 @@
 """A stage of the 3D Swin: blocks of window attention, every second one shifted, and the merging after them."""
 
+import math
+
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from dagman.nets.transformer import DropPath
 from dagman.nets.window import WindowAttention
 from dagman.nets.windows import (
     blank_windows,
+    effective_window,
     in_whole_windows,
     merge_layout,
     partition,
@@ -64,7 +67,7 @@ class WindowBlock(nn.Module):
         return joined
 
     def _forward_on_chip(self, x: Tensor, tokens: int) -> Tensor:
-        """Each residual step as one kernel, all windows computed: to count the blank ones would cost more."""
+        """Each residual step as one kernel."""
         attn, mlp = self.attn, self.mlp
         bias, window, shift = attn.bias(tokens), attn.window, attn.shift
         kept = self.drop_path(x.shape[0], x)
@@ -135,10 +138,12 @@ class Stage(nn.Module):
         self, x: Float[Tensor, "batch x y z width"], blank: Bool[Tensor, "batch x y z"] | None = None
     ) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
         """From one level of the pyramid to the next; `blank` marks tokens of the first stage that are all alike."""
+        grid = (x.shape[1], x.shape[2], x.shape[3])
+        if blank is not None and gpu.chosen(x, math.prod(effective_window(grid, self.window, 0)[0])) == "triton":
+            blank = None  # to count blank windows would cost more than it saves, and stop a recording
         for number, block in enumerate(self.blocks):
             x = block(x, blank if number < 2 else None)
             if number == 0 and blank is not None and len(self.blocks) > 1:
-                grid = (x.shape[1], x.shape[2], x.shape[3])
                 layout = window_layout(x.shape[0], grid, self.window, 0, x.device)
                 blank = in_whole_windows(blank, layout) if layout.padded == grid else None
         merged: Tensor = self.downsample(x)
