@@ -14,6 +14,12 @@ from dagman.nets.swin import SwinEncoder
 from dagman.nets.transformer import GlobalBlock
 from dagman.types import Features
 
+MOST_SHAPES = 64
+"""That a module of each kind is compiled for: four widths, with a gradient and without, in training and examinations.
+
+Past PyTorch's 8 all modules of the kind would run as they were before.
+"""
+
 
 def compile_rest(network: nn.Module) -> list[nn.Module]:
     """Compile in place what no kernel of ours covers: mergings, semantic attention, wide MLPs, heads.
@@ -33,6 +39,7 @@ def compile_rest(network: nn.Module) -> list[nn.Module]:
         if isinstance(module, GlobalBlock | PatchMerging) or (isinstance(module, MLP) and id(module) not in inside)
     ]
     chosen += [module.layers for module in network.modules() if isinstance(module, ProjectionHead)]
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
     for module in chosen:
         module.compile(dynamic=False)
     return chosen

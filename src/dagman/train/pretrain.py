@@ -128,7 +128,6 @@ def pretrain(
         engine.flushed_denormals(),
     ):
         job = prepare(config, store, Run(folder), fabric, listeners=listeners, keep=keep)
-        compile_rest(job, wanted=compiled)
         start = resume(job)
         if start == job.total:
             job.say(f"already complete: {start} of {job.total} steps")
@@ -142,6 +141,7 @@ def pretrain(
                 every = config.optimisation.examine_every
                 job.say(f"{len(labelled)} cases of {labelled.folder} are probed at the first step and every {every}")
             note_labelled(job, labelled, start)
+        compile_rest(job, wanted=compiled)  # what is measured is of other sizes than the steps
         done = _until_stopped(job, start, stop, labelled, workers=workers, checkpoint_every=checkpoint_every)
         if done < job.total:
             job.say(f"stopped after {done} of {job.total} steps; the same command continues")
