@@ -2,7 +2,7 @@
 
 import math
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dagman.nets import gpu
@@ -91,17 +91,18 @@ class WindowBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Joins 2x2x2 tokens into one of twice the width."""
+    """Joins 2x2x2 tokens into one of twice the width; their order comes from outside, as compilers ignore its cache."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = LayerNorm(8 * width)
         self.reduction = nn.Linear(8 * width, 2 * width, bias=False)
 
-    def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
-        """Join each token with its neighbours; sides are even."""
+    def forward(
+        self, x: Float[Tensor, "batch x y z width"], order: Int[Tensor, " rows"], inverse: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
+        """Join each token with its neighbours; sides are even, `order` and `inverse` those of `merge_layout`."""
         batch, *sides, width = x.shape
-        order, inverse = merge_layout(batch, (sides[0], sides[1], sides[2]), x.device)
         joined = permute(x.reshape(-1, width), order, inverse).view(batch, *(side // 2 for side in sides), 8 * width)
         merged: Tensor = self.reduction(self.norm(joined))
         return merged
@@ -146,5 +147,5 @@ class Stage(nn.Module):
             if number == 0 and blank is not None and len(self.blocks) > 1:
                 layout = window_layout(x.shape[0], grid, self.window, 0, x.device)
                 blank = in_whole_windows(blank, layout) if layout.padded == grid else None
-        merged: Tensor = self.downsample(x)
+        merged: Tensor = self.downsample(x, *merge_layout(x.shape[0], grid, x.device))
         return merged
