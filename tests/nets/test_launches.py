@@ -1,12 +1,15 @@
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
 from dagman.nets import gpu, launches
 from dagman.nets.swin import AttentionConfig, SwinConfig, SwinEncoder
+from dagman.nets.transformer import sine_cosine_position
 from dagman.nets.vit import ViTConfig, ViTEncoder
+from dagman.nets.windows import merge_layout, relative_position_index
 
 SMALL = SwinConfig(
     embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), attention=AttentionConfig(stage=2, num_heads=4)
@@ -73,6 +76,21 @@ def test_mergings_of_many_shapes_are_compiled_without_their_layout():
     """In a process of its own: the compiler cannot look through the shape checks of these tests."""
     done = subprocess.run([sys.executable, "-c", COMPILES], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_recording_keeps_what_caches_forget(monkeypatch):
+    """A graph reads addresses, whatever lies there by then."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda module, given, **_: (module(*given), module)[1])
+    encoder, images, device = SwinEncoder(SMALL).eval(), torch.rand(2, 1, 32, 32, 32), torch.device("cpu")
+    end = launches.record(encoder, images)
+    read = [each for side in (16, 8, 4, 2) for each in merge_layout(2, (side, side, side), device)]
+    read += [relative_position_index(SMALL.window, device), sine_cosine_position((4, 4, 4), 48, device)]
+    held = [weakref.ref(each) for each in read]
+    del read
+    for cache in (merge_layout, relative_position_index, sine_cosine_position):
+        cache.cache_clear()
+    assert all(each() is not None for each in held)
+    end()
 
 
 def test_a_recorded_encoder_replays_calls_like_the_first_alone(monkeypatch):

@@ -11,7 +11,8 @@ from dagman.nets.heads import ProjectionHead
 from dagman.nets.mlp import MLP
 from dagman.nets.stage import PatchMerging
 from dagman.nets.swin import SwinEncoder
-from dagman.nets.transformer import GlobalBlock
+from dagman.nets.transformer import GlobalBlock, sine_cosine_position
+from dagman.nets.windows import merge_layout, relative_position_index
 from dagman.types import Features
 
 MOST_SHAPES = 64
@@ -54,6 +55,17 @@ def why_not_recorded(encoder: nn.Module) -> str | None:
     return gpu.why_not(next(encoder.parameters()).device)
 
 
+def _cached(encoder: SwinEncoder, images: Tensor) -> list[Any]:
+    """What a pass reads from caches: a graph knows addresses alone, and caches forget."""
+    config, device, (batch, _, x, y, z) = encoder.config, images.device, images.shape
+    grids = [(x >> stage, y >> stage, z >> stage) for stage in range(1, 5)]
+    held: list[Any] = [relative_position_index(config.window, device)]
+    held += [merge_layout(batch, grid, device) for grid in grids]
+    if config.attention:
+        held.append(sine_cosine_position(config.grid((x, y, z)), config.cell_width, device))
+    return held
+
+
 def record(
     encoder: SwinEncoder,
     images: Tensor,
@@ -91,6 +103,7 @@ def record(
         def __init__(self) -> None:
             super().__init__()
             self.encoder = encoder
+            self.read = _cached(encoder, images)
 
         def forward(self, images: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
             features = plain(images, **dict(zip(names, masks, strict=True)), final_only=final_only)
