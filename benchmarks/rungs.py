@@ -120,7 +120,7 @@ def without_tokens_in_place(replace: Replace) -> None:
         mixed = self.attend(windows, layout._replace(kinds=kinds)).view(*counts, batch, *sides, width)
         return torch.roll(mixed.permute(3, 0, 4, 1, 5, 2, 6, 7).reshape(x.shape), shifts, (1, 2, 3))
 
-    def merge(self: Any, x: Any) -> Any:
+    def merge(self: Any, x: Any, *_: Any) -> Any:
         octants = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
         return self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in octants], dim=-1)))
 

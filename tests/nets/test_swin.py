@@ -9,6 +9,7 @@ import torch
 
 from dagman import config
 from dagman.errors import DagmanError
+from dagman.nets import gpu
 from dagman.nets import stage as stages
 from dagman.nets.encoder import build, checkpoint_blocks
 from dagman.nets.swin import AttentionConfig, PatchEmbedding, SwinConfig, SwinEncoder
@@ -373,6 +374,16 @@ def test_shifted_windows_are_computed_once_too_with_and_without_drop_path(monkey
     assert torch.equal(found[0][0].pooled, found[1][0].pooled)
     for once, each in zip(found[0][1], found[1][1], strict=True):
         assert (once - each).norm() <= 1e-5 * each.norm() + 1e-12
+
+
+def test_windows_are_not_counted_where_triton_runs(monkeypatch, encoder, images):
+    """Each count would wait for the GPU; in float32, as here, the kernel of attention alone runs."""
+    monkeypatch.setattr(gpu, "fuses", lambda *_: False)
+    monkeypatch.setattr(gpu, "window_attention", lambda qkv, *_, **__: qkv[..., : qkv.shape[-1] // 3])
+    for name in ("blank_windows", "in_whole_windows", "window_layout"):
+        monkeypatch.setattr(stages, name, None)
+    with gpu.forced("triton"):
+        encoder(images, torch.arange(2 * CELLS).view(2, CELLS) % CELLS < CELLS // 2)
 
 
 @pytest.mark.parametrize("config", [SMALL, ViTConfig(width=48, depth=2, patch_side=16, num_heads=2, drop_path=0.3)])

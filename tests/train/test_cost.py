@@ -65,13 +65,16 @@ def test_the_paper_size_says_nothing_of_itself_and_digits_no_more_than_is_known(
         assert "more than" not in line
 
 
-def test_measuring_a_pair_changes_nothing() -> None:
+def test_measuring_a_pair_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small()
     torch.manual_seed(0)
     module = CoDistillation(config.encoder, config.method, mean_intensity=0.5, crop=config.data.crop).train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     state = torch.random.get_rng_state()
+    forked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: (forked.extend(devices), fork(devices))[1])
     measured = cost.measure(module, config)
+    assert not forked, "on a CPU no GPU is asked for its random numbers, nor on a GPU another one"
     assert min(measured[:2]) > 0
     assert measured.base_gib < measured.machine_gib < float("inf")
     assert torch.equal(torch.random.get_rng_state(), state)

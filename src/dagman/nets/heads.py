@@ -22,6 +22,11 @@ def apply_to_rows(layers: nn.Module, features: Float[Tensor, "*rows width"]) -> 
         return cast(Tensor, layers(features.to(torch.promote_types(features.dtype, torch.float32))))
 
 
+def moved(indices: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Indices counted on the host, for a device that does not wait for them."""
+    return tuple(each.to(device, non_blocking=True) for each in indices)
+
+
 class ProjectionHead(nn.Module):
     """Three linear layers to a unit vector (the bottleneck), then similarities to `num_prototypes` unit vectors.
 
@@ -168,19 +173,22 @@ class VoxelHead(nn.Module):
 
         Args:
             final: As for `forward`.
-            wanted: On cells, as many in a final token along each axis as the grid is finer than the final map.
+            wanted: On cells, as many in a final token along each axis as the grid is finer than the final map; on the
+                CPU, where a GPU is not to wait for counts.
         """
         batch, _, gx, gy, gz = final.shape
         times = wanted.shape[1] // gx
         of_token = wanted.view(batch, gx, times, gy, times, gz, times).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
         asked = of_token.any(dim=-1)
         row = (asked.flatten().cumsum(dim=0) - 1).view(batch, gx, 1, gy, 1, gz, 1)
-        place = torch.arange(times**3, device=final.device).view(1, 1, times, 1, times, 1, times)
+        place = torch.arange(times**3, device=wanted.device).view(1, 1, times, 1, times, 1, times)
         rows, places = (
             each.expand(batch, gx, times, gy, times, gz, times).reshape(wanted.shape)[wanted] for each in (row, place)
         )
         side = self.cell_side // times
-        voxels: Tensor = apply_to_rows(self.linear, final.movedim(1, -1)[asked])
+        voxels: Tensor = apply_to_rows(
+            self.linear, final.movedim(1, -1)[moved(asked.nonzero(as_tuple=True), final.device)]
+        )
         cells = voxels.view(-1, times, side, times, side, times, side)
-        inside = [places // times**2, places // times % times, places % times]
-        return cells.permute(0, 1, 3, 5, 2, 4, 6)[rows, *inside]
+        inside = places // times**2, places // times % times, places % times
+        return cells.permute(0, 1, 3, 5, 2, 4, 6)[moved((rows, *inside), final.device)]

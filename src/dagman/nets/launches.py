@@ -11,8 +11,15 @@ from dagman.nets.heads import ProjectionHead
 from dagman.nets.mlp import MLP
 from dagman.nets.stage import PatchMerging
 from dagman.nets.swin import SwinEncoder
-from dagman.nets.transformer import GlobalBlock
+from dagman.nets.transformer import GlobalBlock, sine_cosine_position
+from dagman.nets.windows import merge_layout, relative_position_index
 from dagman.types import Features
+
+MOST_SHAPES = 64
+"""That a module of each kind is compiled for: four widths, with a gradient and without, in training and examinations.
+
+Past PyTorch's 8 all modules of the kind would run as they were before.
+"""
 
 
 def compile_rest(network: nn.Module) -> list[nn.Module]:
@@ -33,6 +40,7 @@ def compile_rest(network: nn.Module) -> list[nn.Module]:
         if isinstance(module, GlobalBlock | PatchMerging) or (isinstance(module, MLP) and id(module) not in inside)
     ]
     chosen += [module.layers for module in network.modules() if isinstance(module, ProjectionHead)]
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
     for module in chosen:
         module.compile(dynamic=False)
     return chosen
@@ -45,6 +53,17 @@ def why_not_recorded(encoder: nn.Module) -> str | None:
     if not isinstance(encoder, SwinEncoder):
         return "only a Swin is recorded"
     return gpu.why_not(next(encoder.parameters()).device)
+
+
+def _cached(encoder: SwinEncoder, images: Tensor) -> list[Any]:
+    """What a pass reads from caches: a graph knows addresses alone, and caches forget."""
+    config, device, (batch, _, x, y, z) = encoder.config, images.device, images.shape
+    grids = [(x >> stage, y >> stage, z >> stage) for stage in range(1, 5)]
+    held: list[Any] = [relative_position_index(config.window, device)]
+    held += [merge_layout(batch, grid, device) for grid in grids]
+    if config.attention:
+        held.append(sine_cosine_position(config.grid((x, y, z)), config.cell_width, device))
+    return held
 
 
 def record(
@@ -84,6 +103,7 @@ def record(
         def __init__(self) -> None:
             super().__init__()
             self.encoder = encoder
+            self.read = _cached(encoder, images)
 
         def forward(self, images: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
             features = plain(images, **dict(zip(names, masks, strict=True)), final_only=final_only)

@@ -1,6 +1,8 @@
 """A stage of the 3D Swin: blocks of window attention, every second one shifted, and the merging after them."""
 
-from jaxtyping import Bool, Float
+import math
+
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dagman.nets import gpu, rows
@@ -10,6 +12,7 @@ from dagman.nets.transformer import DropPath
 from dagman.nets.window import WindowAttention
 from dagman.nets.windows import (
     blank_windows,
+    effective_window,
     in_whole_windows,
     merge_layout,
     partition,
@@ -74,7 +77,7 @@ class WindowBlock(nn.Module):
         return joined
 
     def _forward_on_chip(self, x: Tensor, tokens: int) -> Tensor:
-        """Each residual step as one kernel, all windows computed: to count the blank ones would cost more."""
+        """Each residual step as one kernel."""
         attn, mlp = self.attn, self.mlp
         bias, window, shift = attn.bias(tokens), attn.window, attn.shift
         kept = self.drop_path(x.shape[0], x)
@@ -98,17 +101,18 @@ class WindowBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Joins 2x2x2 tokens into one of twice the width."""
+    """Joins 2x2x2 tokens into one of twice the width; their order comes from outside, as compilers ignore its cache."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = LayerNorm(8 * width)
         self.reduction = nn.Linear(8 * width, 2 * width, bias=False)
 
-    def forward(self, x: Float[Tensor, "batch x y z width"]) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
-        """Join each token with its neighbours; sides are even."""
+    def forward(
+        self, x: Float[Tensor, "batch x y z width"], order: Int[Tensor, " rows"], inverse: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
+        """Join each token with its neighbours; sides are even, `order` and `inverse` those of `merge_layout`."""
         batch, *sides, width = x.shape
-        order, inverse = merge_layout(batch, (sides[0], sides[1], sides[2]), x.device)
         joined = permute(x.reshape(-1, width), order, inverse).view(batch, *(side // 2 for side in sides), 8 * width)
         merged: Tensor = self.reduction(self.norm(joined))
         return merged
@@ -145,11 +149,13 @@ class Stage(nn.Module):
         self, x: Float[Tensor, "batch x y z width"], blank: Bool[Tensor, "batch x y z"] | None = None
     ) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
         """From one level of the pyramid to the next; `blank` marks tokens of the first stage that are all alike."""
+        grid = (x.shape[1], x.shape[2], x.shape[3])
+        if blank is not None and gpu.chosen(x, math.prod(effective_window(grid, self.window, 0)[0])) == "triton":
+            blank = None  # to count blank windows would cost more than it saves, and stop a recording
         for number, block in enumerate(self.blocks):
             x = block(x, blank if number < 2 else None)
             if number == 0 and blank is not None and len(self.blocks) > 1:
-                grid = (x.shape[1], x.shape[2], x.shape[3])
                 layout = window_layout(x.shape[0], grid, self.window, 0, x.device)
                 blank = in_whole_windows(blank, layout) if layout.padded == grid else None
-        merged: Tensor = self.downsample(x)
+        merged: Tensor = self.downsample(x, *merge_layout(x.shape[0], grid, x.device))
         return merged

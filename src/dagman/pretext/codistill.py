@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, distributed, nn
 
 from dagman.nets.encoder import EncoderConfig
-from dagman.nets.heads import VoxelHead
+from dagman.nets.heads import VoxelHead, moved
 from dagman.nets.swin import SwinEncoder
 from dagman.pretext import diagnostics, hiding, losses
 from dagman.pretext.comparison import Compared, Heads, Rows, compare
@@ -324,12 +324,13 @@ class CoDistillation(nn.Module):
         """AMIP, each view against itself (equation 5), and its ratio to the error of the visible means, or NaN."""
         assert self.student.voxel_head is not None
         hidden = hidden.view(len(hidden), *self.grid)
-        cells = hiding.cut(images, self.cell_side)
-        truth = cells[hidden]
-        loss = _mean_of_views(self.student.voxel_head.predict_cells(final, hidden), truth, hidden)
+        known = hidden.cpu()  # a GPU is waited for once, here, and not at each count
+        cells, picked = hiding.cut(images, self.cell_side), moved(known.nonzero(as_tuple=True), images.device)
+        truth = cells[picked]
+        loss = _mean_of_views(self.student.voxel_head.predict_cells(final, known), truth, known)
         with torch.no_grad():
-            means = diagnostics.visible_mean(cells, hidden).view(-1, 1, 1, 1).expand(hidden.shape)[hidden]
-            baseline = _mean_of_views(means.view(-1, 1, 1, 1).expand(truth.shape), truth, hidden)
+            means = diagnostics.visible_mean(cells, hidden)[picked[0]]
+            baseline = _mean_of_views(means.view(-1, 1, 1, 1).expand(truth.shape), truth, known)
             return loss, loss / torch.where(baseline > 1e-6, baseline, torch.nan)
 
     def _weigh(self, values: Mapping[str, Tensor]) -> Losses:

@@ -101,7 +101,10 @@ def measure(module: CoDistillation, config: PretrainConfig) -> Measured:
     images = torch.rand(2, pairs, 1, *config.data.crop, generator=torch.Generator().manual_seed(0)).to(device)
     views = Views(u=images[0], v=images[1], rows=torch.zeros(pairs, dtype=torch.long), padding=torch.zeros(pairs))
     seconds, base = 0.0, memory_gib(device)
-    with torch.random.fork_rng():
+    own = [device] if device.type == "cuda" else []
+    for gpu in own:
+        torch.cuda.reset_peak_memory_stats(gpu)
+    with torch.random.fork_rng(devices=own):
         for _ in range(2):
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=config.optimisation.precision == "bf16"):
