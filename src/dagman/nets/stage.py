@@ -131,7 +131,7 @@ class Stage(nn.Module):
 
     def __init__(self, width: int, *, num_heads: int, window: int, mlp_ratio: float, drop_paths: list[float]) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.head_width = window, width // num_heads
         self.blocks = nn.ModuleList(
             WindowBlock(
                 width,
@@ -150,7 +150,8 @@ class Stage(nn.Module):
     ) -> Float[Tensor, "batch x/2 y/2 z/2 2*width"]:
         """From one level of the pyramid to the next; `blank` marks tokens of the first stage that are all alike."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
-        if blank is not None and gpu.chosen(x, math.prod(effective_window(grid, self.window, 0)[0])) == "triton":
+        tokens = math.prod(effective_window(grid, self.window, 0)[0])
+        if blank is not None and gpu.chosen(x, tokens, self.head_width) == "triton":
             blank = None  # to count blank windows would cost more than it saves, and stop a recording
         for number, block in enumerate(self.blocks):
             x = block(x, blank if number < 2 else None)

@@ -41,7 +41,7 @@ def lay_out(features: Float[np.ndarray, "crops width"], *, seed: int) -> Float[n
 
 
 def _imported() -> ModuleType:
-    """UMAP; numba, which fails where it can keep nothing of what it compiles, then has a folder that goes at the end."""
+    """UMAP; numba, which fails where it can keep nothing that it compiles, then has a folder that goes at the end."""
     try:
         return importlib.import_module("umap")
     except RuntimeError:
