@@ -206,6 +206,8 @@ def test_trainings_begin_again_with_memory_that_is_kept_unless_it_is_set(monkeyp
     monkeypatch.setattr(os, "execve", begin)
     monkeypatch.setattr(sys, "argv", ["dagman", *words])
     monkeypatch.setattr(cli, "run", lambda _: 0)
+    for name in ("stdout", "stderr"):  # which are replaced
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     with pytest.raises(BeginError if begins is not None else SystemExit) as ended:
         cli.main()
     if begins is not None:

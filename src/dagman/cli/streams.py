@@ -32,13 +32,12 @@ class Steady(TextIOWrapper):
 
 def steady() -> None:
     """Let standard output and error be `Steady`, and write names that the terminal has no letters for all the same."""
-    for name in ("stdout", "stderr"):
+    for number, name in ((1, "stdout"), (2, "stderr")):
         stream: Any = getattr(sys, name)
         if isinstance(stream, TextIOWrapper):
-            lines, through = stream.line_buffering, stream.write_through
-            made = Steady(
-                stream.buffer, stream.encoding, "backslashreplace", line_buffering=lines, write_through=through
-            )
+            through, lines = stream.write_through, stream.line_buffering
+            under = os.fdopen(number, "wb", 0 if through else -1, closefd=False)
+            made = Steady(under, stream.encoding, "backslashreplace", line_buffering=lines, write_through=through)
             setattr(sys, name, made)
 
 
@@ -64,6 +63,4 @@ def open_closed() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
-            stream = os.fdopen(number, "r" if number == 0 else "w", closefd=False)
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
