@@ -110,13 +110,6 @@ def test_cells_alone_are_those_of_the_whole_crop(times, share):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_cells_are_counted_on_the_host_alone():
-    """A tensor of device meta has no numbers that could be waited for."""
-    wanted = torch.rand(2, 4, 2, 6) < 0.3
-    head = VoxelHead(5, cell_side=4, mean_intensity=0.2).to("meta")
-    assert head.predict_cells(torch.empty(2, 5, 2, 1, 3, device="meta"), wanted).shape == (int(wanted.sum()), 2, 2, 2)
-
-
 def test_voxel_head_starts_at_the_mean_intensity():
     torch.manual_seed(0)
     head = VoxelHead(768, mean_intensity=0.31)

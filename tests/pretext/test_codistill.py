@@ -231,6 +231,17 @@ def test_the_image_term_has_no_gradient_outside_hidden_voxels_and_no_row_without
     assert torch.equal(gradient.view(voxels.shape) != 0, voxels)
 
 
+def test_the_image_term_asks_a_device_once_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device meta, like a GPU that is busy, has no numbers to count."""
+    model, known = build(SMIT).to("meta"), torch.rand(2, *build(SMIT).grid) < 0.5
+    images, final = torch.empty(2, 1, *CROP), torch.empty(2, 192, *(side // 32 for side in CROP))
+    asked: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "cpu", lambda mask: (asked.append(mask), known)[1])
+    loss, ratio = model._predict(final.to("meta"), images.to("meta"), known.flatten(1).to("meta"))
+    assert loss.shape == ratio.shape == ()
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize(
     "settings",
     [HidingConfig(ratio=0.1, hint_ratio=0.1), HidingConfig(probability=0.0), HidingConfig(kind="random", ratio=0.0)],
