@@ -35,6 +35,17 @@ def grid(crop: Size, *, side: int, multiple: int, advice: str) -> Size:
     return x, y, z
 
 
+def crop_of(images: Tensor) -> Size:
+    """Sides in voxels of the crops of a batch.
+
+    Raises:
+        ValueError: For what is no (batch, 1, x, y, z).
+    """
+    if images.ndim != 5 or images.shape[1] != 1:
+        raise ValueError(f"an encoder wants crops of shape (batch, 1, x, y, z), not {tuple(images.shape)}")
+    return images.shape[2], images.shape[3], images.shape[4]
+
+
 def learned_token(width: int) -> nn.Parameter:
     """A token that no patch gives: [CLS], or what stands for a hidden patch."""
     token = nn.Parameter(torch.zeros(width))

@@ -268,6 +268,7 @@ class SwinEncoder(nn.Module):
 
         Raises:
             DagmanError: `E-CROP` for sides that the network cannot divide or too few cells.
+            ValueError: For images of another shape.
         """
         levels, semantic = self.trunk(images, hidden, dropped)
         if final_only and semantic:
@@ -294,7 +295,7 @@ class SwinEncoder(nn.Module):
         x = self.embed(images, hidden, dropped)
         blank = hidden if dropped is None else dropped
         if blank is not None:
-            grid = self.config.grid((images.shape[2], images.shape[3], images.shape[4]))
+            grid = self.config.grid(cells.crop_of(images))
             blank = _per_patch(blank, grid, x.shape[1] // grid[0])
         levels, semantic = [x], None
         for number, stage in enumerate(self.stages, 1):
@@ -314,7 +315,7 @@ class SwinEncoder(nn.Module):
         dropped: Bool[Tensor, "batch cells"] | None = None,
     ) -> Float[Tensor, "batch x/2 y/2 z/2 width"]:
         """Patch tokens, those of hidden and dropped cells replaced."""
-        grid = self.config.grid((images.shape[2], images.shape[3], images.shape[4]))
+        grid = self.config.grid(cells.crop_of(images))
         x: Tensor = self.patch_embed(images)
         side = x.shape[1] // grid[0]
         hidden, dropped = (None if seen is None else _per_patch(seen, grid, side) for seen in (hidden, dropped))

@@ -153,8 +153,9 @@ class ViTEncoder(nn.Module):
 
         Raises:
             DagmanError: `E-CROP` for sides that the network cannot divide or too few cells.
+            ValueError: For images of another shape.
         """
-        grid = self.config.grid((images.shape[2], images.shape[3], images.shape[4]))
+        grid = self.config.grid(cells.crop_of(images))
         patches = cells.replaced(self.patch_embed(images), hidden, dropped, self.hidden_token)
         position = sine_cosine_position(grid, self.config.width, images.device).to(self.cls_token.dtype)
         placed = patches + position
