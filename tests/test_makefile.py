@@ -1,5 +1,6 @@
 """What `make` cannot do is one line with the true cause."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ def make(tmp_path):
         (tmp_path / name).touch()
 
     def run(*given):
-        command = ["make", "-f", MAKEFILE, "setup", *given]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        command = ["make", "--no-print-directory", "-f", MAKEFILE, "setup", *given]
+        bare = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=bare)
 
     return run
 
