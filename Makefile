@@ -10,6 +10,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+override VENV := $(strip $(VENV))
 $(if $(word 2,$(VENV)),$(error E-VENV $(VENV): make cannot build what has spaces in its name; give a path without))
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/cpu-py311.txt

@@ -76,3 +76,16 @@ def test_a_stop_while_modules_are_imported_is_one_line(name, start, tmp_path):
     command = [sys.executable, *script, "info", "dagman-tiny"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (result.returncode, result.stderr) == (ExitCode.STOPPED, STOPPED)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone is told")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stop_while_a_training_begins_anew_is_one_line(name, tmp_path):
+    """The interpreter that takes its place has no handlers yet."""
+    second = f"import os, signal\nif 'MALLOC_TOP_PAD_' in os.environ:\n    signal.raise_signal(signal.{name})"
+    (tmp_path / "sitecustomize.py").write_text(second)
+    bare = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    bare["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "dagman", "pretrain", "dagman-tiny", "--data", tmp_path, "-o", tmp_path / "run"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=bare)
+    assert (result.returncode, result.stderr) == (ExitCode.STOPPED, STOPPED)

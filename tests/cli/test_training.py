@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def test_trainings_begin_again_with_memory_that_is_kept_unless_it_is_set(monkeyp
     for name, value in own.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "execve", begin)
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["dagman", *words])
     monkeypatch.setattr(cli, "run", lambda _: 0)
     for name in ("stdout", "stderr"):  # which are replaced

@@ -2,6 +2,7 @@
 
 import itertools
 
+import nibabel
 import numpy as np
 import pytest
 from hypothesis import given
@@ -28,7 +29,9 @@ def turned(angles: tuple[float, float, float], sizes: tuple[float, float, float]
 def test_what_was_turned_to_ras_is_not_refused(
     angles: tuple[float, float, float], sizes: tuple[float, float, float]
 ) -> None:
-    grid.check_ras(grid.to_ras(np.zeros((2, 3, 4)), turned(angles, sizes))[1])
+    affine = turned(angles, sizes)
+    grid.check_ras(grid.to_ras(np.zeros((2, 3, 4)), affine)[1])
+    grid.check_ras(nibabel.as_closest_canonical(nibabel.Nifti1Image(np.zeros((2, 3, 4), np.int16), affine)).affine)
 
 
 @pytest.mark.parametrize("axis", range(3))

@@ -59,6 +59,7 @@ def main() -> None:
         module = Path(sys.argv[0]).name == "__main__.py" and not sys.flags.safe_path
         safe = [] if module else ["-P"]
         again = [sys.executable, *safe, "-m", "dagman", *sys.argv[1:]]
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # until it has handlers again
         os.execve(sys.executable, again, KEEP_MEMORY | os.environ)  # noqa: S606
     streams.steady()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop a job so: as Ctrl-C does

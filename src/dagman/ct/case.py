@@ -68,10 +68,11 @@ def prepare_volume(volume: Volume, config: PrepareConfig, mask: Integer[np.ndarr
             `E-NONFINITE` when it holds NaN or infinity.
     """
     check_ras(volume.affine)
-    if not np.isfinite([volume.hu.min(), volume.hu.max()]).all():
+    lowest, highest = volume.hu.min(), volume.hu.max()
+    if not np.isfinite([lowest, highest]).all():
         raise DagmanError("NONFINITE", "volume", "holds NaN or infinity", "give Hounsfield units")
     low, high = store.AIR_HU, np.iinfo(np.int16).max
-    within = low <= volume.hu.min() and volume.hu.max() <= high
+    within = low <= lowest and highest <= high
     outside = 0 if within else np.count_nonzero(volume.hu < low) + np.count_nonzero(volume.hu > high)
     hu = resample.resample(
         np.clip(volume.hu, low, high) if outside else volume.hu,

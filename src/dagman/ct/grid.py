@@ -71,9 +71,11 @@ def check_ras(affine: np.ndarray) -> None:
     Raises:
         DagmanError: `E-ORIENT`.
     """
+    import nibabel
+
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     nearest = max(sum(abs(axes[i, p[i]]) for i in range(3)) for p in itertools.permutations(range(3)))
-    if np.trace(axes) < nearest - 1e-6:
+    if np.trace(axes) < nearest - 1e-6 and nibabel.aff2axcodes(affine) != ("R", "A", "S"):  # far obliques: two rules
         problem = f"its axes run to {axis_codes(affine)}, where RAS is wanted"
         raise DagmanError("ORIENT", "volume", problem, "turn it first (nibabel.as_closest_canonical), or read its file")
 

@@ -59,8 +59,10 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _lists_by_name(content: dict[str, Any]) -> bool:
-    """Whether cases stand under their names, as nnU-Net's second version allows."""
-    return isinstance(content.get("dataset"), dict)
+    """Whether cases stand under their names alone, as nnU-Net's second version allows."""
+    cases = content.get("dataset")
+    listed = isinstance(cases, dict) and all(isinstance(case, dict) and "images" in case for case in cases.values())
+    return listed and bool(cases) and not _is_listed(content)
 
 
 def _is_listed(content: dict[str, Any]) -> bool:
@@ -246,14 +248,17 @@ def _note_unused(path: Path, content: dict[str, Any], survey: Survey) -> None:
     """Say which keys of the items are left alone.
 
     Raises:
-        DagmanError: `E-LAYOUT` where a key is nearly one that no item has: its values would be lost.
+        DagmanError: `E-LAYOUT` where a key is another spelling of one that no item has: its values would be lost.
     """
     entries = [entry for key in SPLITS for entry in content.get(key, []) if isinstance(entry, dict)]
     keys = list(dict.fromkeys(printable(str(key)) for entry in entries for key in entry))
     absent = [key for key in ITEM_KEYS if key not in keys]
     unused = [key for key in keys if key not in ITEM_KEYS]
-    if near := next(((key, like) for key in unused if (like := table.nearest(key, absent))), None):
-        raise _refused(path, f"has items with {near[0]}, which is nearly {near[1]}", f"name it {near[1]}")
+    for key in unused:
+        if (plain := re.sub("[^a-z]", "", key.lower()).removesuffix("id").removesuffix("s")) in absent:
+            raise _refused(path, f"has items with {key}, which is nearly {plain}", f"name it {plain}")
+    if any(_is_file(str(entry.get("label"))) and entry.get("mask") is not None for entry in entries):
+        unused.append("mask beside a label that is a file")
     if unused:
         problem = (
             f"{count(len(unused), 'key of its items is', 'keys of its items are')} not used ({', '.join(unused)[:120]})"
@@ -273,13 +278,14 @@ def _item(path: Path, entry: Any, split: str) -> Item:
         item["patient"] = _scalar(patient, "patient")
     if (label := entry.get("label")) is not None:
         word = _scalar(label, "label")
-        is_file = isinstance(label, str) and ("/" in word or word.partition("#")[0].lower().endswith(_ENDINGS))
-        item["mask" if is_file else "label"] = _inside(path, word) if is_file else word
-    if (mask := entry.get("mask")) is not None:
-        if "mask" in item:
-            raise ValueError("has a label that is a file, and a mask")
+        item["mask" if _is_file(word) else "label"] = _inside(path, word) if _is_file(word) else word
+    if "mask" not in item and (mask := entry.get("mask")) is not None:
         item["mask"] = _inside(path, _scalar(mask, "mask"))
     return item
+
+
+def _is_file(label: str) -> bool:
+    return "/" in label or label.partition("#")[0].lower().endswith(_ENDINGS)
 
 
 def _image(path: Path, image: Any) -> str:

@@ -103,7 +103,7 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     known = [name for name in header if name in _COLUMNS]
     absent = [name for name in _COLUMNS if name not in header]
     # Left alone, a misspelt column would be lost and few would read the note: no label is no error.
-    near = [(name, like) for name in header if name not in _COLUMNS and (like := nearest(name, absent))]
+    near = [(name, like) for name in header if name not in _COLUMNS and (like := _like(name, absent))]
     if missing or near or len(set(known)) != len(known):
         what = f"lacks {', '.join(missing)}" if missing else f"has the columns {', '.join(header)[:120]}"
         if near:
@@ -127,7 +127,7 @@ def refuse_separator(path: Path, header: list[str]) -> None:
             raise DagmanError("TABLE", path, f"has its columns separated by {told}", "save it comma-separated")
 
 
-def nearest(name: str, columns: list[str]) -> str | None:
+def _like(name: str, columns: list[str]) -> str | None:
     """Which of the columns a name is nearly: a slip of the pen, or with `id` behind it."""
     word = re.sub("[^a-z]", "", name.lower()).removesuffix("id")
     plain = {re.sub("[^a-z]", "", column).removesuffix("id"): column for column in columns}

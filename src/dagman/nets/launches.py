@@ -40,7 +40,7 @@ def compile_rest(network: nn.Module) -> list[nn.Module]:
         if isinstance(module, GlobalBlock | PatchMerging) or (isinstance(module, MLP) and id(module) not in inside)
     ]
     chosen += [module.layers for module in network.modules() if isinstance(module, ProjectionHead)]
-    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
     for module in chosen:
         module.compile(dynamic=False)
     return chosen
@@ -52,6 +52,10 @@ def why_not_recorded(encoder: nn.Module) -> str | None:
         return "there is no CUDA device"
     if not isinstance(encoder, SwinEncoder):
         return "only a Swin is recorded"
+    config = encoder.config
+    widest = max(config.embed_dim * 2**stage // heads for stage, heads in enumerate(config.num_heads))
+    if widest > gpu.MOST_HEAD_WIDTH or config.window**3 > gpu.MOST_TOKENS:
+        return "some of its heads or windows are wider than Triton's kernels take"
     return gpu.why_not(next(encoder.parameters()).device)
 
 

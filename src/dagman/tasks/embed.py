@@ -126,8 +126,9 @@ def move(encoder: Encoder, device: torch.device | str) -> None:
     Raises:
         DagmanError: `E-DEVICE` for a GPU that is not there.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise DagmanError("DEVICE", f"device {device}", "no CUDA device is here", "leave the device out, or give cpu")
+    wanted = torch.device(device)
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise DagmanError("DEVICE", f"device {device}", "no such CUDA device is here", "leave it out, or give cpu")
     encoder.to(device)
 
 
