@@ -16,6 +16,8 @@ from make_corpus import FILES
 
 DAGMAN = f"{sys.executable} -m dagman"
 STOPPED = "stopped; run the same command again\n"
+HEARD = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+"""Where the tests run in the background, Ctrl-C is ignored by what they start."""
 
 
 def shell(command, *, environment=None):
@@ -68,7 +70,7 @@ def test_whoever_stops_reading_what_is_printed_changes_no_exit_code(buffered, sc
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("start", ["module", "script"])
 def test_a_stop_while_modules_are_imported_is_one_line(name, start, tmp_path):
-    (tmp_path / "cyclopts.py").write_text(f"import signal\nsignal.raise_signal(signal.{name})")
+    (tmp_path / "cyclopts.py").write_text(f"import signal\n{HEARD}\nsignal.raise_signal(signal.{name})")
     pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     module, function = pyproject["project"]["scripts"]["dagman"].split(":")
     script = ["-c", f"from {module} import {function}; {function}()"] if start == "script" else ["-m", "dagman"]
@@ -82,7 +84,7 @@ def test_a_stop_while_modules_are_imported_is_one_line(name, start, tmp_path):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_stop_while_a_training_begins_anew_is_one_line(name, tmp_path):
     """The interpreter that takes its place has no handlers yet."""
-    second = f"import os, signal\nif 'MALLOC_TOP_PAD_' in os.environ:\n    signal.raise_signal(signal.{name})"
+    second = f"import os, signal\n{HEARD}\nif 'MALLOC_TOP_PAD_' in os.environ:\n    signal.raise_signal(signal.{name})"
     (tmp_path / "sitecustomize.py").write_text(second)
     bare = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     bare["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
