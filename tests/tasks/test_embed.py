@@ -178,7 +178,7 @@ def test_a_case_with_an_empty_mask_is_named_and_the_rest_goes_on(encoder, tmp_pa
         ({"precision": "fp16"}, "E-USAGE precision: cannot be fp16; give one of bf16, float32"),
         ({"rows": [50]}, "E-USAGE rows: 50 is no row of 4; count from 0"),
         ({"rows": [-1]}, "E-USAGE rows: -1 is no row of 4; count from 0"),
-        ({"device": "cuda"}, "E-DEVICE device cuda: no CUDA device is here; leave the device out, or give cpu"),
+        ({"device": "cuda"}, "E-DEVICE device cuda: no such CUDA device is here; leave the device out"),
     ],
 )
 def test_what_is_not_there_is_refused(encoder, store, monkeypatch, asked, told):

@@ -128,7 +128,7 @@ def move(encoder: Encoder, device: torch.device | str) -> None:
     """
     wanted = torch.device(device)
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise DagmanError("DEVICE", f"device {device}", "no such CUDA device is here", "leave it out, or give cpu")
+        raise DagmanError("DEVICE", f"device {device}", "no such CUDA device is here", "leave the device out")
     encoder.to(device)
 
 
